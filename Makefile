@@ -1,0 +1,35 @@
+# Everything runs in .venv, made on first use with the versions that were tested (constraints.txt).
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo quick test lint format clean
+
+demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
+	$(BIN)/striate demo --out runs/demo
+
+quick: .venv/ready  ## the demo, smaller: under 90 s
+	rm -rf runs/quick
+	$(BIN)/striate demo --out runs/quick --quick
+
+test: .venv/ready  ## all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs/quick
+
+# torch comes first and alone: an exact version, so that no larger build for GPUs is fetched in its place.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

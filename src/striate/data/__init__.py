@@ -1,0 +1,24 @@
+"""From records on disk to batches: read both spellings, open images safely, encode, collate."""
+
+from striate.data.batch import Batch, Examples, collate
+from striate.data.example import IGNORED, Example, encode, image_token_id
+from striate.data.images import open_image
+from striate.data.record import ImageSource, Record, RecordError, Skipped
+from striate.data.records import Records, read
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Example",
+    "Examples",
+    "ImageSource",
+    "Record",
+    "RecordError",
+    "Records",
+    "Skipped",
+    "collate",
+    "encode",
+    "image_token_id",
+    "open_image",
+    "read",
+]

@@ -1,0 +1,140 @@
+"""Examples side by side: the batch that training, scoring and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
+from striate.data.record import Record, RecordError, Skipped
+
+CHARS_PER_TOKEN = 4
+"""A usual rate, good enough to sort by."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples padded to T tokens.
+
+    `inputs` is what the model takes (`input_ids` [B, T], `attention_mask` [B, T], `pixel_values`, ...).
+    `labels` [B, T] is -100 outside the answers, `image_mask` [B, T] true at image tokens. `skipped` are the
+    records that were left out of it; a batch can be empty.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    image_mask: Tensor
+    ids: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The batch on `device`, its floating-point inputs as `dtype`."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+        inputs = {key: move(value) for key, value in self.inputs.items()}
+        return replace(self, inputs=inputs, labels=move(self.labels), image_mask=move(self.image_mask))
+
+
+def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "right") -> Batch:
+    """Pad tokens on one `side` to the longest example, image tensors to the largest image, and join them.
+
+    Image tensors run on over the batch: their first axis counts images, crops or patches, not examples.
+    """
+    skipped = tuple(one for one in examples if isinstance(one, Skipped))
+    kept = [one for one in examples if isinstance(one, Example)]
+    length = max((len(example) for example in kept), default=0)
+
+    def rows(tensors: list[Tensor], value: int | bool) -> Tensor:
+        if not tensors:
+            return torch.empty(0, 0, dtype=torch.long)
+        gaps = [length - len(tensor) for tensor in tensors]
+        sides = [(gap, 0) if side == "left" else (0, gap) for gap in gaps]
+        return torch.stack([F.pad(t, s, value=value) for t, s in zip(tensors, sides, strict=True)])
+
+    inputs = {}
+    for key in dict.fromkeys(key for example in kept for key in example.inputs):
+        if key in TOKEN_KEYS:
+            # Some processors leave a text-only record without its types of token; they are all 0.
+            values = [example.inputs.get(key, torch.zeros_like(example.labels)) for example in kept]
+            inputs[key] = rows(values, pad_id if key == "input_ids" else 0)
+        else:
+            inputs[key] = _joined([example.inputs[key] for example in kept if key in example.inputs])
+    return Batch(
+        inputs=inputs,
+        labels=rows([example.labels for example in kept], IGNORED),
+        image_mask=rows([example.image_mask for example in kept], False),
+        ids=tuple(example.id for example in kept),
+        skipped=skipped,
+    )
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """Tensors in a row along their first axis, the others padded with zeros to the largest."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+
+    def grown(tensor: Tensor) -> Tensor:
+        gaps = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+        return F.pad(tensor, [end for gap in reversed(gaps) for end in (0, gap)])  # from the last axis on
+
+    return torch.cat([grown(tensor) for tensor in tensors])
+
+
+class Examples(Dataset[Example | Skipped]):
+    """Records, encoded when asked for; one that cannot be is a `Skipped`, so that a data worker lives on."""
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        processor: Any,
+        *,
+        max_length: int = 2048,
+        truncate_text: bool = False,
+        generation: bool = False,
+    ):
+        self.records = records
+        self.encode = partial(
+            encode,
+            processor=processor,
+            max_length=max_length,
+            truncate_text=truncate_text,
+            generation=generation,
+        )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example | Skipped:
+        try:
+            return self.encode(self.records[index])
+        except RecordError as error:
+            return error.skipped
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """About how many tokens each record has, to make batches of like length; opens one record's images.
+
+        An image counts as many tokens as those of the first readable record with images have.
+        """
+        per_image = 0
+        for index, record in enumerate(self.records):
+            if record.images and isinstance(example := self[index], Example):
+                per_image = int(example.image_mask.sum()) // len(record.images)
+                break
+        return [_num_chars(r) // CHARS_PER_TOKEN + per_image * len(r.images) for r in self.records]
+
+
+def _num_chars(record: Record) -> int:
+    parts = (part for message in record.messages for part in message["content"])
+    return len(record.text) + sum(len(part.get("text", "")) for part in parts)

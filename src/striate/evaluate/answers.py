@@ -1,0 +1,206 @@
+"""What a model says: answers by greedy generation, choices and perplexity by likelihood.
+
+Records are taken longest first, so that batches need little padding and memory that will not do fails at
+once. What is said about a record does not depend on the batch size or on its neighbours, up to floating-point
+rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from striate.data import IGNORED, Batch, Example, Examples, Record, RecordError, Skipped, collate, encode
+from striate.vlm import Vlm
+
+Found = TypeVar("Found")
+
+MAX_ROWS = 4096
+"""Tokens to predict in one forward pass: their logits take 2.5 GB with a vocabulary of 150,000."""
+
+# The likeliest token at every step, whatever sampling and penalties the checkpoint asks for.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Summed log-probability of the predicted tokens, in nats, <= 0, and their number."""
+
+    log_prob: float
+    num_tokens: int
+
+
+def answer(
+    vlm: Vlm, records: Sequence[Record], *, batch: int = 16, max_new_tokens: int = 32, max_length: int = 2048
+) -> Iterator[tuple[int, str | Skipped]]:
+    """The model's answer to the last question of each record: (index of the record, answer), longest first.
+
+    Greedy, at most `max_new_tokens` tokens, ending before any of `end_tokens`; special tokens and outer white
+    space are left out. A record that cannot be read, or whose prompt has more than `max_length` tokens, is a
+    `Skipped`.
+    """
+    ends = end_tokens(vlm)
+
+    def prompts(record: Record) -> list[Example]:
+        return [encode(record, vlm.processor, max_length=max_length, generation=True)]
+
+    for index, found in _ask(vlm, records, prompts, partial(_generate, vlm, ends, max_new_tokens), batch):
+        yield index, found if isinstance(found, Skipped) else found[0]
+
+
+def choose(
+    vlm: Vlm, records: Sequence[Record], *, batch: int = 16, max_length: int = 2048
+) -> Iterator[tuple[int, str | Skipped]]:
+    """The likeliest of each record's choices: (index of the record, choice), longest first.
+
+    A choice counts as the whole answer: the log-probabilities of its tokens and of the end of the turn are
+    summed, not divided by length. The earlier of two equal ones wins. Records that cannot be used are as in
+    `answer`.
+    """
+
+    def answers(record: Record) -> list[Example]:
+        end = max(turn for turn, message in enumerate(record.messages, 1) if message["role"] == "user")
+        asked = record.messages[:end]
+        answered = [replace(record, messages=(*asked, _turn("assistant", one))) for one in record.choices]
+        return [encode(one, vlm.processor, max_length=max_length) for one in answered]
+
+    for index, found in _ask(vlm, records, answers, partial(_likelihoods, vlm, batch), batch):
+        if isinstance(found, Skipped):
+            yield index, found
+        else:
+            yield index, records[index].choices[max(range(len(found)), key=lambda n: found[n].log_prob)]
+
+
+def likelihood(
+    vlm: Vlm, records: Sequence[Record], *, batch: int = 16, max_length: int = 2048
+) -> Iterator[tuple[int, Likelihood | Skipped]]:
+    """How likely each record is: (index of the record, likelihood), longest first.
+
+    Of a conversation, the answers count, with their end tokens. Of plain text, every token counts once:
+    longer text is read in windows of at most `max_length` tokens (or of what the model was made for), each
+    starting with the BOS token when the tokenizer has one, else with the last token of the window before,
+    which makes the very first token the only one that is not predicted. Records that cannot be used are as in
+    `answer`.
+    """
+
+    def read(record: Record) -> list[Example]:
+        if record.messages:
+            return [encode(record, vlm.processor, max_length=max_length)]
+        return _windows(vlm, record, max_length)
+
+    for index, found in _ask(vlm, records, read, partial(_likelihoods, vlm, batch), batch):
+        if isinstance(found, Skipped):
+            yield index, found
+        else:
+            yield index, Likelihood(sum(one.log_prob for one in found), sum(one.num_tokens for one in found))
+
+
+def end_tokens(vlm: Vlm) -> list[int]:
+    """Tokens that end an answer: those of the generation config, the tokenizer and the chat template."""
+    listed = vlm.model.generation_config.eos_token_id
+    ends = {vlm.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    try:
+        talk = Record("", (_turn("user", "yes"), _turn("assistant", "yes")))
+        last = int(encode(talk, vlm.processor).labels[-1])
+    except RecordError:  # PaliGemma has no chat template, and takes nothing without an image
+        last = None
+    if last in vlm.tokenizer.added_tokens_decoder:  # some templates end a turn with plain text
+        ends.add(last)
+    return sorted(ends - {None})
+
+
+def _turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _ask(
+    vlm: Vlm,
+    records: Sequence[Record],
+    expand: Callable[[Record], list[Example]],
+    respond: Callable[[Sequence[Example]], list[Found]],
+    batch: int,
+) -> Iterator[tuple[int, list[Found] | Skipped]]:
+    """Expand `batch` records at a time into examples, respond to these, hand each record its part."""
+    lengths = Examples(records, vlm.processor).lengths
+    order = sorted(range(len(records)), key=lengths.__getitem__, reverse=True)
+    for start in range(0, len(order), batch):
+        expanded: dict[int, list[Example]] = {}
+        for index in order[start : start + batch]:
+            try:
+                expanded[index] = expand(records[index])
+            except RecordError as error:
+                yield index, error.skipped
+        if not expanded:
+            continue
+        found = iter(respond([example for examples in expanded.values() for example in examples]))
+        for index, examples in expanded.items():
+            yield index, [next(found) for _ in examples]
+
+
+def _pad_id(vlm: Vlm) -> int:
+    pad = vlm.tokenizer.pad_token_id
+    return vlm.tokenizer.eos_token_id if pad is None else pad
+
+
+def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
+    return collate(examples, pad_id=_pad_id(vlm), side=side).to(vlm.device, vlm.model.dtype)
+
+
+@torch.inference_mode()
+def _generate(vlm: Vlm, ends: list[int], max_new_tokens: int, examples: Sequence[Example]) -> list[str]:
+    batch = _collate(vlm, examples, "left")
+    options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": _pad_id(vlm)}
+    tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options)  # type: ignore[operator]
+    new = tokens[:, batch.labels.shape[1] :].tolist()
+    # A row that ends early is padded, and padding need not be a special token.
+    said = [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in new]
+    return [text.strip() for text in vlm.tokenizer.batch_decode(said, skip_special_tokens=True)]
+
+
+def _likelihoods(vlm: Vlm, batch: int, examples: Sequence[Example]) -> list[Likelihood]:
+    """Likelihood of each example's labels, at most `batch` examples and `MAX_ROWS` labels at a time."""
+    found: list[Likelihood] = []
+    while rest := examples[len(found) :]:
+        rows = accumulate(int((example.labels != IGNORED).sum()) for example in rest[:batch])
+        fitting = sum(total <= MAX_ROWS for total in rows)
+        found += _forward(vlm, _collate(vlm, rest[: max(fitting, 1)], "right"))
+    return found
+
+
+@torch.inference_mode()
+def _forward(vlm: Vlm, batch: Batch) -> list[Likelihood]:
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # B T: position t predicts token t + 1
+    predicted = targets != IGNORED
+    with vlm.head_at(predicted):
+        logits = vlm.model(**batch.inputs, use_cache=False).logits[0]  # N V
+    log_probs = -F.cross_entropy(logits.float(), targets[predicted], reduction="none").double()  # N
+    counts = predicted.sum(dim=1).tolist()
+    return [Likelihood(float(part.sum()), len(part)) for part in log_probs.split(counts)]
+
+
+def _windows(vlm: Vlm, record: Record, max_length: int) -> list[Example]:
+    whole = encode(record, vlm.processor, max_length=sys.maxsize)
+    # Without what the tokenizer adds: the windows have their own first token.
+    tokens = {key: values[whole.labels != IGNORED] for key, values in whole.inputs.items()}
+    num_tokens, bos = len(tokens["input_ids"]), vlm.tokenizer.bos_token_id
+    made_for = getattr(vlm.model.config.get_text_config(), "max_position_embeddings", max_length)
+    size, windows = min(max_length, made_for) - 1, []
+    for start in range(0 if bos is not None else 1, num_tokens, size):
+        places = [max(start - 1, 0), *range(start, min(start + size, num_tokens))]
+        inputs = {key: values[places] for key, values in tokens.items()}
+        if bos is not None:
+            inputs["input_ids"][0] = bos
+        labels = inputs["input_ids"].clone()
+        labels[0] = IGNORED
+        no_image = torch.zeros_like(labels, dtype=torch.bool)
+        windows.append(Example(inputs, labels, no_image, record.id, record.source))
+    if not windows:
+        raise RecordError(record.source, "the text is too short: it has no token to predict")
+    return windows

@@ -1,0 +1,207 @@
+"""A region: which decoder layers of a language model are meant, and how people write that down."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from striate.errors import UserError
+
+DEFAULT = "uniform:25%"
+FILE = "region.json"
+FORMS = (
+    "all, none, 0,4,8-11, uniform:8, uniform:25%, uniform:8@2 (offset 2), first:8, middle:8, last:8, "
+    "hybrid:8, random:8@7 (seed 7), paper, paper-code, a saved region.json or a run folder that holds one"
+)
+PAPER = {
+    "paper": (0, 4, 8, 12, 18, 22, 26, 30),
+    "paper-code": (1, 5, 9, 13, 19, 23, 27, 31),  # the default of the script released with the paper
+}
+PAPER_DEPTH = 32
+
+
+def _random(k: int, depth: int, seed: int) -> Sequence[int]:
+    # `random()` is the one method whose sequence Python promises to keep in every version; `sample()` is not.
+    # Ranking all layers by a draw each also makes random:4@7 a part of random:8@7.
+    draw = random.Random(seed).random
+    return sorted(range(depth), key=lambda _: draw())[:k]
+
+
+# How k of depth layers are chosen; the third number is what follows "@": an offset or a seed.
+CHOICES: dict[str, Callable[[int, int, int], Sequence[int]]] = {
+    "uniform": lambda k, depth, offset: [i * depth // k + offset for i in range(k)],
+    "first": lambda k, depth, _: range(k),
+    "middle": lambda k, depth, _: range((depth - k) // 2, (depth - k) // 2 + k),
+    "last": lambda k, depth, _: range(depth - k, depth),
+    "hybrid": lambda k, depth, _: [*range(k - k // 2), *range(depth - k // 2, depth)],
+    "random": _random,
+}
+SHIFTED = ("uniform", "random")  # the choices that take "@"
+
+_COUNTED = re.compile(r"([a-z]+):([0-9]{1,9}(?:\.[0-9]{1,9})?)(%?)(?:@([0-9]{1,9}))?")
+_SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A set of decoder layers of a model with `depth` of them.
+
+    `layers` are 0-based indices, kept in rising order whatever order they came in. `origin` says how they
+    were chosen ("uniform:25%"); it does not take part in comparisons. Raises `UserError` for an index out
+    of range, an index given twice, or a depth below 1.
+    """
+
+    layers: tuple[int, ...]
+    depth: int
+    origin: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        try:
+            layers, depth = sorted(map(operator.index, self.layers)), operator.index(self.depth)
+        except TypeError:
+            raise UserError(f"layers and depth are whole numbers, not {self.layers!r} of {self.depth!r}") from None
+        if depth < 1:
+            raise UserError(f"a model has at least one decoder layer, not a depth of {depth}")
+        for layer, times in Counter(layers).items():
+            if not 0 <= layer < depth:
+                raise _refusal(f"layer {layer} does not exist", depth)
+            if times > 1:
+                raise _refusal(f"layer {layer} is given {times} times", depth)
+        object.__setattr__(self, "layers", tuple(layers))
+        object.__setattr__(self, "depth", depth)
+
+    @classmethod
+    def parse(cls, text: str, depth: int) -> Region:
+        """Read any of the text forms in `FORMS` for a model of `depth` decoder layers.
+
+        A share such as 25% means `max(1, round(depth * share))` layers (halves to even). Uniform layers are
+        `i * depth // k + offset`; the middle block starts at `(depth - k) // 2`; an odd hybrid has one layer
+        more in front; random layers are those with the k smallest of `depth` draws of
+        `random.Random(seed).random()`, the same in every Python. Without "@" the offset or seed is 0.
+        Raises `UserError` naming what is wrong, the depth and the accepted forms.
+        """
+        text = text.strip()
+        if text in ("all", "none"):
+            return cls(tuple(range(depth)) if text == "all" else (), depth, text)
+        if text in PAPER:
+            if depth != PAPER_DEPTH:
+                raise _refusal(f"the list {text!r} is for {PAPER_DEPTH} layers", depth)
+            return cls(PAPER[text], depth, text)
+        if match := _COUNTED.fullmatch(text):
+            return cls(tuple(_choose(match, depth)), depth, text)
+        if text and all(_SPAN.fullmatch(part.strip()) for part in text.split(",")):
+            return cls(tuple(_listed(text, depth)), depth, text)
+        if text.endswith(".json") or os.path.isdir(text):
+            return cls.load(Path(text))._of_depth(depth, text)
+        raise _refusal(f"unknown region form {text!r}", depth)
+
+    @property
+    def fraction(self) -> float:
+        """The share of the model's layers that are in the region, in 0..1."""
+        return len(self.layers) / self.depth
+
+    @property
+    def complement(self) -> Region:
+        """The layers that are not in the region."""
+        return Region(tuple(layer for layer in range(self.depth) if layer not in self.layers), self.depth)
+
+    def __or__(self, other: Region) -> Region:
+        return Region(tuple({*self.layers, *self._same_model(other).layers}), self.depth)
+
+    def __and__(self, other: Region) -> Region:
+        return self - self._same_model(other).complement
+
+    def __sub__(self, other: Region) -> Region:
+        return Region(tuple({*self.layers}.difference(self._same_model(other).layers)), self.depth)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        """The canonical text, "0,4,8-11", "all" or "none"; `Region.parse` reads it back."""
+        if len(self) in (0, self.depth):
+            return "all" if self.layers else "none"
+        # Neighbours have the same distance between value and position.
+        blocks = [[layer for _, layer in g] for _, g in groupby(enumerate(self.layers), lambda p: p[1] - p[0])]
+        return ",".join(f"{b[0]}-{b[-1]}" if len(b) > 2 else ",".join(map(str, b)) for b in blocks)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}`."""
+        return {"layers": list(self.layers), "depth": self.depth, "origin": self.origin}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Region:
+        """The inverse of `to_json`; raises `UserError` when `data` is not of that shape."""
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), list) or "depth" not in data:
+            raise UserError('a saved region looks like {"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}')
+        return cls(tuple(data["layers"]), data["depth"], str(data.get("origin", "")))
+
+    def save(self, path: Path) -> None:
+        """Write the region as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Region:
+        """Read a saved region: a JSON file, or a folder that holds one. Raises `UserError` when it cannot."""
+        file = Path(path) / FILE if os.path.isdir(path) else Path(path)
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except UserError as error:
+            raise UserError(f"{file} holds no region: {error}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read as a region ({error}); accepted: {FORMS}") from None
+
+    def _same_model(self, other: Region) -> Region:
+        if other.depth != self.depth:
+            raise UserError(f"regions of depth {self.depth} and {other.depth} cannot be combined")
+        return other
+
+    def _of_depth(self, depth: int, text: str) -> Region:
+        if self.depth != depth:
+            raise _refusal(f"{text} holds the region {self} of a model with {self.depth} layers", depth)
+        return self
+
+
+def _refusal(what: str, depth: int) -> UserError:
+    return UserError(f"{what}; this model's depth is {depth} (layers 0-{depth - 1}); accepted: {FORMS}")
+
+
+def _choose(match: re.Match[str], depth: int) -> Sequence[int]:
+    """The layers that a counted form such as uniform:25%@2 stands for."""
+    name, number, percent, shift = match.groups()
+    if name not in CHOICES:
+        raise _refusal(f"unknown region form {match[0]!r}", depth)
+    if shift and name not in SHIFTED:
+        raise _refusal(f"{match[0]!r} has an '@', which only {' and '.join(SHIFTED)} take", depth)
+    if not percent and "." in number:
+        raise _refusal(f"{match[0]!r} asks for {number} layers, which is no whole number", depth)
+    if not 0 < float(number) <= (100 if percent else depth):
+        raise _refusal(f"{match[0]!r} asks for {number}{percent or ' layers'}", depth)
+    k = max(1, round(depth * float(number) / 100)) if percent else int(number)
+    return CHOICES[name](k, depth, int(shift or 0))
+
+
+def _listed(text: str, depth: int) -> Iterator[int]:
+    """The layers that an explicit list such as 0,4,8-11 names, in the order written."""
+    for first, last in (part.strip().partition("-")[::2] for part in text.split(",")):
+        start, end = int(first), int(last or first)
+        if end < start:
+            raise _refusal(f"the range {first}-{last} runs backwards", depth)
+        if end >= depth:  # before it is spelt out: 0-999999999 would fill the memory
+            raise _refusal(f"layer {end} does not exist", depth)
+        yield from range(start, end + 1)

@@ -1,0 +1,361 @@
+"""The two stages of visual training, `align` and `tune`: two presets of one function on the Hugging Face `Trainer`.
+
+Full tuning keeps the trained weights in float32 while everything frozen stays in the checkpoint's own type; matrix
+products run in bfloat16 unless `dtype` says float32. LoRA is merged before saving. Either way the result is a plain
+checkpoint in the type that the model came in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from striate.data import Example, Examples, Records, collate, read
+from striate.errors import UserError
+from striate.region import FILE as REGION_FILE
+from striate.region import Region
+from striate.run import Run
+from striate.train.adapter import adapt, lora_config
+from striate.train.card import model_card
+from striate.train.memory import PeakMemory, full_tuning_fits
+from striate.train.trainer import MOST_SKIPPED, Audit, Group, Interrupt, Named, RegionTrainer, RunLog, answer_nll
+from striate.vlm import Plan, Vlm, load
+
+__all__ = ["ALIGN", "TUNE", "TrainOptions", "align", "answer_nll", "lora_config", "tune"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train. Defaults of `tune` are the paper's, those of `align` LLaVA's first stage."""
+
+    epochs: float = 1.0
+    """passes over the data"""
+    steps: int | None = None
+    """optimiser steps, instead of epochs"""
+    batch: int = 128
+    """records an optimiser step, over all devices"""
+    micro_batch: int = 16
+    """most records a forward pass on one device; smaller needs less memory and changes nothing else"""
+    learning_rate: float | None = None
+    """peak; default: 2e-5 for full tuning, 2e-4 for LoRA, 1e-3 for align"""
+    projector_learning_rate: float = 2e-5
+    """peak, for the projector"""
+    warmup: float = 0.03
+    """share of the steps over which the learning rate rises"""
+    schedule: str = "cosine"
+    """how it falls afterwards: any scheduler of transformers"""
+    weight_decay: float = 0.0
+    """AdamW's, not on norms and biases"""
+    max_length: int = 2048
+    """tokens a record, image tokens included; longer ones are dropped and listed"""
+    truncate_text: bool = False
+    """cut the text of longer records at its end instead (never an image)"""
+    on_bad_record: Literal["skip", "stop"] = "skip"
+    """list it in skipped.jsonl and go on (up to 1 % of the data), or stop"""
+    checkpointing: bool = False
+    """recompute activations in the backward pass: slower, less memory"""
+    save_steps: int = 500
+    """steps between saved states, for --resume"""
+    workers: int = 0
+    """processes that read and encode records ahead"""
+    seed: int = 0
+    """of fresh weights, dropout and data order"""
+    device: str | None = None
+    """cpu to stay off a GPU"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of the matrix products"""
+    report_to: str = "none"
+    """tensorboard, wandb, ... as in transformers"""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """any field of transformers.TrainingArguments; wins over the options above"""
+
+
+TUNE = TrainOptions()
+ALIGN = TrainOptions(batch=256, learning_rate=1e-3, projector_learning_rate=1e-3)
+
+
+def align(
+    model: str | Path,
+    *,
+    data: Path,
+    out: Path,
+    images: Path | None = None,
+    allow_urls: bool = False,
+    tower: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    options: TrainOptions = ALIGN,
+) -> Run:
+    """Stage 1: train the projector alone, so that image features mean something to the language model.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        data: records: JSON, JSONL, Parquet, a folder of these or a hub data set.
+        out: the run folder to write.
+        images: the folder that image paths are relative to; default: the folder of the data.
+        allow_urls: fetch images given as URLs.
+        tower: train the vision encoder too, for a fresh one.
+        resume: go on with the interrupted run in `out`.
+        progress: show a progress bar.
+        options: how to train.
+
+    Raises:
+        UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
+    """
+    asked = {"model": model, "data": data, "images": images, "allow_urls": allow_urls, "tower": tower}
+    with _stage("align", out, asked, options, resume) as run:
+        vlm, saved_as = _open_model(model, options)
+        region = Region((), vlm.depth, "none")
+        records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+        named = _in_full(vlm, vlm.train_only(region, tower=tower))
+        groups = {"projector": Group(named["projector"], options.projector_learning_rate)}
+        if tower:
+            groups["tower"] = Group(_reached(vlm, records, named["tower"]), options.learning_rate or 1e-3)
+        _fit(vlm, vlm.model, run, records, groups, options, progress=progress)
+        _save(vlm, run, region, saved_as)
+    return run
+
+
+def tune(
+    model: str | Path,
+    *,
+    data: Path,
+    out: Path,
+    images: Path | None = None,
+    allow_urls: bool = False,
+    region: str = "uniform:25%",
+    method: Literal["auto", "full", "lora"] = "auto",
+    projector: Literal["train", "freeze"] = "train",
+    rank: int = 128,
+    alpha: int = 256,
+    dropout: float = 0.05,
+    resume: bool = False,
+    progress: bool = False,
+    options: TrainOptions = TUNE,
+) -> Run:
+    """Stage 2: visual instruction tuning of a region of the decoder's layers, and of the projector.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        data: records: JSON, JSONL, Parquet, a folder of these or a hub data set.
+        out: the run folder to write.
+        images: the folder that image paths are relative to; default: the folder of the data.
+        allow_urls: fetch images given as URLs.
+        region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
+        method: full weights, LoRA, or auto: full where its optimiser states fit into memory, else LoRA.
+        projector: train it or leave it.
+        rank: of LoRA.
+        alpha: of LoRA; its updates are scaled by alpha / rank.
+        dropout: of LoRA.
+        resume: go on with the interrupted run in `out`.
+        progress: show a progress bar.
+        options: how to train.
+
+    Raises:
+        UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
+    """
+    lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
+    asked: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
+    asked |= {"region": region, "method": method, "projector": projector, **lora}
+    with _stage("tune", out, asked, options, resume) as run:
+        vlm, saved_as = _open_model(model, options)
+        chosen = Region.parse(region, vlm.depth)
+        run.write_region(chosen)
+        records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+        plan = vlm.train_only(chosen, projector=projector == "train")
+        if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device)):
+            network: Any = vlm.model
+            named, rate = _in_full(vlm, plan), 2e-5
+        else:
+            network, named = adapt(vlm, chosen, projector=projector == "train", **lora)
+            rate = 2e-4
+        rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate}
+        groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
+        _fit(vlm, network, run, records, groups, options, progress=progress)
+        if network is not vlm.model:
+            network.merge_and_unload()
+        _save(vlm, run, chosen, saved_as)
+    return run
+
+
+@contextmanager
+def _stage(verb: str, out: Path, asked: dict[str, Any], options: TrainOptions, resume: bool) -> Iterator[Run]:
+    """The run of one stage, new or taken up again, recording how it ends."""
+    recorded = json.loads(json.dumps({**asked, **vars(options)}, default=str))
+    if resume:
+        run = Run.open(out)
+        if run.info["status"] == "finished":
+            raise UserError(f"{out} is finished: there is nothing to resume")
+        before = run.info["options"]
+        changed = sorted(name for name in recorded if recorded[name] != before.get(name))
+        if changed or run.info["verb"] != verb:
+            other = ", ".join(changed) or run.info["verb"]
+            raise UserError(f"{out} was started with other options ({other}): repeat them to resume")
+        run.update(status="running")
+    else:
+        run = Run.create(out, verb=verb, options=recorded, seed=options.seed, parent=str(asked["model"]))
+    with run.recording():
+        yield run
+
+
+def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dtype]:
+    """The model, ready to train, and the type that its checkpoint is to be saved in again."""
+    set_seed(options.seed)
+    vlm = load(model, device=options.device)
+    saved_as = vlm.model.dtype
+    if options.dtype == "float32":
+        vlm.model.float()
+    return vlm, saved_as
+
+
+def _in_full(vlm: Vlm, plan: Plan) -> dict[str, Named]:
+    """The parameters of a plan, by part, in float32: bfloat16 would round small updates away."""
+    parameters = dict(vlm.model.named_parameters())
+    for name in plan.names:
+        parameters[name].data = parameters[name].data.float()
+    parts = {"layers": plan.layers, "projector": plan.projector, "tower": plan.tower}
+    return {part: {name: parameters[name] for name in names} for part, names in parts.items() if names}
+
+
+def _reached(vlm: Vlm, records: Records, tower: Named) -> Named:
+    """The tower's parameters that answers depend on. LLaVA reads an inner layer: what lies above it never trains."""
+    examples = Examples(records.records, vlm.processor)
+    with_image = (examples[index] for index, record in enumerate(records.records) if record.images)
+    probe = next((example for example in with_image if isinstance(example, Example)), None)
+    if probe is None:
+        raise UserError("no record has a readable image: a tower cannot be trained on this data")
+    batch = collate([probe], pad_id=vlm.tokenizer.pad_token_id).to(vlm.device)
+    with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.model.dtype != torch.float32):
+        loss = answer_nll(vlm, vlm.model, batch)
+    gradients = torch.autograd.grad(loss, list(tower.values()), allow_unused=True)
+    reached = {name: p for (name, p), gradient in zip(tower.items(), gradients, strict=True) if gradient is not None}
+    for name in tower.keys() - reached.keys():
+        tower[name].requires_grad_(False)
+    return reached
+
+
+def _fit(
+    vlm: Vlm,
+    network: nn.Module,
+    run: Run,
+    records: Records,
+    groups: dict[str, Group],
+    options: TrainOptions,
+    *,
+    progress: bool,
+) -> None:
+    """Train `network` (the model, or its adapted form) in place, and note in the run what it took."""
+    skip = options.on_bad_record == "skip"
+    _check_records(records, run)
+    examples = Examples(
+        records.records, vlm.processor, max_length=options.max_length, truncate_text=options.truncate_text
+    )
+    if options.checkpointing:  # the reentrant kind gives no gradient to layers behind a frozen first layer
+        vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
+    interrupt, log = Interrupt(), RunLog(run, bar=progress)
+    trainer = RegionTrainer(
+        vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if skip else 0.0,
+        model=network, args=_arguments(run, options, vlm.device), train_dataset=examples,
+        data_collator=partial(collate, pad_id=vlm.tokenizer.pad_token_id),
+        callbacks=[Audit(network, trained), log, interrupt],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    memory = PeakMemory(vlm.device)
+    memory.start()
+    began = time.monotonic()
+    saved = get_last_checkpoint(run.state) if run.state.is_dir() else None
+    try:
+        trainer.train(resume_from_checkpoint=saved)
+    finally:
+        interrupt.restore()
+        log.bar.stop()
+    seconds = time.monotonic() - began
+    run.update(
+        training={
+            "method": "full" if network is vlm.model else "lora",
+            "seconds": round(seconds, 3),
+            "steps": trainer.state.global_step,
+            "samples": trainer.samples,
+            "samples_per_second": round(trainer.samples / seconds, 3),
+            "peak_memory_gb": round(memory.gigabytes(), 4),
+            "trainable_parameters": sum(p.numel() for p in trained.values()),
+            "total_parameters": sum(p.numel() for p in network.parameters()),
+            "groups": {part: sum(p.numel() for p in group.parameters.values()) for part, group in groups.items()},
+        }
+    )
+    if interrupt.asked:
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
+
+
+def _check_records(records: Records, run: Run) -> None:
+    """List what was left out, and stop when that is too much or all."""
+    for record in records.skipped:
+        run.skip({"source": record.source, "reason": record.reason})
+    total = len(records.records) + len(records.skipped)
+    if len(records.skipped) > MOST_SKIPPED * total:
+        first = records.skipped[0]
+        raise UserError(
+            f"{len(records.skipped)} of {total} records are bad, more than {MOST_SKIPPED:.0%}; "
+            f"the first is {first.source}: {first.reason}"
+        )
+
+
+def _arguments(run: Run, options: TrainOptions, device: torch.device) -> TrainingArguments:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    share = options.batch // world
+    micro = min(options.micro_batch, share)
+    if not micro or options.batch % (micro * world):
+        raise UserError(f"batch {options.batch} is no multiple of micro_batch {micro} x {world} devices")
+    settings: dict[str, Any] = {
+        "output_dir": str(run.state),
+        "num_train_epochs": options.epochs,
+        "max_steps": options.steps or -1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+        "warmup_steps": options.warmup,
+        "lr_scheduler_type": options.schedule,
+        "weight_decay": options.weight_decay,
+        "bf16": options.dtype == "bfloat16",
+        "use_cpu": device.type == "cpu",
+        "seed": options.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_steps": options.save_steps,
+        "save_total_limit": 2,
+        "report_to": [options.report_to],
+        "dataloader_num_workers": options.workers,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = TrainingArguments(**{**settings, **options.trainer})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer: {error}; see transformers.TrainingArguments for its fields") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun; DataParallel cannot split a Batch
+    return arguments
+
+
+def _save(vlm: Vlm, run: Run, region: Region, dtype: torch.dtype) -> None:
+    """Write the plain checkpoint, with its card and region, and drop the state that only a resumed run needs."""
+    for parameter in vlm.model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    vlm.model.save_pretrained(run.checkpoint)
+    vlm.processor.save_pretrained(run.checkpoint)
+    region.save(run.checkpoint / REGION_FILE)
+    (run.checkpoint / "README.md").write_text(model_card(run.info, region), encoding="utf-8")
+    shutil.rmtree(run.state, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""LoRA on a region: adapters on exactly the linear modules of the region's layers, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from striate.errors import UserError
+from striate.region import Region
+from striate.vlm import Vlm
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from striate.train.trainer import Named
+
+
+def lora_config(
+    vlm: Vlm, region: Region, *, rank: int = 128, alpha: int = 256, dropout: float = 0.05, projector: bool = True
+) -> LoraConfig:
+    """A `peft.LoraConfig` for the region, for any trainer that takes one.
+
+    Every target module is named in full: `layers_to_transform` would also adapt the vision blocks of the same numbers,
+    and pass over a layer that does not exist. With `projector` its modules are trained in full and saved beside the
+    adapters (`modules_to_save`); a bare parameter beside them (LLaVA-NeXT's `image_newline`) stays frozen, since peft
+    saves modules only. Rank, alpha and dropout default to the paper's.
+
+    Raises:
+        UserError: the region is empty or for another depth.
+    """
+    from peft import LoraConfig  # slow to import, and not needed without adapters
+
+    targets = vlm.linear_modules(region)
+    if not targets:
+        raise UserError(f"region {region} has no linear modules to adapt")
+    parts = zip(vlm.parts.projector, vlm.projector, strict=True)
+    modules = [name for name, part in parts if isinstance(part, nn.Module)]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        # A list would match by suffix; this pattern matches full names only.
+        target_modules="|".join(re.escape(name) for name in targets),
+        modules_to_save=modules if projector else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[PeftModel, dict[str, Named]]:
+    """The model with adapters, and its trainable parameters by group (`layers`, `projector`), in float32.
+
+    Raises:
+        UserError: something outside the region and the projector became trainable.
+    """
+    from peft import get_peft_model
+
+    inside = vlm.linear_modules(region)  # asked before adapters bring linear modules of their own
+    network = get_peft_model(vlm.model, lora_config(vlm, region, projector=projector, **lora))
+    groups: dict[str, Named] = {"layers": {}, "projector": {}}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        parameter.data = parameter.data.to(torch.float32)
+        plain = name.removeprefix("base_model.model.")
+        if plain.startswith(tuple(f"{target}.lora_" for target in inside)):
+            groups["layers"][name] = parameter
+        elif projector and plain.startswith(tuple(f"{part}." for part in vlm.parts.projector)):
+            groups["projector"][name] = parameter
+        else:
+            raise UserError(f"{name} became trainable although it is outside the region {region}")
+    return network, {group: named for group, named in groups.items() if named}

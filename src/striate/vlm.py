@@ -1,0 +1,369 @@
+"""Any Hugging Face vision-language model (LVLM) and its parts: tower, projector, decoder layers, head.
+
+`transformers` can name the decoder, the vision encoder and the depth of nearly every model behind
+`AutoModelForImageTextToText`. One rule covers the rest: the decoder may sit one hop further down, and the projector is
+what stands beside tower and decoder, or, failing that, the merger inside the tower (Qwen, GLM). A model that
+the rule does not fit is refused with what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
+
+from striate.errors import UserError
+from striate.region import Region
+from striate.run import model_folder
+
+# Neighbours of tower and decoder that do not carry image features to the decoder.
+_OTHER_SENSES = ("audio", "speech", "video_tower", "vqmodel", "generation_")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Dotted module names of the parts of one LVLM, as `model.get_submodule` takes them."""
+
+    tower: str
+    projector: tuple[str, ...]
+    layers: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What trains, by exact parameter name. `total` counts every parameter of the model, frozen ones included."""
+
+    region: Region
+    layers: tuple[str, ...]
+    projector: tuple[str, ...]
+    tower: tuple[str, ...]
+    counts: dict[str, int]
+    total: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All parameter names that train."""
+        return self.layers + self.projector + self.tower
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that train."""
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A vision-language model taken apart.
+
+    `source` is the folder or hub id it came from; the processor is read from there when first asked for. Wrap a model
+    that is already in memory with `Vlm.of(model)`.
+    """
+
+    model: PreTrainedModel
+    parts: Parts
+    source: str = ""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, source: str = "") -> Vlm:
+        """Find the parts of a model in memory.
+
+        Raises:
+            UserError: the model is an encoder-decoder, has no tower or no list of decoder layers; says what was found.
+        """
+        return cls(model, find_parts(model), source)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor (`AutoProcessor`)."""
+        return load_processor(self.source)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.model.get_submodule(self.parts.tower)
+
+    @property
+    def projector(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        """The modules (and, in LLaVA-NeXT, the bare parameter) that map vision features to the decoder."""
+        return tuple(_lookup(self.model, name) for name in self.parts.projector)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        layers = self.model.get_submodule(self.parts.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head: hidden state to logits."""
+        return self.model.get_submodule(self.parts.head)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for one image feature in `input_ids`.
+
+        Raises:
+            UserError: neither the model's config nor its processor names one.
+        """
+        config = self.model.config
+        for found in (getattr(config, "image_token_id", None), getattr(config, "image_token_index", None)):
+            if found is not None:
+                return int(found)
+        if self.source and getattr(self.processor, "image_token_id", None) is not None:
+            return int(self.processor.image_token_id)
+        raise UserError(
+            f"{type(config).__name__} names no image token (image_token_id, image_token_index); set it in config.json"
+        )
+
+    def region_parameters(self, region: Region) -> tuple[str, ...]:
+        """Exact names of the parameters in the region's decoder layers, in model order.
+
+        Raises:
+            UserError: the region was made for another depth.
+        """
+        if region.depth != self.depth:
+            raise UserError(
+                f"region {region} is for {region.depth} decoder layers, this model has {self.depth}: "
+                "choose it again for this depth"
+            )
+        return self._below(*(f"{self.parts.layers}.{layer}" for layer in region))
+
+    def train_only(self, region: Region, *, projector: bool = True, tower: bool = False) -> Plan:
+        """Let gradients reach the region's layers, the projector and the tower as asked, and nothing else.
+
+        Sets `requires_grad` on every parameter of the model.
+
+        Raises:
+            UserError: the region is for another depth, or nothing at all would train.
+        """
+        bridge = self._below(*self.parts.projector)
+        groups = {
+            "layers": self.region_parameters(region),
+            "projector": bridge if projector else (),
+            # In Qwen and GLM the projector (merger) lives inside the tower; it answers to `projector` alone.
+            "tower": tuple(name for name in self._below(self.parts.tower) if name not in bridge) if tower else (),
+        }
+        chosen = {name for names in groups.values() for name in names}
+        if not chosen:
+            raise UserError("nothing would train: choose a region, the projector or the tower")
+        sizes = {}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            sizes[name] = parameter.numel()
+        counts = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
+        return Plan(region, **groups, counts=counts, total=sum(sizes.values()))
+
+    def linear_modules(self, region: Region) -> tuple[str, ...]:
+        """Exact names of the linear modules in the region's layers, where LoRA goes."""
+        if region.depth != self.depth:
+            raise UserError(f"region {region} is for depth {region.depth}, this model has {self.depth} layers")
+        prefixes = tuple(f"{self.parts.layers}.{layer}." for layer in region)
+        return tuple(
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(prefixes)
+        )
+
+    @contextmanager
+    def head_at(self, positions: torch.Tensor) -> Iterator[None]:
+        """Within it, the model computes logits at `positions` only, through its own head.
+
+        `positions` [B, T] bool; the model's logits become [1, N, vocabulary], N = number of true entries in row-major
+        order. Soft-capping, scaling and tied weights stay the model's business; no B x T x vocabulary tensor exists.
+        """
+
+        def pick(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            hidden = inputs[0]  # B T D
+            if hidden.shape[:2] != positions.shape:
+                raise ValueError(f"the head sees {tuple(hidden.shape[:2])} positions, not {tuple(positions.shape)}")
+            return (hidden[positions].unsqueeze(0), *inputs[1:])
+
+        handle = self.head.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _below(self, *prefixes: str) -> tuple[str, ...]:
+        dotted = tuple(f"{prefix}." for prefix in prefixes)
+        return tuple(name for name, _ in self.model.named_parameters() if name in prefixes or name.startswith(dotted))
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn: str | None = None,
+) -> Vlm:
+    """Load any LVLM and find its parts.
+
+    Args:
+        path: a model folder, a run folder (its checkpoint is meant) or a hub id.
+        dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`.
+        device: `cpu`, `cuda`, ...; default: a GPU when there is one.
+        attn: attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`); default: its choice.
+
+    Raises:
+        UserError: no such model, not a vision-language model, or one that cannot be taken apart.
+
+    Remote code is never run; weights are read from safetensors only.
+    """
+    source = str(model_folder(path))
+    check_config(source)
+    place = torch.device(device) if device else default_device()
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        model, report = loaded
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model in {source}: {first_line(error)}") from error
+    if report["missing_keys"]:
+        name, count = min(report["missing_keys"]), len(report["missing_keys"])
+        raise UserError(f"{source} lacks {count} weights of a {model.config.model_type} model, {name} among them")
+    return Vlm.of(model.to(place), source)
+
+
+def default_device() -> torch.device:
+    """The accelerator when there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def check_config(source: str) -> None:
+    """Refuse early, before any weight is read, what is not a vision-language model.
+
+    Raises:
+        UserError: no config, or a config of another kind of model.
+    """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} is no model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model at {source!r}: expected a model folder, a run folder or a hub id ({first_line(error)})"
+        ) from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(
+            f"{source} holds a {config.model_type} model, which is not an image-text-to-text model; "
+            "give a vision-language model, or make one with `striate assemble`"
+        )
+
+
+def load_processor(source: str) -> Any:
+    """The processor saved with a model.
+
+    Raises:
+        UserError: there is none, or it needs a package that is not installed.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"cannot load a processor from {source or 'nowhere'}: {first_line(error)}") from error
+    if not hasattr(processor, "tokenizer"):
+        raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")
+    return processor
+
+
+def find_parts(model: PreTrainedModel) -> Parts:
+    """Name the tower, projector, decoder layers and head of an LVLM.
+
+    Raises:
+        UserError: with what was found, when a part is missing.
+    """
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{kind} is an encoder-decoder model: striate works on decoder-only vision-language models")
+    names = {id(module): name for name, module in model.named_modules()}
+    decoder, layers = _decoder_layers(model)
+    tower = model.get_encoder(modality="image")
+    if tower is None or tower is decoder or not names.get(id(tower)):
+        children = ", ".join(name for name, _ in model.base_model.named_children())
+        raise UserError(f"{kind} has no vision tower of its own; found only: {children}")
+    head = model.get_output_embeddings()
+    if head is None or id(head) not in names:
+        raise UserError(f"{kind} has no language-model head")
+    tower_name = names[id(tower)]
+    projector = _projector(model, tower_name, names[id(decoder)], names[id(head)])
+    if not projector:
+        raise UserError(f"{kind}: nothing found between the tower ({tower_name}) and the decoder")
+    return Parts(tower_name, projector, names[id(layers)], names[id(head)])
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder and its list of layers, whose length the text config states."""
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    for _ in range(3):  # llama4, blip-2: the decoder is a `...ForCausalLM`, the layers one or two hops further down
+        for child in decoder.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return decoder, child
+        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+        decoder = inner if inner is not decoder else getattr(decoder, "model", decoder)
+    found = ", ".join(f"{name} ({type(child).__name__})" for name, child in decoder.named_children())
+    kind = model.config.model_type
+    raise UserError(f"{kind}: no list of {depth} decoder layers in {type(decoder).__name__}; found: {found}")
+
+
+def _projector(model: PreTrainedModel, tower: str, decoder: str, head: str) -> tuple[str, ...]:
+    """Names of what stands beside tower and decoder, or of the mergers inside the tower."""
+    holder = tower.rpartition(".")[0]
+    beside = model.get_submodule(holder)
+    prefix = f"{holder}." if holder else ""
+    taken = (tower, decoder, head)
+    found = [
+        prefix + name
+        for name, child in beside.named_children()
+        if not any(other == prefix + name or other.startswith(f"{prefix}{name}.") for other in taken)
+        and not name.startswith(_OTHER_SENSES)
+        and any(True for _ in child.parameters())
+    ]
+    # A bare parameter of the holder (LLaVA-NeXT's `image_newline`) goes between image features: it belongs here too.
+    found += [prefix + name for name, _ in beside.named_parameters(recurse=False)] if found else []
+    if not found:
+        tower_module = model.get_submodule(tower)
+        found = [f"{tower}.{name}" for name, _ in tower_module.named_children() if "merger" in name]
+    return tuple(found)
+
+
+def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    holder, _, last = name.rpartition(".")
+    return getattr(model.get_submodule(holder), last)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, for use inside one of ours."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

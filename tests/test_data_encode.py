@@ -1,0 +1,403 @@
+"""What a model is given of a record: the right labels, the right image tokens, the right padding."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pico import FAMILIES as MODELS
+from pico import pico
+from PIL import Image
+from templates import FAMILIES, PINPOINTS, TEMPLATES, llava, processor
+from torch.utils.data import DataLoader
+from transformers import LlavaProcessor
+
+from striate.data import (
+    IGNORED,
+    Example,
+    Examples,
+    Record,
+    RecordError,
+    Skipped,
+    collate,
+    encode,
+    image_token_id,
+)
+from striate.data.chat import render
+from striate.errors import UserError
+
+
+def picture(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+# PaliGemma's processor hands NumPy a list of tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+SMALL, TALL, WIDE = picture(20, 18), picture(30, 90), picture(100, 40)
+
+
+def turn(role: str, *parts: str | None) -> dict:
+    """One message; `None` stands for an image."""
+    contents = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": contents}
+
+
+def record(*messages: dict, images: tuple = ()) -> Record:
+    return Record("7", messages, images, source="train.json:7")
+
+
+ONE = record(turn("user", None, "What colour?"), turn("assistant", "red"), images=(TALL,))
+TWO = record(turn("user", "Is", None, "a mat, and", None, "?"), turn("assistant", "no, a cat"), images=(SMALL, WIDE))
+LONG = record(
+    turn("user", None, "What colour?"),
+    turn("assistant", "red"),
+    turn("user", "And", None, "?"),
+    turn("assistant", "two dogs"),
+    images=(TALL, WIDE),
+)
+TEXT = record(turn("user", "What is red?"), turn("assistant", "a bird"))
+
+
+def learnt(example: Example, processor: LlavaProcessor) -> list[str]:
+    """The runs of labelled tokens, decoded."""
+    runs = groupby(example.labels.tolist(), key=lambda label: label == IGNORED)
+    return [processor.tokenizer.decode(list(run)) for ignored, run in runs if not ignored]
+
+
+# Labels.
+
+ENDS = {  # what is learnt of the answers "red" and "two dogs"
+    "vicuna": [" red</s>", " two dogs</s>"],
+    "llava-1.5": [" red", " two dogs</s>"],
+    "llama-3": ["red<|eot_id|>", "two dogs<|eot_id|>"],
+    "chatml": ["red<|im_end|>", "two dogs<|im_end|>"],
+    "phi-3": ["red<|end|>", "two dogs<|end|>"],
+    "gemma": ["red<end_of_turn>", "two dogs<end_of_turn>"],
+    "mistral": [" red </s>", " two dogs </s>"],
+    "idefics3": [" red<end_of_utterance>", " two dogs<end_of_utterance>"],
+    "text only": ["red<|im_end|>", "two dogs<|im_end|>"],
+    "printed": ["red<|im_end|>", "two dogs<|im_end|>"],
+    "thinking": ["red<|im_end|>", "two dogs<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_labels_are_the_answers_and_their_end_tokens(name: str, adds_bos: bool) -> None:
+    reader = llava(TEMPLATES[name], adds_bos)
+    example = encode(LONG, reader)
+    assert learnt(example, reader) == ENDS[name]
+    assert learnt(encode(replace(LONG, messages=LONG.messages[:2]), reader), reader)[0].strip() in (
+        "red </s>",
+        "red" + ENDS[name][1].strip().removeprefix("two dogs"),
+    )
+    assert example.image_mask.sum() == 2 * 16
+    assert torch.equal(example.image_mask, example.inputs["input_ids"] == image_token_id(reader))
+
+
+@pytest.mark.parametrize("name", sorted(set(ENDS) - {"mistral"}))
+def test_a_system_prompt_is_not_learnt(name: str) -> None:
+    reader = llava(TEMPLATES[name])
+    prompted = replace(LONG, messages=(turn("system", "Answer briefly."), *LONG.messages))
+    example = encode(prompted, reader)
+    assert learnt(example, reader) == ENDS[name]
+    assert "Answer briefly." in reader.tokenizer.decode(example.inputs["input_ids"])
+
+
+def test_captions_of_stage_one() -> None:
+    reader = llava(TEMPLATES["plain"])
+    example = encode(record(turn("user", None), turn("assistant", "a red cat"), images=(SMALL,)), reader)
+    assert reader.tokenizer.decode(example.inputs["input_ids"]) == "<image>" * 16 + "a red cat</s>"
+    assert learnt(example, reader) == ["a red cat</s>"]
+
+
+@pytest.mark.parametrize("name", sorted(set(ENDS) - {"thinking"}))
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_the_prompt_is_what_training_saw_before_the_answer(name: str, adds_bos: bool) -> None:
+    reader = llava(TEMPLATES[name], adds_bos)
+    prompt = encode(LONG, reader, generation=True)
+    trained = encode(LONG, reader)
+    first_answer, last_answer = ((trained.labels != IGNORED).nonzero()[place].item() for place in (0, -1))
+    assert first_answer < len(prompt) <= last_answer
+    assert torch.equal(prompt.inputs["input_ids"], trained.inputs["input_ids"][: len(prompt)])
+    assert (trained.labels[len(prompt) :] != IGNORED).any()
+    assert (prompt.labels == IGNORED).all()
+
+
+@pytest.mark.parametrize(("name", "adds_bos", "count"), [
+    ("llama-3", False, 1), ("llama-3", True, 1), ("vicuna", False, 0), ("vicuna", True, 1),
+])  # fmt: skip
+def test_the_first_token_is_there_once(name: str, adds_bos: bool, count: int) -> None:
+    reader = llava(TEMPLATES[name], adds_bos)
+    for generation in (False, True):
+        tokens = encode(ONE, reader, generation=generation).inputs["input_ids"].tolist()
+        assert tokens.count(reader.tokenizer.bos_token_id) == count
+        assert tokens[:1] == [reader.tokenizer.bos_token_id] or not count
+
+
+def test_a_tokenizer_cannot_end_the_prompt() -> None:
+    reader = llava(TEMPLATES["vicuna"], adds_bos=True)  # writes </s> behind every text
+    assert reader.tokenizer("red").input_ids[-1] == reader.tokenizer.eos_token_id
+    prompt = encode(ONE, reader, generation=True)
+    assert reader.tokenizer.decode(prompt.inputs["input_ids"]).endswith("ASSISTANT:")
+
+
+def test_labels_of_a_sentencepiece_tokenizer() -> None:
+    reader = llava(TEMPLATES["vicuna"], spaces=True)
+    example = encode(LONG, reader)
+    labels = example.labels[example.labels != IGNORED].tolist()
+    assert "▁red" in reader.tokenizer.convert_ids_to_tokens(labels)
+    assert [text.strip() for text in learnt(example, reader)] == ["red</s>", "two dogs</s>"]
+
+
+READERS = {name: llava(TEMPLATES[name]) for name in ("chatml", "llama-3", "vicuna", "phi-3", "idefics3", "gemma")}
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="<[\ue000\ue001"), min_size=1, max_size=12)
+ANSWERS = WORDS.filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(["chatml", "llama-3", "vicuna", "phi-3", "idefics3", "gemma"]),
+    exchanges=st.lists(st.tuples(WORDS, st.booleans(), ANSWERS), min_size=1, max_size=4),
+)
+def test_any_conversation_is_learnt_to_the_letter(name: str, exchanges: list[tuple[str, bool, str]]) -> None:
+    reader = READERS[name]
+    messages, images = [], []
+    for question, has_image, answer in exchanges:
+        messages += [turn("user", *([None] if has_image else []), question), turn("assistant", answer)]
+        images += [SMALL] * has_image
+    example = encode(record(*messages, images=tuple(images)), reader)
+    trims = name in ("llama-3", "gemma")
+    lead, end = ENDS[name][0].split("red")
+    answers = [answer.strip() if trims else answer for _, _, answer in exchanges]
+    assert learnt(example, reader) == [lead + answer + end for answer in answers]
+    assert example.image_mask.sum() == 16 * len(images)
+
+
+def test_turns_behind_the_last_answer_are_left_out() -> None:
+    reader = llava()
+    asked_again = replace(ONE, messages=(*ONE.messages, turn("user", "And", None)), images=(TALL, WIDE))
+    assert torch.equal(encode(asked_again, reader).labels, encode(ONE, reader).labels)
+    assert encode(asked_again, reader, generation=True).image_mask.sum() == 32
+
+
+def test_plain_text_is_learnt_whole() -> None:
+    reader = llava(adds_bos=True)
+    example = encode(Record("1", (), text="two dogs"), reader)
+    bos, eos = reader.tokenizer.bos_token_id, reader.tokenizer.eos_token_id
+    assert example.inputs["input_ids"][0] == bos
+    assert learnt(example, reader) == ["two dogs"]
+    assert example.labels[0] == IGNORED
+    assert (example.labels != eos).all()
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(("bad", "name", "message"), [
+    (record(turn("user", "Hm?")), "chatml", "there is no answer to learn from"),
+    (record(turn("system", "x"), *TEXT.messages), "mistral", "refuses the conversation (Only user and"),
+    (record(turn("user", "\ue000answer\ue001"), turn("assistant", "red")), "chatml", "changes the answers"),
+    (replace(ONE, messages=(turn("user", None, "a literal <image>"), ONE.messages[1])), "chatml",
+     "2 <image> in the model's prompt for 1 images; the texts must not hold <image> themselves"),
+    (Record("1", (), text=" ", source="train.json:7"), "chatml", "neither a conversation nor text"),
+    (replace(ONE, images=(b"no image",)), "chatml", "is not an image"),
+])  # fmt: skip
+def test_a_bad_record_is_named(bad: Record, name: str, message: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        encode(bad, llava(TEMPLATES[name]))
+    assert str(caught.value).startswith("train.json:7: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_writes_nothing() -> None:
+    with pytest.raises(RecordError, match="writes nothing"):
+        encode(record(turn("user", "What?")), llava(TEMPLATES["plain"]), generation=True)
+
+
+def test_a_template_that_changes_answers_is_refused() -> None:
+    upper = TEMPLATES["chatml"].replace("parts(message)", "parts(message) | upper")
+    with pytest.raises(RecordError, match="changes the answers"):
+        encode(ONE, llava(upper.replace("'<image>'", "'<IMAGE>'")))
+
+
+def test_processors_that_will_not_do() -> None:
+    reader = llava()
+    reader.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        encode(ONE, reader)
+    reader = llava(TEMPLATES["chatml"])
+    reader.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        encode(ONE, reader)
+    reader = llava()
+    reader.get_text_with_replacements = lambda text, *_: (text, [[]])
+    with pytest.raises(UserError, match="LlavaProcessor does not tell where it puts images"):
+        encode(ONE, reader)
+
+
+def test_too_long_is_dropped_or_cut_behind_the_images() -> None:
+    reader = llava()
+    whole = encode(LONG, reader)
+    last_image = int(whole.image_mask.nonzero().max())
+    for limit in range(1, len(whole) + 1):
+        if limit < len(whole):
+            with pytest.raises(RecordError, match=f"{len(whole)} tokens, more than --max-length {limit}") as caught:
+                encode(LONG, reader, max_length=limit)
+            assert caught.value.too_long
+        if limit <= last_image:
+            with pytest.raises(RecordError):
+                encode(LONG, reader, max_length=limit, truncate_text=True)
+        else:
+            cut = encode(LONG, reader, max_length=limit, truncate_text=True)
+            assert torch.equal(cut.labels, whole.labels[:limit])
+            assert cut.image_mask.sum() == 32
+            assert all(len(cut.inputs[key]) == limit for key in ("input_ids", "attention_mask"))
+    with pytest.raises(RecordError):  # the question alone does not fit: nothing would be learnt
+        encode(TEXT, reader, max_length=4, truncate_text=True)
+    with pytest.raises(RecordError):  # a prompt is never cut
+        encode(TEXT, reader, max_length=4, truncate_text=True, generation=True)
+
+
+# Families.
+
+
+def own_batch(reader, records: list[Record], side: str) -> dict:
+    """What the family's own processor makes of the records in one call."""
+    images = [list(one.images) for one in records]
+    options = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+    if type(reader).__name__ == "PaliGemmaProcessor":
+        marks = ["<image>" * len(one) for one in images]
+        texts = [mark + "\n".join(p["text"] for p in one.messages[0]["content"] if "text" in p)
+                 for mark, one in zip(marks, records, strict=True)]  # fmt: skip
+        answers = [one.messages[1]["content"][0]["text"] for one in records]
+        output = reader(text=texts, suffix=answers, images=images, **options)
+        return {key: value for key, value in output.items() if key != "labels"}
+    texts = [render(reader, list(one.messages), "") for one in records]
+    return dict(reader(text=texts, images=images, add_special_tokens=False, **options))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_batch_is_what_the_processor_makes_of_it(family: str, side: str) -> None:
+    reader = processor(family)
+    batch = collate([encode(one, reader) for one in (ONE, TWO)], pad_id=0, side=side)
+    own = own_batch(reader, [ONE, TWO], side)
+    assert batch.inputs.keys() == own.keys()
+    for key, value in own.items():
+        torch.testing.assert_close(batch.inputs[key], value, rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"paligemma"}))
+def test_text_only_records_share_a_batch(family: str) -> None:
+    reader = processor(family)
+    batch = collate([encode(one, reader) for one in (TEXT, ONE, LONG)], pad_id=0)
+    images = collate([encode(one, reader) for one in (ONE, LONG)], pad_id=0)
+    per_token = {key for key, value in batch.inputs.items() if value.shape[:2] == batch.labels.shape}
+    for key in batch.inputs.keys() - per_token:
+        assert torch.equal(batch.inputs[key], images.inputs[key]), key
+    for key in per_token:
+        assert torch.equal(batch.inputs[key][1:], images.inputs[key]), key
+    text_only = collate([encode(TEXT, reader)], pad_id=0)
+    assert text_only.inputs.keys() <= per_token
+    assert not text_only.image_mask.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_is_an_image_token_for_every_feature(family: str) -> None:
+    """The models themselves refuse a batch whose image tokens are not as many as the features."""
+    reader = processor(family)
+    image_token = image_token_id(reader)
+    text = {**MODELS[family]["text_config"], "vocab_size": len(reader.tokenizer) + 1}
+    full = {"vision_feature_select_strategy": "full", "image_grid_pinpoints": PINPOINTS}
+    changes = full if family.startswith("llava") else {}
+    model = pico(family, text_config=text, image_token_id=image_token, image_token_index=image_token, **changes)
+    batch = collate([encode(one, reader) for one in (ONE, TWO)], pad_id=0)
+    assert model(**batch.inputs).logits.shape[:2] == batch.labels.shape
+    for example in (encode(one, reader) for one in (ONE, TWO)):
+        assert example.image_mask.any()
+
+
+def test_paligemma_takes_question_and_answer_apart() -> None:
+    reader = processor("paligemma")
+    example = encode(ONE, reader)
+    assert learnt(example, reader) == ["red</s>"]
+    assert torch.equal(example.inputs["token_type_ids"] == 1, example.labels != IGNORED)
+    prompt = encode(ONE, reader, generation=True)
+    assert reader.tokenizer.decode(prompt.inputs["input_ids"]) == "<image>" * 16 + "<s>What colour?\n"
+    with pytest.raises(RecordError, match="one question and one answer"):
+        encode(LONG, reader)
+    with pytest.raises(RecordError, match="refuses the record"):
+        encode(TEXT, reader)
+
+
+# Batches.
+
+
+def test_padding_on_either_side() -> None:
+    reader = llava()
+    examples = [encode(one, reader) for one in (ONE, TEXT, LONG)]
+    right, left = (collate(examples, pad_id=0, side=side) for side in ("right", "left"))
+    for row, example in enumerate(examples):
+        length = len(example)
+        for batch, kept in ((right, slice(length)), (left, slice(-length, None))):
+            rest = torch.ones(batch.labels.shape[1], dtype=torch.bool)
+            rest[kept] = False
+            assert torch.equal(batch.labels[row, kept], example.labels)
+            assert torch.equal(batch.image_mask[row, kept], example.image_mask)
+            assert torch.equal(batch.inputs["input_ids"][row, kept], example.inputs["input_ids"])
+            assert (batch.labels[row, rest] == IGNORED).all()
+            assert not batch.image_mask[row, rest].any()
+            assert batch.inputs["attention_mask"][row].sum() == length
+    assert right.ids == ("7", "7", "7")
+    assert len(right) == 3
+
+
+def test_a_batch_moves_and_keeps_its_integers() -> None:
+    batch = collate([encode(ONE, llava())], pad_id=0).to("cpu", torch.bfloat16)
+    assert batch.inputs["pixel_values"].dtype == torch.bfloat16
+    assert batch.inputs["input_ids"].dtype == batch.labels.dtype == torch.long
+    assert batch.image_mask.dtype == torch.bool
+
+
+def test_bad_records_travel_with_the_batch() -> None:
+    records = [ONE, replace(ONE, images=(b"no image",)), replace(LONG, source="train.json:9")]
+    examples = Examples(records, llava(), max_length=len(encode(ONE, llava())))
+    loader = DataLoader(examples, 3, num_workers=2, collate_fn=lambda items: collate(items, pad_id=0))
+    (batch,) = loader
+    assert len(batch) == 1
+    assert [(one.source, one.too_long) for one in batch.skipped] == [
+        ("train.json:7", False),
+        ("train.json:9", True),
+    ]
+    empty = collate([Skipped("train.json:1", "no image")], pad_id=0)
+    assert len(empty) == 0
+    assert empty.labels.shape == (0, 0)
+    assert empty.inputs == {}
+
+
+def test_errors_and_examples_survive_pickling() -> None:
+    error = pickle.loads(pickle.dumps(RecordError("train.json:3", "the answer is empty", too_long=True)))
+    assert str(error) == "train.json:3: the answer is empty"
+    assert error.too_long
+    examples = pickle.loads(pickle.dumps(Examples([ONE], llava())))
+    assert torch.equal(examples[0].labels, encode(ONE, llava()).labels)
+
+
+def test_lengths_order_records_without_opening_images() -> None:
+    unread = replace(LONG, images=(b"", b""))
+    examples = Examples([TEXT, ONE, unread], llava())
+    text, one, two = examples.lengths
+    assert text < one < two
+    assert one - text >= 16 - 4
+    assert two >= 32
+    assert Examples([TEXT], llava()).lengths == [text]

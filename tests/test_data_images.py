@@ -1,0 +1,274 @@
+"""Images as they occur in real data sets: each opens as upright 8-bit RGB, or is refused in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from striate.data import RecordError, open_image
+from striate.data import images as images_module
+from striate.data.images import MAX_PIXELS, MIN_SIDE, ImageFolder
+from striate.data.record import ImageSource
+
+# Left half red, right half blue, 8 x 6.
+FLAG = Image.new("RGB", (8, 6), "red")
+FLAG.paste("blue", (4, 0, 8, 6))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: ImageSource) -> np.ndarray:
+    opened = open_image(image, "train.json:1")
+    assert opened.mode == "RGB"
+    return np.asarray(opened)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])
+def test_kinds_without_loss(kind: str) -> None:
+    data = encoded(FLAG, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(pixels(data), np.asarray(FLAG))
+
+
+def test_the_same_from_path_bytes_and_memory(tmp_path: Path) -> None:
+    FLAG.save(tmp_path / "flag.png")
+    for source in (tmp_path / "flag.png", (tmp_path / "flag.png").read_bytes(), FLAG):
+        np.testing.assert_array_equal(pixels(source), np.asarray(FLAG))
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [
+    (1, FLAG), (2, FLAG.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), (3, FLAG.rotate(180)),
+    (6, FLAG.transpose(Image.Transpose.ROTATE_270)), (8, FLAG.transpose(Image.Transpose.ROTATE_90)),
+])  # fmt: skip
+def test_exif_rotation_is_applied(orientation: int, turned: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(pixels(encoded(FLAG, "PNG", exif=exif)), np.asarray(turned))
+
+
+def test_palettes_and_transparency_lie_on_white() -> None:
+    clear = FLAG.convert("RGBA")
+    clear.paste((0, 255, 0, 0), (0, 0, 4, 6))
+    expected = np.asarray(FLAG).copy()
+    expected[:, :4] = 255
+    np.testing.assert_array_equal(pixels(encoded(clear, "PNG")), expected)
+    np.testing.assert_array_equal(pixels(encoded(FLAG.quantize(2), "PNG")), np.asarray(FLAG))
+    palette = FLAG.quantize(2)
+    red = palette.getpixel((0, 0))
+    np.testing.assert_array_equal(pixels(encoded(palette, "PNG", transparency=red)), expected)
+    np.testing.assert_array_equal(pixels(encoded(FLAG, "PNG", transparency=(255, 0, 0))), expected)
+    grey = Image.new("LA", (4, 4), (100, 128))
+    assert abs(int(pixels(encoded(grey, "PNG"))[0, 0, 0]) - (100 * 128 + 255 * 127) // 255) <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind: str) -> None:
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = pixels(encoded(Image.fromarray(ramp), kind))
+    for channel in range(3):
+        np.testing.assert_array_equal(found[..., channel], np.rint(ramp / 257))
+
+
+@pytest.mark.parametrize("values", [np.array([[-1.5, 0.0], [0.5, 2.5]], np.float32), np.array([[0, 10**6]], np.int32)])
+def test_wider_numbers_are_spread(values: np.ndarray) -> None:
+    found = pixels(encoded(Image.fromarray(values), "TIFF"))
+    assert found.min() == 0
+    assert found.max() == 255
+    broken = np.full((8, 8), np.nan, np.float32)
+    assert (pixels(encoded(Image.fromarray(broken), "TIFF")) == 0).all()
+
+
+def test_one_bit_and_cmyk() -> None:
+    bits = Image.fromarray(np.eye(8, dtype=bool))
+    np.testing.assert_array_equal(pixels(encoded(bits, "PNG"))[..., 0], np.eye(8, dtype=np.uint8) * 255)
+    red, _, blue = pixels(encoded(FLAG.convert("CMYK"), "TIFF"))[0, 0]
+    assert red > 250
+    assert blue < 5
+
+
+def test_the_first_frame_of_a_moving_one() -> None:
+    rest = [Image.new("RGB", FLAG.size, colour) for colour in ("green", "black")]
+    for kind in ("GIF", "WEBP", "TIFF", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(FLAG, kind, save_all=True, append_images=rest, **options)
+        np.testing.assert_array_equal(pixels(data), np.asarray(FLAG))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 3)])
+def test_slim_images_are_widened(size: tuple[int, int]) -> None:
+    found = pixels(encoded(Image.new("RGB", size, "red"), "PNG"))
+    assert found.shape == (max(size[1], MIN_SIDE), max(size[0], MIN_SIDE), 3)
+    assert (found == (255, 0, 0)).all()
+
+
+def test_the_callers_image_is_left_alone() -> None:
+    mine = FLAG.copy()
+    open_image(mine).paste("white", (0, 0, 8, 6))
+    np.testing.assert_array_equal(np.asarray(mine), np.asarray(FLAG))
+
+
+# Refused.
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few hundred bytes that says it has `side` x `side` pixels."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (bomb(9_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
+    (bomb(12_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
+    (bomb(60_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
+    (encoded(FLAG, "PNG")[:-30], "image data is damaged"),
+    (encoded(FLAG.resize((99, 99)), "JPEG")[:-200], "image data is damaged"),
+    (b"", "is not an image"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+    (b"cos\nsystem\n(S'touch pickled'\ntR.", "is not an image"),
+    (Path("nowhere.png"), "image nowhere.png not found"),
+])  # fmt: skip
+def test_refused_in_one_line(data: ImageSource, message: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(RecordError) as caught:
+            open_image(data, "train.json:12")
+    assert str(caught.value).startswith("train.json:12: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+SEEDS = [
+    encoded(FLAG.resize((40, 30)), "JPEG"), encoded(FLAG, "PNG"), encoded(FLAG, "GIF"), encoded(FLAG, "TIFF"),
+    encoded(FLAG, "WEBP"), encoded(FLAG, "BMP"), encoded(FLAG.quantize(4), "PNG", transparency=1),
+]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=5000)
+@given(
+    seed=st.sampled_from(SEEDS),
+    changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=8),
+    end=st.none() | st.integers(0, 400),
+)
+def test_mutated_files_open_or_are_refused(seed: bytes, changes: list[tuple[int, int]], end: int | None) -> None:
+    data = bytearray(seed)
+    for place, value in changes:
+        data[place % len(data)] = value
+    with warnings.catch_warnings(), suppress(RecordError):
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd files
+        assert open_image(bytes(data[:end]), "fuzz:1").mode == "RGB"
+
+
+# Where images may be.
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for name in ("secret.png", "images/flag.png", "images/deep/flag.png"):
+        FLAG.save(tmp_path / name)
+    (tmp_path / "images" / "escape.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images" / "inner.png").symlink_to(tmp_path / "images" / "flag.png")
+    (tmp_path / "images" / "loop.png").symlink_to(tmp_path / "images" / "loop.png")
+    (tmp_path / "images" / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "images" / "pipe.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", ["flag.png", "deep/flag.png", "deep/../flag.png", "inner.png", "./flag.png"])
+def test_images_inside_the_folder(folder: Path, name: str) -> None:
+    assert ImageFolder(folder).locate(name, "x") == folder.resolve() / name.replace("deep/../", "").replace(
+        "inner", "flag"
+    )
+    assert ImageFolder(folder).locate(str(folder / "flag.png"), "x").is_file()
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("../secret.png", "is outside the image folder"),
+    ("/etc/passwd", "is outside the image folder"),
+    ("escape.png", "is outside the image folder"),
+    ("up/secret.png", "is outside the image folder"),
+    ("deep/../../secret.png", "is outside the image folder"),
+    ("missing.png", "not found in"),
+    ("../missing.png", "is outside the image folder"),
+    ("loop.png", "not found in"),
+    ("nul\0.png", "not found in"),
+    ("x" * 5000, "not found in"),
+    ("pipe.png", "is not a file"),
+    ("deep", "is not a file"),
+    ("", "an image must be a path, found"),
+    (7, "an image must be a path, found 7"),
+    (None, "an image must be a path, found None"),
+    ({"bytes": None, "path": "../secret.png"}, "is outside the image folder"),
+    ("file:///etc/passwd", "not found in"),
+    ("https://example.org/a.png", "is a URL; download it, or pass --allow-urls"),
+])  # fmt: skip
+def test_images_that_may_not_be_opened(folder: Path, name: object, message: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        ImageFolder(folder).locate(name, "train.json:3")
+    assert str(caught.value).startswith("train.json:3: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+class Web(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/missing.png":
+            return self.send_error(404)
+        self.send_response(200)
+        self.end_headers()
+        with suppress(ConnectionError):
+            for _ in range(20 if self.path == "/dripping.png" else 1):
+                self.wfile.write(encoded(FLAG, "PNG"))
+                time.sleep(0.05)
+        return None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Web)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_urls_when_allowed(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = ImageFolder(Path(), allow_urls=True).locate(f"{web}/flag.png", "x")
+    np.testing.assert_array_equal(pixels(url), np.asarray(FLAG))
+    with pytest.raises(RecordError, match=r"could not be fetched \(HTTP Error 404"):
+        open_image(f"{web}/missing.png", "x")
+    monkeypatch.setattr(images_module, "URL_SECONDS", 0.2)
+    with pytest.raises(RecordError, match=r"could not be fetched \(not complete after"):
+        open_image(f"{web}/dripping.png", "x")
+    monkeypatch.setattr(images_module, "URL_BYTES", 20)
+    with pytest.raises(RecordError, match=r"could not be fetched \(larger than"):
+        open_image(f"{web}/flag.png", "x")

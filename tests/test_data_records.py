@@ -1,0 +1,299 @@
+"""Reading: both spellings, every kind of file, and one clear line for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from striate.data import Record, RecordError, Skipped, open_image, read
+from striate.errors import UserError
+
+IMAGE = {"type": "image"}
+CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "red"}]
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    return tmp_path
+
+
+def read_one(folder: Path, row: Any, **options: Any) -> Record:
+    (folder / "train.json").write_text(json.dumps([row]))
+    return read(folder / "train.json", **options).records[0]
+
+
+# Spellings.
+
+LLAVA = {
+    "id": "000123",
+    "image": ["a.png", "b.png"],
+    "conversations": [
+        {"from": "system", "value": "Answer briefly."},
+        {"from": "human", "value": "<image>\nIs it\n<image> or <image>?"},
+        {"from": "gpt", "value": "The first"},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes"},
+    ],
+}
+
+
+def test_llava_spelling(folder: Path) -> None:
+    found = read_one(folder, {**LLAVA, "image": ["a.png", "b.png", "a.png"]})
+    assert found.messages == (
+        {"role": "system", "content": [text("Answer briefly.")]},
+        {"role": "user", "content": [IMAGE, text("Is it"), IMAGE, text(" or "), IMAGE, text("?")]},
+        {"role": "assistant", "content": [text("The first")]},
+        {"role": "user", "content": [text("Sure?")]},
+        {"role": "assistant", "content": [text("Yes")]},
+    )
+    assert [path.name for path in found.images] == ["a.png", "b.png", "a.png"]
+    assert (found.id, found.source) == ("000123", "train.json:1")
+
+
+@pytest.mark.parametrize("content", [
+    "<image>\nWhat?",
+    "What?",  # no mark: the image comes first
+    [IMAGE, text("What?")],
+    [text("<image>What?")],
+    [{"type": "image", "text": None}, {"type": "text", "text": "What?", "image": None}],  # as Arrow fills it up
+])  # fmt: skip
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_spellings_of_the_same_record(folder: Path, content: Any, key: str) -> None:
+    image = "a.png" if key == "image" else ["a.png"]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [text("red")]}]
+    other = [{"from": "human", "value": content}, {"from": "gpt", "value": "red"}]
+    ours, theirs = (read_one(folder, {key: image, name: value}) for name, value in
+                    (("messages", turns), ("conversations", other)))  # fmt: skip
+    assert ours == theirs
+    assert ours.messages[0]["content"] == [IMAGE, text("What?")]
+    assert ours.images == ((folder / "a.png").resolve(),)
+
+
+@pytest.mark.parametrize("part", [
+    {"type": "image", "image": "b.png"}, {"type": "image", "path": "b.png"}, {"type": "image", "url": "b.png"},
+    {"type": "image_url", "image_url": {"url": "b.png"}},
+])  # fmt: skip
+def test_parts_that_name_their_image(folder: Path, part: dict) -> None:
+    content = [text("From <image> to "), part]
+    found = read_one(folder, {"image": "a.png", "messages": [{"role": "user", "content": content}]})
+    assert found.messages[0]["content"] == [text("From "), IMAGE, text(" to "), IMAGE]
+    assert [path.name for path in found.images] == ["a.png", "b.png"]
+
+
+def test_text_only_evaluation_and_plain_text_records(folder: Path) -> None:
+    question = read_one(folder, {
+        "messages": CHAT[:1], "image": "", "task": "read", "metric": "exact_match", "answers": ["red", 2],
+        "choices": ["red", "blue"],
+    })  # fmt: skip
+    assert (question.task, question.metric, question.images) == ("read", "exact_match", ())
+    assert (question.answers, question.choices) == (("red", "2"), ("red", "blue"))
+    assert read_one(folder, {"messages": CHAT, "answers": "red"}).answers == ("red",)
+    plain = read_one(folder, {"text": "Cats are animals.", "task": "held-out"})
+    assert (plain.text, plain.messages, plain.id) == ("Cats are animals.", (), "train.json:1")
+
+
+# Files.
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+@pytest.mark.parametrize("as_lines", [False, True])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lists_and_lines_are_told_apart(folder: Path, name: str, as_lines: bool, mark: bytes) -> None:
+    rows = [json.dumps({"messages": CHAT, "id": id}, ensure_ascii=False) for id in ("ä\u2028b", "c")]
+    whole = "\n\n".join(rows) if as_lines else " [" + ",\n".join(rows) + "]"
+    (folder / name).write_bytes(mark + whole.encode())
+    found = read(folder / name)
+    assert [record.id for record in found] == ["ä\u2028b", "c"]
+    assert [record.source for record in found] == [f"{name}:1", f"{name}:{3 if as_lines else 2}"]
+
+
+def test_a_folder_of_files(folder: Path) -> None:
+    (folder / "b.jsonl").write_text(json.dumps({"messages": CHAT}))
+    (folder / "a.json").write_text(json.dumps([{"messages": CHAT, "image": "a.png"}]))
+    assert [record.source for record in read(folder)] == ["a.json:1", "b.jsonl:1"]
+
+
+def test_images_elsewhere(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "train.json").write_text(json.dumps([{"messages": CHAT, "image": "a.png"}]))
+    (found,) = read(folder / "data" / "train.json", images=folder)
+    assert found.images == ((folder / "a.png").resolve(),)
+    with pytest.raises(RecordError, match=r"a.png not found in .*data; set --images"):
+        read(folder / "data" / "train.json")
+
+
+@pytest.mark.filterwarnings("ignore")  # of `datasets` and its own dependencies
+def test_parquet_keeps_its_images_on_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+    data = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    rows = [
+        {"image": data, "images": [data, data], "messages": [{"role": "user", "content": "<image>" * n}, CHAT[1]]}
+        for n in (2, 3)
+    ]
+    features = datasets.Features({
+        "image": datasets.Image(), "images": datasets.Sequence(datasets.Image()),
+        "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+    })  # fmt: skip
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+    found = read(folder / "train.parquet", on_bad="skip")
+    assert found.skipped == [Skipped("train.parquet:2", "3 <image> marks for 2 images; they must be as many")]
+    assert [open_image(image).getpixel((0, 0)) for image in found.records[0].images] == [(255, 0, 0)] * 2
+    single = [{"image": data, "messages": CHAT}, {"image": {"bytes": None, "path": "b.png"}, "messages": CHAT}]
+    datasets.Dataset.from_list(single).to_parquet(folder / "other.parquet")
+    colours = [open_image(record.images[0]).getpixel((0, 0)) for record in read(folder / "other.parquet")]
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_hub_data_sets_and_parquet_need_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "train.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for path in ("nobody/nothing", folder / "train.parquet"):
+        with pytest.raises(UserError, match="pip install datasets"):
+            read(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_unreadable_data_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+    (folder / "train.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(UserError, match=r"train.parquet: not a readable Parquet file"):
+        read(folder / "train.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"nobody/nothing: no such file here, and not loadable from the hub"):
+        read("nobody/nothing")
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    (7, "a record must be an object, found a number"),
+    ([], "a record must be an object, found a list"),
+    ({}, "expected 'conversations', 'messages' or 'text', found nothing"),
+    ({"question": "?", "answer": "!"}, "expected 'conversations', 'messages' or 'text', found question, answer"),
+    ({"text": ""}, "the text is empty"),
+    ({"text": 7}, "'text' must be text, found a number"),
+    ({"text": "a", "image": "a.png"}, "a plain text record cannot have images"),
+    ({"messages": "hello"}, "the conversation must be a list of turns, found text"),
+    ({"messages": []}, "the conversation must be a list of turns, found a list"),
+    ({"messages": ["hello"]}, "turn 1 must be an object, found text"),
+    ({"messages": CHAT[1:]}, "the conversation has no question: no turn of 'human' or 'user'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: unknown role 'tool'; expected human, user, gpt"),
+    ({"messages": [{"content": "x"}]}, "turn 1: unknown role 'None'"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1: unknown role"),
+    ({"messages": [{"role": "user"}]}, "turn 1: the content must be text or a list, found nothing"),
+    ({"messages": [{"role": "user", "content": ""}]}, "turn 1 is empty"),
+    ({"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+     "turn 1: a content part must be text or an image, found {'type': 'video'}"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "turn 1: a content part must be text or an image"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]}, "turn 2: the answer is empty"),
+    ({"messages": [CHAT[0], {"role": "assistant", "content": "see <image>"}], "image": "a.png"},
+     "turn 2: an answer cannot hold an image"),
+    ({"messages": [{"role": "user", "content": "<image> and <image>"}], "image": "a.png"},
+     "2 <image> marks for 1 images; they must be as many"),
+    ({"messages": [{"role": "user", "content": "<image>"}], "images": ["a.png", "b.png"]},
+     "1 <image> marks for 2 images; they must be as many"),
+    ({"messages": [{"role": "user", "content": "<image>"}]}, "1 <image> marks for 0 images"),
+    ({"messages": CHAT, "image": "c.png"}, "image c.png not found in"),
+    ({"messages": CHAT, "image": "../c.png"}, "image ../c.png is outside the image folder"),
+    ({"messages": CHAT, "image": 7}, "an image must be a path, found 7"),
+    ({"messages": CHAT, "image": [["a.png"]]}, "an image must be a path, found ['a.png']"),
+    ({"messages": CHAT, "image": "http://localhost/a.png"},
+     "image http://localhost/a.png is a URL; download it, or pass --allow-urls"),
+    ({"messages": CHAT, "answers": {"a": 1}}, "'answers' must be a list of texts, found {'a': 1}"),
+    ({"messages": CHAT, "task": 7}, "'task' must be text, found a number"),
+])  # fmt: skip
+def test_bad_records(folder: Path, row: Any, reason: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        read_one(folder, row)
+    assert str(caught.value).startswith(f"train.json:1: {reason}")
+    (folder / "train.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n" + json.dumps(row))
+    found = read(folder / "train.jsonl", on_bad="skip")
+    assert len(found) == 1
+    assert [one.source for one in found.skipped] == ["train.jsonl:2"]
+    assert found.skipped[0].reason.startswith(reason)
+
+
+@pytest.mark.parametrize("line", [
+    b'{"messages": [', b"\xff\xfe", b"1" * 5000, b'{"a":' * 50_000, b"nonsense",
+])  # fmt: skip
+def test_broken_lines(folder: Path, line: bytes) -> None:
+    path = folder / "train.jsonl"
+    path.write_bytes(json.dumps({"messages": CHAT}).encode() + b"\n" + line + b"\n")
+    with pytest.raises(RecordError, match=r"^train.jsonl:2: (not valid JSON|a record must be)"):
+        read(path)
+    assert [skipped.source for skipped in read(path, on_bad="skip").skipped] == ["train.jsonl:2"]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("train.json", b"", "train.json: it is empty"),
+    ("train.json", b"[]", "train.json: it is empty"),
+    ("train.jsonl", b"\n\n", "train.jsonl: it is empty"),
+    ("train.json", b'[{"text": "a"},', r"train.json: not valid JSON .*line 1 column"),
+    ("train.json", b"[" * 100_000, "train.json: not valid JSON"),
+    ("train.jsonl", b"7\n8", "none of its 2 records can be used: a record must be an object, found a number"),
+    ("train.csv", b"a,b", "train.csv: expected a .json, .jsonl, .parquet file"),
+])  # fmt: skip
+def test_bad_files(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read(folder / name, on_bad="skip")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"folder.json: cannot be read \(Is a directory\)"):
+        read(tmp_path)
+    (tmp_path / "folder.json").rmdir()
+    with pytest.raises(UserError, match=r"train.json: no such file; expected .json, .jsonl, .parquet"):
+        read(tmp_path / "train.json")
+    with pytest.raises(UserError, match=r"no .json, .jsonl, .parquet file in this folder"):
+        read(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+CONTENT = st.sampled_from(["<image>\nWhat?", "red", "", [IMAGE], [{"type": "image", "image": "a.png"}]]) | JSON
+ROLE = st.sampled_from(["user", "human", "gpt", "assistant"]) | JSON
+TURN = st.fixed_dictionaries({}, optional={"role": ROLE, "from": ROLE, "content": CONTENT, "value": CONTENT})
+ROW = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("messages", "conversations"), st.lists(TURN | JSON, max_size=3) | JSON),
+        **dict.fromkeys(("image", "images"), st.sampled_from(["a.png", "../a.png", ["a.png"] * 2]) | JSON),
+        **dict.fromkeys(("text", "id", "task", "metric", "answers", "choices"), JSON),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROW | JSON, max_size=6))
+def test_whatever_is_read_gives_records_or_reasons(folder: Path, rows: list[Any]) -> None:
+    path = folder / "train.json"
+    path.write_text(json.dumps([{"messages": CHAT}, *rows]))
+    found = read(path, on_bad="skip")
+    assert len(found) + len(found.skipped) == len(rows) + 1
+    for record in found:
+        assert all(Path(image).parent == folder.resolve() for image in record.images)
+        marks = [part for message in record.messages for part in message["content"] if part == IMAGE]
+        assert len(marks) == len(record.images)
+        assert bool(record.messages) != bool(record.text)

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from striate.errors import UserError
+from striate.region import Region
+from striate.report import compare, report, table
+from striate.run import Run
+
+DEPTH = 12
+QUIET = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+HOSTILE = (
+    "<script>top.document.title='owned'</script>",
+    '"><img src=x onerror="top.document.title=\'owned\'">',
+    "</style></title></textarea><svg onload=\"top.document.title='owned'\">",
+    "' onmouseover='top.document.title=1' x='{{ 7 * 7 }}{% raw %}",
+)
+
+
+def make_run(
+    path: Path,
+    *,
+    region: str | None = "all",
+    visual: tuple[float, ...] = (0.8, 0.6),
+    text: float | None = 0.7,
+    seconds: float | None = 100.0,
+    data: str = "test.json",
+    n: int = 100,
+    answers: tuple[str, ...] = ("cup", "two"),
+    images: tuple[Path, ...] = (),
+    **options: Any,
+) -> Path:
+    """A finished run: two visual tasks with standard errors 0.03 and 0.04, two text tasks, two answers."""
+    run = Run.create(path, verb="tune", options={"epochs": 1, **options}, seed=0)
+    if region:
+        run.write_region(Region.parse(region, DEPTH))
+    for step in range(1, 4):
+        run.log({"step": step, "loss": 3.0 / step, "lr": 1e-3, "seconds": float(step)})
+    tasks = {
+        name: {"metric": "exact_match", "modality": "visual", "value": value, "stderr": stderr, "n": n}
+        for name, value, stderr in zip(("read", "count"), visual, (0.03, 0.04), strict=False)
+    }
+    if text is not None:
+        tasks["facts"] = {"metric": "exact_match", "modality": "text", "value": text, "stderr": None, "n": n}
+        tasks["story"] = {"metric": "perplexity", "modality": "text", "value": 2.125, "stderr": 0.0, "n": n}
+    run.write_results({"tasks": tasks, "seconds": 1.0, "data": data})
+    run.write_predictions(
+        {
+            "id": task,
+            "task": task,
+            "metric": "exact_match",
+            "question": f"What to {task}?",
+            "answers": ["cup"],
+            "prediction": answer,
+            "score": float(answer == "cup"),
+            "images": [str(image) for image in images],
+        }
+        for task, answer in zip(("read", "count"), answers, strict=True)
+    )
+    training = {
+        "seconds": seconds,
+        "samples_per_second": 8.0,
+        "peak_memory_gb": 1.5,
+        "trainable_parameters": 1_480_000,
+    }
+    run.update(status="finished", **({"training": training} if seconds else {}))
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """A backbone, all layers, and two regions that keep 90 % in 0.7 of the time and 50 % in 0.25."""
+    return [
+        make_run(tmp_path / "backbone", region=None, visual=(0.1, 0.1), seconds=None),
+        make_run(tmp_path / "all"),
+        make_run(tmp_path / "uniform", region="uniform:25%", visual=(0.72, 0.54), seconds=70.0),
+        make_run(tmp_path / "last", region="last:25%", visual=(0.4, 0.3), seconds=25.0),
+    ]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "cup.png"
+    Image.new("RGB", (640, 480), "red").save(path)
+    return path
+
+
+class Tags(HTMLParser):
+    """What is in a page: elements with their attributes, and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def text_of(page: Path) -> str:
+    return re.sub(r"\s+", " ", Tags(page.read_text("utf-8")).words)
+
+
+def test_headline_says_what_the_best_region_kept(runs: list[Path], tmp_path: Path) -> None:
+    words = text_of(report(runs, out=tmp_path / "report.html"))
+    finding = "uniform:25%, 3 of 12 layers, keeps 90.0 % of the visual accuracy of tuning all layers, in 0.70 of"
+    assert finding in words
+    assert "The best of 2 regions by visual accuracy." in words
+
+
+def test_retention_and_its_error_by_hand(runs: list[Path]) -> None:
+    _, whole, uniform, _ = compare(runs).rows
+    assert whole.visual == pytest.approx((0.7, 0.025))  # (0.8 + 0.6) / 2, sqrt(0.03^2 + 0.04^2) / 2
+    assert uniform.visual == pytest.approx((0.63, 0.025))
+    assert uniform.kept == pytest.approx((0.9, 0.9 * math.sqrt((0.025 / 0.63) ** 2 + (0.025 / 0.7) ** 2)))
+    assert whole.kept is not None
+    assert whole.kept.value == 1
+    assert uniform.text is not None
+    assert uniform.text.value == 0.7
+    assert math.isnan(uniform.text.stderr)
+
+
+def test_the_reference_is_all_layers_or_the_first_or_the_one_asked_for(runs: list[Path], tmp_path: Path) -> None:
+    assert compare(runs).reference.name == "all"
+    assert compare(runs[2:]).reference.name == "uniform"
+    assert compare(runs, runs[3]).reference.name == "last"
+    absent = compare(runs[2:], runs[1])
+    assert ([row.name for row in absent.rows], absent.reference.name) == (["uniform", "last", "all"], "all")
+    words = text_of(report(runs, out=tmp_path / "report.html", reference=runs[3]))
+    assert "uniform:25%, 3 of 12 layers, keeps 180.0 % of the visual accuracy of last, in 2.80 of" in words
+
+
+def test_an_accuracy_of_nothing(tmp_path: Path) -> None:
+    blind = [make_run(tmp_path / name, region=name, visual=(0.0, 0.0)) for name in ("all", "last:2")]
+    assert [row.kept for row in compare(blind).rows] == [None, None]
+    seeing = make_run(tmp_path / "seeing")
+    assert compare([*blind, seeing], seeing).rows[1].kept == pytest.approx((0.0, 0.025 / 0.7))
+    report([*blind, seeing], out=tmp_path / "report.html")
+
+
+def test_runs_without_results_appear_with_their_status(runs: list[Path], tmp_path: Path) -> None:
+    Run.create(tmp_path / "going", verb="tune", options={}).log({"step": 1, "loss": 2.0})
+    Run.create(tmp_path / "crashed", verb="tune", options={}).update(status="failed")
+    broken = Run.create(tmp_path / "broken", verb="tune", options={})
+    (broken.path / "results.json").write_text("{")
+    strange = Run.create(tmp_path / "strange", verb="tune", options={})
+    strange.write_results({"tasks": {"read": 3}})
+    strange.skip({"source": "train.json:1", "reason": "no image"})
+    paths = [*runs, *(tmp_path / name for name in ("going", "crashed", "broken", "strange"))]
+    notes = {row.name: row.notes for row in compare(paths).rows}
+    assert notes["going"] == ("running", "not evaluated")
+    assert notes["crashed"] == ("failed", "not evaluated")
+    assert notes["broken"][0] == notes["strange"][0] == "broken"
+    assert "results.json cannot be read" in notes["broken"][1]
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    assert all(note in words for lines in notes.values() for note in lines)
+    assert "keeps 90.0 %" in words
+
+
+def test_only_runs_without_results(tmp_path: Path) -> None:
+    Run.create(tmp_path / "going", verb="tune", options={})
+    page = report([tmp_path / "going"], out=tmp_path / "report.html")
+    assert "1 run, 0 with results" in text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ({"data": "val.json"}, "evaluated on val.json, all on test.json: not compared"),
+        ({"n": 50}, "evaluated on other tasks or another number of records than all: not compared"),
+        ({"text": None}, "evaluated on other tasks or another number of records than all: not compared"),
+    ],
+)
+def test_runs_evaluated_on_other_records_are_not_compared(
+    runs: list[Path], tmp_path: Path, change: dict[str, Any], note: str
+) -> None:
+    other = make_run(tmp_path / "other", region="first:3", visual=(0.9, 0.9), **change)
+    comparison = compare([*runs, other])
+    assert comparison.rows[-1].notes == (note,)
+    assert comparison.rows[-1].kept is None
+    assert comparison.rows[-1] not in comparison.comparable
+    page = report([*runs, other], out=tmp_path / "report.html")
+    assert "keeps 90.0 %" in text_of(page)
+    assert "other records" in text_of(page)
+
+
+def test_skipped_records_are_counted(runs: list[Path]) -> None:
+    Run.open(runs[1]).skip({"source": "train.json:1", "reason": "no image"})
+    assert compare(runs).rows[1].notes == ("1 record left out",)
+
+
+def test_names_that_are_the_same_are_told_apart(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / folder / "uniform", region="uniform:3") for folder in ("a", "b")]
+    assert [row.name for row in compare([*paths, paths[0]]).rows] == ["a/uniform", "b/uniform"]
+    Run.open(paths[1]).update(name="a/uniform")
+    Run.open(paths[0]).update(name="a/uniform")
+    assert len({row.name for row in compare(paths).rows}) == 2
+
+
+def test_what_ran_is_split_into_shared_and_different(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / str(rate), learning_rate=rate, batch=16) for rate in (0.5, 0.25)]
+    page = report(paths, out=tmp_path / "report.html").read_text("utf-8")
+    assert "<dt>options.batch</dt><dd><bdi>16</bdi></dd>" in page
+    assert re.search(r"options.learning_rate</th><td><bdi>0.5</bdi></td><td><bdi>0.25</bdi></td>", page)
+
+
+def test_credits_are_shown_once(runs: list[Path], tmp_path: Path) -> None:
+    for path in runs:
+        Run.open(path).update(credits=["OpenMoji, CC BY-SA 4.0"])
+    assert text_of(report(runs, out=tmp_path / "report.html")).count("OpenMoji, CC BY-SA 4.0") == 1
+
+
+def test_samples_show_small_pictures_and_every_answer(tmp_path: Path, picture: Path) -> None:
+    missing, text_file = tmp_path / "gone.png", tmp_path / "text.png"
+    text_file.write_text("no picture")
+    paths = [
+        make_run(tmp_path / "all", images=(picture, missing, text_file)),
+        make_run(tmp_path / "last", region="last:3", images=(picture, missing, text_file), answers=("cup", "")),
+    ]
+    page = report(paths, out=tmp_path / "report.html")
+    tags = Tags(page.read_text("utf-8")).tags
+    sources = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
+    assert len(sources) == 2
+    assert all(source.startswith("data:image/") and len(source) < 2000 for source in sources)
+    words = text_of(page)
+    assert words.count("no picture") == 4
+    assert "What to read? truth cup ✓right ● all cup ✓right ■ last cup" in words
+    assert "What to count? truth cup ✗wrong ● all two ✗wrong ■ last (nothing)" in words
+
+
+def test_samples_are_the_first_of_each_task_and_capped(tmp_path: Path, picture: Path) -> None:
+    path = make_run(tmp_path / "all")
+    line = {
+        "metric": "exact_match",
+        "answers": ["a"],
+        "prediction": "a",
+        "score": 0.5,
+        "images": [str(picture)],
+    }
+    tasks = [f"task {i % 20}" for i in range(100)]
+    Run.open(path).write_predictions(
+        {"id": str(i), "task": task, "question": f"question {i}?", **line} for i, task in enumerate(tasks)
+    )
+    words = text_of(report([path], out=tmp_path / "report.html"))
+    asked = [int(number) for number in re.findall(r"question (\d+)\?", words)]
+    assert asked == [i for task in range(12) for i in (task, task + 20)]
+    assert "≈partly right" in words
+    assert "24 at most" in words
+
+
+def test_a_report_is_one_file_without_scripts_or_network(runs: list[Path], tmp_path: Path) -> None:
+    page = report(runs, out=tmp_path / "report.html").read_text("utf-8")
+    assert page.startswith("<!doctype html>")
+    tags = Tags(page).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "embed")]
+    addresses = {value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")}
+    assert not addresses
+    assert ("meta", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in [
+        (tag, attributes.get("content")) for tag, attributes in tags
+    ]
+
+
+def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:
+    pages = [report(runs, out=tmp_path / name).read_bytes() for name in ("a.html", "b.html")]
+    assert pages[0] == pages[1]
+
+
+def hostile_report(tmp_path: Path) -> Path:
+    """A report on runs in which every text that people can choose tries to run a script."""
+    paths = []
+    for i, bad in enumerate(HOSTILE):
+        path = make_run(
+            tmp_path / f"{i}",
+            region="all" if i else "last:3",
+            data=HOSTILE[0],
+            answers=(bad, "cup"),
+            images=(Path(bad),),
+        )
+        run = Run.open(path)
+        run.update(name=bad, verb=bad, parent=bad, seed=bad, command=bad, credits=[bad], options={bad: bad})
+        run.write_results({**(run.results or {}), "tasks": {bad: (run.results or {})["tasks"]["read"]}})
+        run.write_predictions(p | {"question": bad, "answers": [bad], "task": bad} for p in run.predictions())
+        run.write_region(Region((i,), DEPTH, origin=bad))
+        paths.append(path)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "run.json").write_text(HOSTILE[0])
+    return report([*paths, tmp_path / "strange"], out=tmp_path / "hostile.html", title=HOSTILE[0])
+
+
+def test_text_from_data_stays_text(tmp_path: Path) -> None:
+    page = hostile_report(tmp_path).read_text("utf-8")
+    tags = Tags(page).tags
+    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe"})
+    assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
+    assert "{{ 7 * 7 }}" in page
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(runs: list[Path], tmp_path: Path) -> None:
+    precious = tmp_path / "train.json"
+    precious.write_text("[]")
+    with pytest.raises(UserError, match=r"train\.json exists and is no report"):
+        report(runs, out=precious)
+    assert precious.read_text() == "[]"
+    with pytest.raises(UserError, match="cannot be written"):
+        report(runs, out=tmp_path)
+    page = tmp_path / "new" / "report.html"
+    assert report(runs, out=page) == report(runs, out=page) == page
+
+
+def test_no_runs_and_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one run"):
+        report([], out=tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"no run.*run\.json"):
+        report([tmp_path], out=tmp_path / "report.html")
+
+
+def test_table_for_the_terminal(runs: list[Path], tmp_path: Path) -> None:
+    Run.create(tmp_path / "[red]going", verb="tune", options={})
+    shown = io.StringIO()
+    Console(width=160, file=shown).print(table([*runs, tmp_path / "[red]going"]))
+    lines = [line.split() for line in shown.getvalue().splitlines()]
+    assert lines[3][:3] == ["uniform", "■···■···■···", "63.0"]
+    assert lines[3][5:] == ["90.0", "±", "4.8", "70.0", "1.48", "M", "70", "8.0", "1.50"]
+    assert (lines[5][0], lines[5][-3:]) == ("[red]going", ["running;", "not", "evaluated"])
+
+
+def browse(page: Path, script: str = "", width: int = 1200) -> str:
+    """The title after Chromium has shown a page in a frame `width` pixels wide and run `script` beside it."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("needs Chromium to look at the report")
+    # Its policy forbids scripts: without it, only the escaping stands between data and script.
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text("utf-8"))
+    frame = page.with_suffix(".frame.html")
+    frame.write_text(
+        f'<title>untouched</title><iframe width="{width}" height="800" srcdoc="{html.escape(text)}"></iframe>'
+        f"<script>onload = () => {{ const page = frames[0].document; {script} }}</script>",
+        encoding="utf-8",
+    )
+    shown = subprocess.run(
+        [chromium, *QUIET, f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", frame.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return re.search(r"<title>(.*?)</title>", shown.stdout, re.DOTALL)[1]  # type: ignore[index]
+
+
+@pytest.mark.browser
+def test_no_script_from_data_runs_in_a_browser(tmp_path: Path) -> None:
+    assert browse(hostile_report(tmp_path)) == "untouched"
+    naive = tmp_path / "naive.html"
+    naive.write_text(HOSTILE[1], encoding="utf-8")
+    assert browse(naive) == "owned"  # so the test would have seen it
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_nothing_sticks_out_sideways(runs: list[Path], tmp_path: Path, picture: Path, width: int) -> None:
+    long = make_run(
+        tmp_path / ("long" * 20), region="0,2,4,6,8,10", images=(picture,), answers=("wide " * 99, "w" * 300)
+    )
+    page = report([long, *runs, hostile_report(tmp_path / "h").parent / "0"], out=tmp_path / "report.html")
+    script = "document.title = page.documentElement.scrollWidth + ' ' + page.body.innerText.length"
+    wide, letters = map(int, browse(page, script, width).split())
+    assert wide == width
+    assert letters > 1000

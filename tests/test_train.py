@@ -1,0 +1,270 @@
+"""Training: what trains, what it costs, and equalities: adapter and merged, resumed and uninterrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pico import pico_llava
+from PIL import Image
+
+import striate
+from striate.data import IGNORED, Batch, Examples, collate, read
+from striate.train import TrainOptions, answer_nll
+from striate.train.adapter import adapt
+from striate.train.trainer import RegionTrainer, RunLog
+
+
+def write_data(folder: Path, *, records: int = 8) -> Path:
+    """A LLaVA-style file with random pictures."""
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(records):
+        name = f"{index}.png"
+        Image.fromarray(random.integers(0, 255, (40, 36, 3), dtype=np.uint8)).save(folder / name)
+        answer = ["a red cat", "blue dog in the car", "yes", "no it sees a green cat"][index % 4]
+        turns = [{"from": "human", "value": "<image>\nwhat is this ?"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(index), "image": name, "conversations": turns})
+    path = folder / "train.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+OPTIONS = TrainOptions(
+    batch=4, micro_batch=2, steps=3, learning_rate=1e-2, projector_learning_rate=1e-2, dtype="float32", device="cpu"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def tune(model: Path, data: Path, out: Path, options: TrainOptions, **settings: Any) -> striate.Run:
+    return striate.tune(model, data=data, out=out, region="1,3", options=options, **{"method": "full", **settings})
+
+
+def batch_of(vlm: striate.Vlm, data: Path) -> Batch:
+    examples = Examples(read(data).records, vlm.processor)
+    return collate([examples[index] for index in range(4)], pad_id=vlm.tokenizer.pad_token_id)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return striate.load(path).model.state_dict()
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_only_the_region_and_the_projector_change(model: Path, data: Path, tmp_path: Path, method: str) -> None:
+    run = striate.tune(model, data=data, out=tmp_path / "run", region="1,3", method=method, rank=4, options=OPTIONS)
+    moved = changed(weights(model), weights(run.path))
+    prefixes = ("model.language_model.layers.1.", "model.language_model.layers.3.", "model.multi_modal_projector.")
+    assert moved
+    assert all(name.startswith(prefixes) for name in moved), moved
+    assert {name.split(".layers.")[-1][0] for name in moved if ".layers." in name} == {"1", "3"}
+
+
+def test_the_checkpoint_is_plain_and_explains_itself(model: Path, data: Path, tmp_path: Path) -> None:
+    run = striate.tune(model, data=data, out=tmp_path / "run", region="1,3", method="lora", rank=4, options=OPTIONS)
+    files = {file.name for file in run.checkpoint.iterdir()}
+    assert {"config.json", "model.safetensors", "region.json", "README.md", "chat_template.jinja"} <= files
+    assert not any("adapter" in name for name in files)
+    assert striate.Region.load(run.checkpoint) == run.region
+    assert "`1,3`" in (run.checkpoint / "README.md").read_text()
+    assert not run.state.exists()
+    assert run.info["status"] == "finished"
+    assert [entry["step"] for entry in run.history()] == [1, 2, 3]
+
+
+def test_merged_adapter_equals_adapter(model: Path, data: Path) -> None:
+    vlm = striate.load(model)
+    region = striate.Region.parse("1,3", vlm.depth)
+    batch = batch_of(vlm, data)
+    network, groups = adapt(vlm, region, projector=True, rank=4, alpha=8, dropout=0.0)
+    for parameter in groups["layers"].values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        adapted = network(**batch.inputs).logits
+        merged = network.merge_and_unload()(**batch.inputs).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_stay_out_of_the_tower(model: Path) -> None:
+    # The tower has blocks 0 and 1 with projections of the same names: an index or a suffix would hit them too.
+    vlm = striate.load(model)
+    _, groups = adapt(vlm, striate.Region.parse("1", vlm.depth), projector=False, rank=2, alpha=4, dropout=0.0)
+    assert set(groups) == {"layers"}
+    assert len(groups["layers"]) == 7 * 2
+    assert all(".language_model.layers.1." in name for name in groups["layers"])
+
+
+def test_loss_is_the_models_own(model: Path, data: Path) -> None:
+    # Logits at supervised positions only, against the full logits of plain transformers.
+    vlm = striate.load(model)
+    batch = batch_of(vlm, data)
+    ours = answer_nll(vlm, vlm.model, batch) / (batch.labels[:, 1:] != IGNORED).sum()
+    theirs = vlm.model(**batch.inputs, labels=batch.labels).loss
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_micro_batches_change_nothing(model: Path, data: Path, tmp_path: Path, micro_batch: int) -> None:
+    options = replace(OPTIONS, warmup=0.0)
+    whole = tune(model, data, tmp_path / "whole", replace(options, micro_batch=4))
+    split = tune(model, data, tmp_path / "split", replace(options, micro_batch=micro_batch))
+    losses = [[entry["loss"] for entry in run.history()] for run in (whole, split)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_same_seed_same_bytes(model: Path, data: Path, tmp_path: Path) -> None:
+    runs = [tune(model, data, tmp_path / name, OPTIONS) for name in ("a", "b")]
+    first, second = ((run.checkpoint / "model.safetensors").read_bytes() for run in runs)
+    assert first == second
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_resumed_run_equals_uninterrupted_run(
+    model: Path, data: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(OPTIONS, steps=5, save_steps=2)
+    whole = tune(model, data, tmp_path / "whole", options, method=method)
+
+    class Crash(RunLog):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise RuntimeError("power cut")
+
+    monkeypatch.setattr("striate.train.RunLog", Crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        tune(model, data, tmp_path / "cut", options, method=method)
+    assert striate.Run.open(tmp_path / "cut").info["status"] == "failed"
+    monkeypatch.undo()
+    resumed = tune(model, data, tmp_path / "cut", options, method=method, resume=True)
+    assert changed(weights(whole.path), weights(resumed.path)) == set()
+    assert [entry["step"] for entry in resumed.history()] == [1, 2, 3, 4, 5]
+
+
+def test_resume_refuses_other_options(model: Path, data: Path, tmp_path: Path) -> None:
+    tune(model, data, tmp_path / "run", OPTIONS)
+    with pytest.raises(striate.UserError, match="finished"):
+        tune(model, data, tmp_path / "run", OPTIONS, resume=True)
+    striate.Run.open(tmp_path / "run").update(status="interrupted")
+    with pytest.raises(striate.UserError, match="learning_rate"):
+        tune(model, data, tmp_path / "run", replace(OPTIONS, learning_rate=1.0), resume=True)
+
+
+def test_interrupt_leaves_a_resumable_run(model: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=5)
+    whole = tune(model, data, tmp_path / "whole", options)
+    real = RunLog.on_log
+
+    def press(self: RunLog, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
+        real(self, args, state, *rest, **kwargs)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "on_log", press)
+        with pytest.raises(KeyboardInterrupt, match="step 3 of 5"):
+            tune(model, data, tmp_path / "cut", options)
+    assert striate.Run.open(tmp_path / "cut").info["status"] == "interrupted"
+    resumed = tune(model, data, tmp_path / "cut", options, resume=True)
+    assert changed(weights(whole.path), weights(resumed.path)) == set()
+
+
+def test_audit_finds_a_parameter_without_gradient(model: Path, data: Path, tmp_path: Path) -> None:
+    # Text alone gives the projector no gradient: a run that says it trains it must not go on.
+    rows = json.loads(data.read_text())
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = "what is this ?"
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    with pytest.raises(striate.UserError, match=r"got no gradient, .*multi_modal_projector"):
+        tune(model, tmp_path / "text.json", tmp_path / "run", OPTIONS)
+    frozen = tune(model, tmp_path / "text.json", tmp_path / "frozen", OPTIONS, projector="freeze")
+    assert frozen.info["training"]["groups"].keys() == {"layers"}
+
+
+def test_audit_finds_a_frozen_parameter_that_moves(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RegionTrainer.compute_loss
+
+    def nudge(self: RegionTrainer, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            next(self.vlm.tower.parameters())[0] += 1e-6
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(RegionTrainer, "compute_loss", nudge)
+    with pytest.raises(striate.UserError, match=r"1 frozen parameters changed .*vision_tower"):
+        tune(model, data, tmp_path / "run", OPTIONS)
+
+
+def test_align_trains_the_projector_and_on_request_the_tower(model: Path, data: Path, tmp_path: Path) -> None:
+    run = striate.align(model, data=data, out=tmp_path / "align", options=OPTIONS)
+    assert {name.rsplit(".", 2)[0] for name in changed(weights(model), weights(run.path))} == {
+        "model.multi_modal_projector"
+    }
+    run = striate.align(model, data=data, out=tmp_path / "both", tower=True, options=OPTIONS)
+    moved = changed(weights(model), weights(run.path))
+    assert {name.split(".")[1] for name in moved} == {"multi_modal_projector", "vision_tower"}
+    assert run.info["training"]["trainable_parameters"] == sum(run.info["training"]["groups"].values())
+
+
+def test_bfloat16_trains_float32_weights_and_saves_the_models_type(model: Path, data: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    vlm = striate.load(model)
+    vlm.model.to(torch.bfloat16).save_pretrained(half)
+    vlm.processor.save_pretrained(half)
+    # A rate this small moves no bfloat16 weight of norm one; it does move float32 weights, until they are saved.
+    run = tune(half, data, tmp_path / "run", replace(OPTIONS, dtype="bfloat16", steps=8))
+    after = weights(run.path)
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.bfloat16}
+    assert changed(weights(half), after)
+
+
+def test_bad_records_are_listed_and_too_many_stop_the_run(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, records=120)
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    options = replace(OPTIONS, steps=None, batch=8, micro_batch=8, epochs=2)
+    run = tune(model, data, tmp_path / "one", options)
+    assert [entry["source"] for entry in run.skipped()] == ["train.json:6"]
+    assert run.info["training"]["samples"] == 2 * 119
+    with pytest.raises(striate.UserError, match=r"train.json:6: .*5.png"):
+        tune(model, data, tmp_path / "stop", replace(options, on_bad_record="stop"))
+    (tmp_path / "7.png").write_bytes(b"no picture")
+    with pytest.raises(striate.UserError, match="2 bad records of 120"):
+        tune(model, data, tmp_path / "two", options)
+
+
+def test_trainer_fields_reach_the_trainer(model: Path, data: Path, tmp_path: Path) -> None:
+    run = tune(model, data, tmp_path / "run", replace(OPTIONS, trainer={"max_steps": 1}))
+    assert run.info["training"]["steps"] == 1
+    with pytest.raises(striate.UserError, match="no_such_field"):
+        tune(model, data, tmp_path / "bad", replace(OPTIONS, trainer={"no_such_field": 1}))
+
+
+def test_frozen_bottom_builds_no_graph(model: Path, data: Path) -> None:
+    # With the projector frozen nothing below the first trained layer keeps activations for a backward pass.
+    vlm = striate.load(model)
+    vlm.train_only(striate.Region.parse("2", vlm.depth), projector=False)
+    seen: dict[int, bool] = {}
+    for index, layer in enumerate(vlm.layers):
+        layer.register_forward_hook(lambda _, __, out, index=index: seen.__setitem__(index, out.requires_grad))
+    answer_nll(vlm, vlm.model, batch_of(vlm, data))
+    assert seen == {0: False, 1: False, 2: True, 3: True}

@@ -1,0 +1,140 @@
+"""The parts of twelve families, found without per-model code, and what trains by exact name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pico import DEPTH, FAMILIES, pico, pico_llava
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaConfig
+
+import striate
+from striate.region import Region
+from striate.vlm import Vlm, find_parts
+
+# What a person reads off the model's code, to hold the rule against.
+TOWERS = {"idefics3": "model.vision_model", "smolvlm": "model.vision_model"} | dict.fromkeys(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "model.visual"
+)
+PROJECTORS = {
+    "idefics3": ("model.connector",),
+    "smolvlm": ("model.connector",),
+    "qwen2_vl": ("model.visual.merger",),
+    "qwen2_5_vl": ("model.visual.merger",),
+    "qwen3_vl": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+    "llava_next": ("model.multi_modal_projector", "model.image_newline"),
+    "llava_onevision": ("model.multi_modal_projector", "model.image_newline"),
+}
+LAYERS = dict.fromkeys(("idefics3", "smolvlm"), "model.text_model.layers")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_of_a_family(family: str) -> None:
+    vlm = Vlm.of(pico(family))
+    assert vlm.parts.tower == TOWERS.get(family, "model.vision_tower")
+    assert vlm.parts.projector == PROJECTORS.get(family, ("model.multi_modal_projector",))
+    assert vlm.parts.layers == LAYERS.get(family, "model.language_model.layers")
+    assert vlm.depth == DEPTH
+    assert vlm.head is vlm.model.get_output_embeddings()
+    assert isinstance(vlm.image_token_id, int)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_only_sets_exactly_the_plan(family: str) -> None:
+    vlm = Vlm.of(pico(family))
+    region = Region((1, 3), DEPTH)
+    plan = vlm.train_only(region)
+    trained = {name for name, parameter in vlm.model.named_parameters() if parameter.requires_grad}
+    assert trained == set(plan.names)
+    assert plan.trainable == sum(p.numel() for p in vlm.model.parameters() if p.requires_grad)
+    assert plan.total == sum(p.numel() for p in vlm.model.parameters())
+    # Exactly the modules of layers 1 and 3, by identity and not by name.
+    inside = {id(p) for layer in region for p in vlm.layers[layer].parameters()}
+    named = dict(vlm.model.named_parameters())
+    assert {id(named[name]) for name in plan.layers} == inside
+    frozen = vlm.train_only(region, projector=False)
+    assert frozen.names == plan.layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_names_only_the_regions_linear_modules(family: str) -> None:
+    vlm = Vlm.of(pico(family))
+    targets = vlm.linear_modules(Region((2,), DEPTH))
+    inside = {id(module) for module in vlm.layers[2].modules() if isinstance(module, torch.nn.Linear)}
+    assert {id(vlm.model.get_submodule(name)) for name in targets} == inside
+    assert len(targets) == 7
+
+
+def test_the_tower_trains_on_request_and_the_merger_inside_it_counts_once() -> None:
+    vlm = Vlm.of(pico("qwen2_5_vl"))
+    plan = vlm.train_only(Region((), DEPTH), projector=True, tower=True)
+    assert not set(plan.projector) & set(plan.tower)
+    below = {name for name, _ in vlm.model.named_parameters() if name.startswith("model.visual.")}
+    assert set(plan.projector) | set(plan.tower) == below
+
+
+def test_nothing_to_train_and_other_depths_are_refused() -> None:
+    vlm = Vlm.of(pico("llava"))
+    with pytest.raises(striate.UserError, match="nothing would train"):
+        vlm.train_only(Region((), DEPTH), projector=False)
+    with pytest.raises(striate.UserError, match="32 decoder layers, this model has 4"):
+        vlm.train_only(Region((0,), 32))
+    with pytest.raises(striate.UserError, match=r"depth 32.* has 4"):
+        vlm.linear_modules(Region((0,), 32))
+
+
+def test_what_cannot_be_taken_apart_is_said() -> None:
+    bart = BartForConditionalGeneration(
+        BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=32,
+                   encoder_attention_heads=2, decoder_attention_heads=2)
+    )  # fmt: skip
+    with pytest.raises(striate.UserError, match="bart is an encoder-decoder"):
+        find_parts(bart)
+    llama = AutoModelForCausalLM.from_config(
+        LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
+    )
+    with pytest.raises(striate.UserError, match="no vision tower of its own; found only: embed_tokens"):
+        find_parts(llama)
+
+
+def test_logits_at_positions_are_the_models_own() -> None:
+    vlm = Vlm.of(pico("gemma3"))  # one with a soft-capped, tied head
+    ids = torch.randint(10, 100, (2, 7))
+    positions = torch.zeros(2, 7, dtype=torch.bool)
+    positions[0, 2] = positions[0, 5] = positions[1, 6] = True
+    with torch.no_grad():
+        whole = vlm.model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+        with vlm.head_at(positions):
+            some = vlm.model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+        again = vlm.model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+    torch.testing.assert_close(some[0], whole[positions])
+    torch.testing.assert_close(again, whole)
+
+
+def test_load_reads_folders_and_runs_and_refuses_the_rest(tmp_path: Path) -> None:
+    folder = pico_llava(tmp_path / "llava")
+    vlm = striate.load(folder, dtype="bfloat16", device="cpu", attn="eager")
+    assert vlm.model.dtype == torch.bfloat16
+    assert vlm.model.config._attn_implementation == "eager"
+    assert vlm.image_token_id == vlm.tokenizer.convert_tokens_to_ids("<image>")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(striate.UserError, match=r"empty is no model folder: it has no config\.json"):
+        striate.load(tmp_path / "empty")
+    with pytest.raises(striate.UserError, match="no model at 'no/such-model'"):
+        striate.load("no/such-model")
+    AutoConfig.for_model("llama").save_pretrained(tmp_path / "text")
+    with pytest.raises(striate.UserError, match="llama model, which is not an image-text-to-text model"):
+        striate.load(tmp_path / "text")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    # transformers fills what is missing with random numbers and a warning.
+    folder = pico_llava(tmp_path / "llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 5
+    config["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(striate.UserError, match=r"lacks 9 weights of a llava model, model\.language_model\.layers\.4"):
+        striate.load(folder)
