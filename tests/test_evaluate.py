@@ -251,9 +251,7 @@ def test_what_a_metric_needs(fields: dict[str, Any], message: str) -> None:
         resolve(replace(record("what ?"), source="x.json:1", **fields))
 
 
-def prediction(
-    task: str, score: float, metric: str = "exact_match", modality: str = "text", n: int = 0
-) -> Prediction:
+def prediction(task: str, score: float, metric: str = "exact_match", modality: str = "text", n: int = 0) -> Prediction:
     return Prediction("", task, metric, modality, "", (), "", score, (), n)
 
 
@@ -279,9 +277,7 @@ def test_summary_by_task_and_modality() -> None:
 
 
 def test_a_sample_does_not_depend_on_the_other_tasks() -> None:
-    records = [
-        replace(record(f"{n}"), task="even" if n % 2 == 0 else "odd", metric="anls") for n in range(40)
-    ]
+    records = [replace(record(f"{n}"), task="even" if n % 2 == 0 else "odd", metric="anls") for n in range(40)]
     both = select(records, samples=5, seed=1)
     assert [one.task for one in both] == ["even"] * 5 + ["odd"] * 5
     assert select(records, tasks="odd", samples=5, seed=1) == both[5:]
@@ -311,9 +307,7 @@ def test_evaluate_writes_a_run(folder: Path, data: list[Path], tmp_path: Path) -
     assert run.results == json.loads(json.dumps(results))
     assert run.info["verb"] == "eval"
     assert run.info["status"] == "finished"
-    assert {
-        name: (task["metric"], task["modality"], task["n"]) for name, task in results["tasks"].items()
-    } == {
+    assert {name: (task["metric"], task["modality"], task["n"]) for name, task in results["tasks"].items()} == {
         "name": ("exact_match", "visual", 3),
         "facts": ("multiple_choice", "text", 1),
         "topics": ("perplexity", "text", 2),

@@ -252,6 +252,16 @@ def test_bad_records_are_listed_and_too_many_stop_the_run(model: Path, tmp_path:
         tune(model, data, tmp_path / "two", options)
 
 
+def test_records_that_are_too_long_are_listed_but_not_bad(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, records=8)
+    options = replace(OPTIONS, steps=None, batch=4, micro_batch=4)
+    run = tune(model, data, tmp_path / "some", replace(options, max_length=26))
+    assert 0 < len(run.skipped()) < 8
+    assert run.info["training"]["samples"] == 8 - len(run.skipped())
+    with pytest.raises(striate.UserError, match="no record is left to train on"):
+        tune(model, data, tmp_path / "none", replace(options, max_length=20))
+
+
 def test_trainer_fields_reach_the_trainer(model: Path, data: Path, tmp_path: Path) -> None:
     run = tune(model, data, tmp_path / "run", replace(OPTIONS, trainer={"max_steps": 1}))
     assert run.info["training"]["steps"] == 1

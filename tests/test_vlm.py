@@ -87,8 +87,10 @@ def test_nothing_to_train_and_other_depths_are_refused() -> None:
 
 def test_what_cannot_be_taken_apart_is_said() -> None:
     bart = BartForConditionalGeneration(
-        BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=32,
-                   encoder_attention_heads=2, decoder_attention_heads=2)
+        BartConfig(
+            d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=32,
+            encoder_attention_heads=2, decoder_attention_heads=2,
+        )
     )  # fmt: skip
     with pytest.raises(striate.UserError, match="bart is an encoder-decoder"):
         find_parts(bart)

@@ -291,7 +291,12 @@ def load_processor(source: str) -> Any:
     """
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except ImportError as error:
+        raise UserError(
+            f"the processor of {source} needs a package that is not installed: {first_line(error)} "
+            "(several families need torchvision for their video half: pip install torchvision)"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a processor from {source or 'nowhere'}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")

@@ -34,8 +34,8 @@ VERBS = {
     "report": ("striate.report:report", "any number of runs as one HTML file"),
     "demo": ("striate.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
 }
-# What the bare words behind a verb mean: `striate tune MODEL` is `striate tune --model MODEL`. As an option it can stand
-# in a recipe as well.
+# What the bare words behind a verb mean: `striate tune MODEL` is `striate tune --model MODEL`, so that a recipe can name
+# it too.
 SUBJECTS = ("model", "runs")
 # The command line always shows progress; the library only when asked.
 ALWAYS = {"progress": True}
@@ -100,9 +100,8 @@ def parser_of(name: str, function: Callable[..., Any]) -> ArgumentParser:
     """A parser with one argument for every parameter of the function and every field of its option dataclasses."""
     text = docstring_parser.parse(inspect.getdoc(function) or "")
     subject = next((f" {key.upper()}" for key in SUBJECTS if key in inspect.signature(function).parameters), "")
-    parser = ArgumentParser(
-        prog=f"striate {name}", usage=f"striate {name}{subject} [--OPTION VALUE ...]", description=text.short_description
-    )
+    usage = f"striate {name}{subject} [--OPTION VALUE ...]"
+    parser = ArgumentParser(prog=f"striate {name}", usage=usage, description=text.short_description)
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
     for key, hint, default, description in _parameters(function):
         settings: dict[str, Any] = {"help": description}

@@ -83,8 +83,7 @@ def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    metric.__name__: metric
-    for metric in (exact_match, contains, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
+    metric.__name__: metric for metric in (exact_match, contains, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
 }
 
 
@@ -136,10 +135,7 @@ who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all
 you'll you're you've
 """
 _VQA_CONTRACTIONS = {
-    word[:at] + word[at + 1 :]: word
-    for word in _VQA_APOSTROPHES.split()
-    for at, mark in enumerate(word)
-    if mark == "'"
+    word[:at] + word[at + 1 :]: word for word in _VQA_APOSTROPHES.split() for at, mark in enumerate(word) if mark == "'"
 }
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from striate.data import IGNORED, Batch, Examples
+from striate.data import IGNORED, Batch, Examples, Skipped
 from striate.errors import UserError
 from striate.run import Run
 from striate.vlm import Vlm
@@ -62,7 +62,7 @@ class RegionTrainer(Trainer):
         self.groups, self.most_skipped = groups, most_skipped
         self.model_accepts_loss_kwargs = True  # the loss below is already a mean over the whole optimiser step
         self.samples = 0
-        self.skipped: set[str] = set()
+        self.left_out: dict[str, Skipped] = {}  # by source: a bad record comes up again in every epoch
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -138,16 +138,19 @@ class RegionTrainer(Trainer):
 
     def _note_skipped(self, batch: Batch) -> None:
         for record in batch.skipped:
-            if record.source not in self.skipped:  # a bad record comes up again in every epoch
-                self.skipped.add(record.source)
+            if record.source not in self.left_out:
+                self.left_out[record.source] = record
                 self.run.skip({"source": record.source, "reason": record.reason})
+        bad = [record for record in self.left_out.values() if not record.too_long]  # too long is not bad
         total = len(self.train_dataset)
-        if len(self.skipped) > self.most_skipped * total:
-            last = batch.skipped[-1]
+        if len(bad) > self.most_skipped * total:
             raise UserError(
-                f"{last.source}: {last.reason} ({len(self.skipped)} bad records of {total}, {self.most_skipped:.0%} "
+                f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {self.most_skipped:.0%} "
                 f"allowed; see {self.run.path}/skipped.jsonl)"
             )
+        if len(self.left_out) == total:
+            last = batch.skipped[-1]
+            raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
 
 
 def answer_nll(vlm: Vlm, model: nn.Module, batch: Batch) -> torch.Tensor:
