@@ -35,18 +35,21 @@ def main() -> None:
     parser.add_argument("--llm", required=True, help="SmolLM2-135M-Instruct: a .gguf file, a folder or the hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/easy-vqa"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--questions", type=int, default=6, help="most questions about a training picture")
+    parser.add_argument("--pictures", type=int, default=2000, help="training pictures, 4000 at most")
+    parser.add_argument("--questions", type=int, default=5, help="most questions about a training picture")
     parser.add_argument("--align-epochs", type=float, default=2)
     parser.add_argument("--tune-epochs", type=float, default=1)
     parser.add_argument("--samples", type=int, default=1000, help="test questions")
     args = parser.parse_args()
 
     images = Path(easy_vqa.__file__).parent / "data"
-    files = write_records(args.out, questions=args.questions, samples=args.samples, seed=args.seed)
+    files = write_records(
+        args.out, pictures=args.pictures, questions=args.questions, samples=args.samples, seed=args.seed
+    )
     new = assemble(
         vision="tiny", llm=args.llm, image_size=64, patch_size=8, pool=2, out=args.out / "assembled", seed=args.seed
     )
-    common = TrainOptions(batch=16, micro_batch=16, max_length=512, seed=args.seed)
+    common = TrainOptions(batch=16, micro_batch=16, max_length=512, seed=args.seed, attn="eager")
     seeing = align(
         new.path, data=files["train"], images=images, out=args.out / "backbone", tower=True, progress=True,
         options=replace(common, epochs=args.align_epochs, learning_rate=1e-3, projector_learning_rate=1e-3),
@@ -68,7 +71,7 @@ def main() -> None:
     print(report([run.path for run in (new, *runs)], out=args.out / "report.html", title="easy-VQA with SmolLM2-135M"))
 
 
-def write_records(out: Path, *, questions: int, samples: int, seed: int) -> dict[str, Path]:
+def write_records(out: Path, *, pictures: int, questions: int, samples: int, seed: int) -> dict[str, Path]:
     """Training records (LLaVA spelling, all questions about a picture in one), test questions and plain text."""
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
@@ -76,7 +79,7 @@ def write_records(out: Path, *, questions: int, samples: int, seed: int) -> dict
     for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
         asked[image].append((question, answer))
     train = []
-    for image, pairs in asked.items():
+    for image, pairs in list(asked.items())[:pictures]:
         turns = []
         for question, answer in rng.sample(pairs, min(questions, len(pairs))):
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]

@@ -34,8 +34,7 @@ VERBS = {
     "report": ("striate.report:report", "any number of runs as one HTML file"),
     "demo": ("striate.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
 }
-# What the bare words behind a verb mean: `striate tune MODEL` is `striate tune --model MODEL`, so that a recipe can name
-# it too.
+# What the bare words behind a verb mean: `striate tune MODEL` is `striate tune --model MODEL`; a recipe can name it.
 SUBJECTS = ("model", "runs")
 # The command line always shows progress; the library only when asked.
 ALWAYS = {"progress": True}

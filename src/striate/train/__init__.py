@@ -77,6 +77,8 @@ class TrainOptions:
     """cpu to stay off a GPU"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of the matrix products"""
+    attn: str | None = None
+    """attention implementation of transformers: sdpa, eager, flash_attention_2; default: its choice"""
     report_to: str = "none"
     """tensorboard, wandb, ... as in transformers"""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -214,7 +216,7 @@ def _stage(verb: str, out: Path, asked: dict[str, Any], options: TrainOptions, r
 def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dtype]:
     """The model, ready to train, and the type that its checkpoint is to be saved in again."""
     set_seed(options.seed)
-    vlm = load(model, device=options.device)
+    vlm = load(model, device=options.device, attn=options.attn)
     saved_as = vlm.model.dtype
     if options.dtype == "float32":
         vlm.model.float()
