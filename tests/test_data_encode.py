@@ -340,6 +340,20 @@ def test_paligemma_takes_question_and_answer_apart() -> None:
         encode(TEXT, reader)
 
 
+def test_paligemma_reads_plain_text_without_looking_ahead() -> None:
+    reader = processor("paligemma")
+    text = {**MODELS["paligemma"]["text_config"], "vocab_size": len(reader.tokenizer)}
+    model = pico("paligemma", text_config=text)
+    whole = encode(Record("", messages=(), text="a red cat on a blue mat"), reader)
+    start = {key: value[:3] for key, value in whole.inputs.items()}
+    with torch.no_grad():
+        seen, alone = (
+            model(**{key: value[None] for key, value in inputs.items()}).logits[0, :3]
+            for inputs in (whole.inputs, start)
+        )
+    torch.testing.assert_close(seen, alone)
+
+
 # Batches.
 
 

@@ -100,7 +100,10 @@ def _encode_text(record: Record, processor: Any) -> _Encoded:
     reader = processor.tokenizer if isinstance(processor, PaliGemmaProcessor) else processor
     output = _process(reader, record.source, text=[record.text], return_offsets_mapping=True)
     starts, ends = output.pop("offset_mapping")[0].unbind(-1)
-    return _Encoded(*_split(output), labelled=ends > starts)
+    tokens, vision = _split(output)
+    if reader is not processor:  # type 0 is PaliGemma's prefix, whose tokens see those behind them
+        tokens["token_type_ids"] = torch.ones_like(tokens["input_ids"])
+    return _Encoded(tokens, vision, labelled=ends > starts)
 
 
 def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
