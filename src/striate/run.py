@@ -177,8 +177,9 @@ class Run:
         return list(self._lines(PREDICTIONS))
 
     def skip(self, entry: dict[str, Any]) -> None:
-        """Add a record that was left out: {"source", "reason"}."""
-        self._append(SKIPPED, entry)
+        """Add a record that was left out, {"source", "reason"}, unless it is listed already."""
+        if entry not in self.skipped():
+            self._append(SKIPPED, entry)
 
     def skipped(self) -> list[dict[str, Any]]:
         """The records that were left out."""

@@ -97,6 +97,12 @@ class Vlm:
         return self.processor.tokenizer
 
     @property
+    def pad_token_id(self) -> int:
+        """The token that fills batches up; the end token where the tokenizer has none. It is masked either way."""
+        tokenizer = self.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @property
     def tower(self) -> nn.Module:
         """The vision encoder."""
         return self.model.get_submodule(self.parts.tower)

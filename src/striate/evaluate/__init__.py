@@ -104,7 +104,8 @@ def evaluate(
             "data": ", ".join(map(str, files)),
             "skipped": len(skipped),
         }
-        _list_skipped(run, skipped)
+        for one in skipped:
+            run.skip({"source": one.source, "reason": one.reason})
         run.write_predictions(map(asdict, in_order))
         run.write_results(results)
     return results
@@ -154,13 +155,6 @@ def _place(model: str | Path, out: Path | None, options: dict[str, Any]) -> Iter
     run = Run.create(out, verb="eval", options=options, seed=options["seed"], parent=str(model))
     with run.recording():
         yield run
-
-
-def _list_skipped(run: Run, skipped: Sequence[Skipped]) -> None:
-    known = run.skipped()  # an earlier evaluation of this run may have listed them
-    for entry in ({"source": one.source, "reason": one.reason} for one in skipped):
-        if entry not in known:
-            run.skip(entry)
 
 
 def _read(

@@ -15,9 +15,9 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from striate.data import IGNORED, Batch, Example, Examples, Record, RecordError, Skipped, collate, encode
+from striate.train import answer_nll
 from striate.vlm import Vlm
 
 Found = TypeVar("Found")
@@ -144,19 +144,14 @@ def _ask(
             yield index, [next(found) for _ in examples]
 
 
-def _pad_id(vlm: Vlm) -> int:
-    pad = vlm.tokenizer.pad_token_id
-    return vlm.tokenizer.eos_token_id if pad is None else pad
-
-
 def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
-    return collate(examples, pad_id=_pad_id(vlm), side=side).to(vlm.device, vlm.model.dtype)
+    return collate(examples, pad_id=vlm.pad_token_id, side=side).to(vlm.device, vlm.model.dtype)
 
 
 @torch.inference_mode()
 def _generate(vlm: Vlm, ends: list[int], max_new_tokens: int, examples: Sequence[Example]) -> list[str]:
     batch = _collate(vlm, examples, "left")
-    options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": _pad_id(vlm)}
+    options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
     tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options)  # type: ignore[operator]
     new = tokens[:, batch.labels.shape[1] :].tolist()
     # A row that ends early is padded, and padding need not be a special token.
@@ -176,12 +171,8 @@ def _likelihoods(vlm: Vlm, batch: int, examples: Sequence[Example]) -> list[Like
 
 @torch.inference_mode()
 def _forward(vlm: Vlm, batch: Batch) -> list[Likelihood]:
-    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # B T: position t predicts token t + 1
-    predicted = targets != IGNORED
-    with vlm.head_at(predicted):
-        logits = vlm.model(**batch.inputs, use_cache=False).logits[0]  # N V
-    log_probs = -F.cross_entropy(logits.float(), targets[predicted], reduction="none").double()  # N
-    counts = predicted.sum(dim=1).tolist()
+    log_probs = -answer_nll(vlm, vlm.model, batch).double()  # N
+    counts = (batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist()
     return [Likelihood(float(part.sum()), len(part)) for part in log_probs.split(counts)]
 
 

@@ -51,8 +51,8 @@ class TrainOptions:
     """most records a forward pass on one device; smaller needs less memory and changes nothing else"""
     learning_rate: float | None = None
     """peak; default: 2e-5 for full tuning, 2e-4 for LoRA, 1e-3 for align"""
-    projector_learning_rate: float = 2e-5
-    """peak, for the projector"""
+    projector_learning_rate: float | None = None
+    """peak, for the projector; default: 2e-5 in tune, the learning rate in align"""
     warmup: float = 0.03
     """share of the steps over which the learning rate rises"""
     schedule: str = "cosine"
@@ -86,7 +86,7 @@ class TrainOptions:
 
 
 TUNE = TrainOptions()
-ALIGN = TrainOptions(batch=256, learning_rate=1e-3, projector_learning_rate=1e-3)
+ALIGN = TrainOptions(batch=256)
 
 
 def align(
@@ -123,9 +123,10 @@ def align(
         region = Region((), vlm.depth, "none")
         records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
         named = _in_full(vlm, vlm.train_only(region, tower=tower))
-        groups = {"projector": Group(named["projector"], options.projector_learning_rate)}
+        rate = options.learning_rate or 1e-3
+        groups = {"projector": Group(named["projector"], options.projector_learning_rate or rate)}
         if tower:
-            groups["tower"] = Group(_reached(vlm, records, named["tower"]), options.learning_rate or 1e-3)
+            groups["tower"] = Group(_reached(vlm, records, named["tower"]), rate)
         _fit(vlm, vlm.model, run, records, groups, options, progress=progress)
         _save(vlm, run, region, saved_as)
     return run
@@ -184,7 +185,7 @@ def tune(
         else:
             network, named = adapt(vlm, chosen, projector=projector == "train", **lora)
             rate = 2e-4
-        rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate}
+        rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate or 2e-5}
         groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
         _fit(vlm, network, run, records, groups, options, progress=progress)
         if network is not vlm.model:
@@ -239,9 +240,9 @@ def _reached(vlm: Vlm, records: Records, tower: Named) -> Named:
     probe = next((example for example in with_image if isinstance(example, Example)), None)
     if probe is None:
         raise UserError("no record has a readable image: a tower cannot be trained on this data")
-    batch = collate([probe], pad_id=vlm.tokenizer.pad_token_id).to(vlm.device)
+    batch = collate([probe], pad_id=vlm.pad_token_id).to(vlm.device)
     with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.model.dtype != torch.float32):
-        loss = answer_nll(vlm, vlm.model, batch)
+        loss = answer_nll(vlm, vlm.model, batch).sum()
     gradients = torch.autograd.grad(loss, list(tower.values()), allow_unused=True)
     reached = {name: p for (name, p), gradient in zip(tower.items(), gradients, strict=True) if gradient is not None}
     for name in tower.keys() - reached.keys():
@@ -272,7 +273,7 @@ def _fit(
     trainer = RegionTrainer(
         vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if skip else 0.0,
         model=network, args=_arguments(run, options, vlm.device), train_dataset=examples,
-        data_collator=partial(collate, pad_id=vlm.tokenizer.pad_token_id),
+        data_collator=partial(collate, pad_id=vlm.pad_token_id),
         callbacks=[Audit(network, trained), log, interrupt],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

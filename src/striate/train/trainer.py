@@ -88,7 +88,7 @@ class RegionTrainer(Trainer):
     ) -> Any:
         """Negative log-likelihood of the answer tokens over their number in the optimiser step."""
         batch: Batch = inputs.to(self.args.device)
-        loss = answer_nll(self.vlm, model, batch) / num_items_in_batch
+        loss = answer_nll(self.vlm, model, batch).sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # devices average their gradients; the mean is over all tokens
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -154,16 +154,16 @@ class RegionTrainer(Trainer):
 
 
 def answer_nll(vlm: Vlm, model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Summed negative log-likelihood of the batch's answer tokens, in nats.
+    """Negative log-likelihood of each of the batch's N labelled tokens [N], in nats, row after row.
 
     `model` is what runs (the plain model, or a wrapper of it for LoRA or many devices), `vlm` knows its head.
-    Logits exist at supervised positions only.
+    Logits exist at labelled positions only.
     """
     target = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # B T: position t predicts token t + 1
-    supervised = target != IGNORED
-    with vlm.head_at(supervised):
+    labelled = target != IGNORED
+    with vlm.head_at(labelled):
         logits = model(**batch.inputs, use_cache=False).logits[0]  # N V
-    return F.cross_entropy(logits.float(), target[supervised], reduction="sum")
+    return F.cross_entropy(logits.float(), target[labelled], reduction="none")
 
 
 class LengthGrouped(Sampler[int]):
