@@ -195,14 +195,16 @@ class Audit(TrainerCallback):
         self.trained = trained
         self.frozen = {name: p for name, p in model.named_parameters() if id(p) not in chosen}
         self.before: dict[str, int] | None = None
+        self.stepped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember the frozen weights."""
         self.before = {name: checksum(p) for name, p in self.frozen.items()}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look for missing gradients, once."""
-        if self.before is None:
+        """Look for missing gradients, once; a step whose records were all left out has none to look for."""
+        self.stepped = any(parameter.grad is not None for parameter in self.trained.values())
+        if self.before is None or not self.stepped:
             return
         idle = [name for name, parameter in self.trained.items() if parameter.grad is None]
         if idle:
@@ -210,7 +212,7 @@ class Audit(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look for frozen weights that changed, once."""
-        if self.before is None:
+        if self.before is None or not self.stepped:
             return
         moved = [name for name, p in self.frozen.items() if checksum(p) != self.before[name]]
         self.before = None
