@@ -19,7 +19,7 @@ import striate
 from striate.data import Batch, Examples, collate, read
 from striate.train import TrainOptions, answer_nll
 from striate.train.adapter import adapt
-from striate.train.trainer import RegionTrainer, RunLog
+from striate.train.trainer import LengthGrouped, RegionTrainer, RunLog
 
 
 def write_data(folder: Path, *, records: int = 8) -> Path:
@@ -260,6 +260,22 @@ def test_records_that_are_too_long_are_listed_but_not_bad(model: Path, tmp_path:
     assert run.info["training"]["samples"] == 8 - len(run.skipped())
     with pytest.raises(striate.UserError, match="no record is left to train on"):
         tune(model, data, tmp_path / "none", replace(options, max_length=20))
+
+
+def test_groups_of_like_length_come_in_random_order() -> None:
+    lengths = [10 + (7 * index) % 97 for index in range(405)]
+    sampler = LengthGrouped(lengths, batch=4, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(405))
+    assert order == list(sampler)
+    groups = [[lengths[index] for index in order[start : start + 4]] for start in range(0, 404, 4)]
+    assert sorted(max(group) - min(group) for group in groups)[-2] <= 10  # the last few records make one mixed group
+    assert max(groups[0]) == max(lengths)
+    means = [sum(group) / 4 for group in groups]
+    drift = np.corrcoef(range(50), means[1:51])[0, 1]  # sorted groups would give -1
+    assert abs(drift) < 0.3
+    sampler.set_epoch(1)
+    assert list(sampler) != order
 
 
 def test_trainer_fields_reach_the_trainer(model: Path, data: Path, tmp_path: Path) -> None:

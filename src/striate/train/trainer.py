@@ -167,9 +167,9 @@ def answer_nll(vlm: Vlm, model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 class LengthGrouped(Sampler[int]):
-    """Indices shuffled, then grouped so that the records of one optimiser step are about equally long.
+    """Indices grouped so that the records of one optimiser step are about equally long, the groups in random order.
 
-    The order is a function of seed and epoch alone.
+    The order is a function of seed and epoch alone. The longest group comes first: too little memory shows at once.
     """
 
     def __init__(self, lengths: list[int], *, batch: int, seed: int) -> None:
@@ -184,7 +184,14 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch, generator=generator))
+        # `transformers` leaves the groups sorted by length, fifty at a time: training would see long records, then
+        # short ones, over and over.
+        indices = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
+        groups = [indices[start : start + self.batch] for start in range(0, len(indices), self.batch)]
+        full, rest = (groups[:-1], groups[-1:]) if len(groups[-1]) < self.batch else (groups, [])
+        shuffled = torch.randperm(max(len(full) - 1, 0), generator=generator).tolist()
+        order = [*full[:1], *(full[1 + place] for place in shuffled), *rest]
+        return (index for group in order for index in group)
 
 
 class Audit(TrainerCallback):
