@@ -262,6 +262,18 @@ def test_records_that_are_too_long_are_listed_but_not_bad(model: Path, tmp_path:
         tune(model, data, tmp_path / "none", replace(options, max_length=20))
 
 
+def test_a_slip_leaves_no_run_behind(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(striate.UserError, match="no such file"):
+        tune(model, tmp_path / "none.json", out, OPTIONS)
+    with pytest.raises(striate.UserError, match="unknown region"):
+        striate.tune(model, data=data, out=out, region="unifrom:2", options=OPTIONS)
+    assert not out.exists()
+    tune(model, data, out, OPTIONS)
+    with pytest.raises(striate.UserError, match="holds another run: tune, finished"):
+        tune(model, data, out, OPTIONS)
+
+
 def test_groups_of_like_length_come_in_random_order() -> None:
     lengths = [10 + (7 * index) % 97 for index in range(405)]
     sampler = LengthGrouped(lengths, batch=4, seed=3)

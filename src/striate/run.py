@@ -65,8 +65,7 @@ class Run:
         run = cls(Path(path))
         with _writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
-            if held := sorted(item.name for item in run.path.iterdir()):
-                raise UserError(f"{run.path} {run._content(held)}; choose another folder or remove this one")
+        cls.check_free(path)
         run._write(
             INFO,
             {
@@ -84,6 +83,15 @@ class Run:
             },
         )
         return run
+
+    @classmethod
+    def check_free(cls, path: str | Path) -> None:
+        """Raise `UserError` when the folder already holds something, before work whose result would go there."""
+        run = cls(Path(path))
+        with _writing(run.path):
+            held = sorted(item.name for item in run.path.iterdir()) if run.path.exists() else []
+        if held:
+            raise UserError(f"{run.path} {run._content(held)}; choose another folder or remove this one")
 
     @classmethod
     def open(cls, path: str | Path) -> Run:

@@ -118,10 +118,12 @@ def align(
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
     asked = {"model": model, "data": data, "images": images, "allow_urls": allow_urls, "tower": tower}
+    if not resume:
+        Run.check_free(out)
+    vlm, saved_as = _open_model(model, options)
+    region = Region((), vlm.depth, "none")
+    records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     with _stage("align", out, asked, options, resume) as run:
-        vlm, saved_as = _open_model(model, options)
-        region = Region((), vlm.depth, "none")
-        records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
         named = _in_full(vlm, vlm.train_only(region, tower=tower))
         rate = options.learning_rate or 1e-3
         groups = {"projector": Group(named["projector"], options.projector_learning_rate or rate)}
@@ -173,11 +175,13 @@ def tune(
     lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
     asked: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
     asked |= {"region": region, "method": method, "projector": projector, **lora}
+    if not resume:
+        Run.check_free(out)
+    vlm, saved_as = _open_model(model, options)
+    chosen = Region.parse(region, vlm.depth)
+    records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     with _stage("tune", out, asked, options, resume) as run:
-        vlm, saved_as = _open_model(model, options)
-        chosen = Region.parse(region, vlm.depth)
         run.write_region(chosen)
-        records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
         plan = vlm.train_only(chosen, projector=projector == "train")
         if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device)):
             network: Any = vlm.model
