@@ -338,8 +338,7 @@ def test_table_for_the_terminal(runs: list[Path], tmp_path: Path) -> None:
     shown = io.StringIO()
     Console(width=160, file=shown).print(table([*runs, tmp_path / "[red]going"]))
     lines = [line.split() for line in shown.getvalue().splitlines()]
-    assert lines[3][:3] == ["uniform", "■···■···■···", "63.0"]
-    assert lines[3][5:] == ["90.0", "±", "4.8", "70.0", "1.48", "M", "70", "8.0", "1.50"]
+    assert lines[3] == ["uniform", "■···■···■···", "63.0±2.5", "90.0±4.8", "70.0", "1.48", "M", "70", "1.50"]
     assert (lines[5][0], lines[5][-3:]) == ("[red]going", ["running;", "not", "evaluated"])
 
 

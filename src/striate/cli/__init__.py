@@ -192,11 +192,11 @@ def _tell(verb: str, result: Any) -> None:
             output.print(f"{len(skipped)} records left out: see {result.path}/skipped.jsonl")
         output.print(f"{info['status']}: {result.path}; the model is in {result.checkpoint}")
     elif isinstance(result, Path):
-        runs = sorted(folder.parent for folder in result.parent.glob("*/run.json")) if verb == "demo" else []
-        if runs:
+        if verb == "demo":
             from striate.report import table
 
-            output.print(table(runs))
+            runs = [Run.open(file.parent) for file in result.parent.glob("*/run.json")]
+            output.print(table([run.path for run in sorted(runs, key=lambda run: run.info["started"])]))
         output.print(f"wrote {result}")
     elif verb == "eval":
         for task, found in result["tasks"].items():

@@ -17,21 +17,27 @@ __all__ = ["Comparison", "Row", "compare", "report", "table"]
 
 def table(runs: Sequence[Path], reference: Path | None = None) -> Table:
     """The summary of `runs` for a terminal: regions, accuracy with standard errors, retention and cost."""
-    summary = Table(box=None, header_style="bold")
-    summary.add_column("run", overflow="fold")
-    summary.add_column("layers", no_wrap=True)
-    for title in ("visual %", "kept %", "text %", "trained", "seconds", "samples/s", "peak GB"):
+    rows = compare(runs, reference).rows
+    noted = any(row.notes for row in rows)
+    summary = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    summary.add_column("run", no_wrap=True)
+    summary.add_column("layers", overflow="fold")
+    for title in ("visual %", "kept %", "text %", "trained", "seconds", "peak GB"):
         summary.add_column(title, justify="right", no_wrap=True)
-    summary.add_column("")
-    for row in compare(runs, reference).rows:
-        shares = map(percent, (row.visual, row.kept, row.text))
-        notes = Text("; ".join(row.notes), style="dim")
-        summary.add_row(Text(row.name), _strip(row.region), *shares, *row.cells, notes)
+    if noted:
+        summary.add_column("", overflow="fold")
+    for row in rows:
+        shares = (percent(share).replace(" ± ", "±") for share in (row.visual, row.kept, row.text))
+        trained, seconds, _, memory = row.cells
+        notes = [Text("; ".join(row.notes), style="dim")] if noted else []
+        summary.add_row(Text(row.name), _strip(row.region), *shares, trained, seconds, memory, *notes)
     return summary
 
 
 def _strip(region: Region | None) -> Text:
-    """A cell a layer, those of the region filled."""
+    """A cell a layer, those of the region filled; of a deep model, the layers' numbers."""
     if region is None:
         return Text(NOTHING)
+    if region.depth > 16:
+        return Text(f"{region} of {region.depth}")
     return Text.assemble(*(("■", "bold cyan") if i in region else ("·", "dim") for i in range(region.depth)))
