@@ -19,7 +19,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["depth"] == 12
     assert set(summary["runs"]) == {"backbone", "all", "uniform", "first", "last"}
-    assert summary["retention"]["all"] in (1.0, None) or summary["retention"] == {}
+    seen = {name: summary["runs"][name]["visual"] for name in demos.REGIONS}
+    expected = {name: value / seen["all"] for name, value in seen.items()} if seen["all"] else {}
+    assert summary["retention"] == pytest.approx(expected, abs=1e-4)
     assert [summary["runs"][name]["region"] for name in ("uniform", "first", "last")] == ["0,4,8", "0-2", "9-11"]
     assert set(summary["runs"]["uniform"]["tasks"]) == {
         "name", "count", "exists", "colour", "position", "read", "know", "facts", "arithmetic", "stories",

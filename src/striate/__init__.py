@@ -1,4 +1,4 @@
-"""Find, train and prune the visual region of any Hugging Face vision-language model."""
+"""Train the visual region of any Hugging Face vision-language model, and compare it honestly."""
 
 from __future__ import annotations
 

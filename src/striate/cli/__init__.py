@@ -73,7 +73,7 @@ def usage() -> str:
     """The help of the program itself."""
     verbs = "\n".join(f"  [bold]{name:9}[/] {purpose}" for name, (_, purpose) in VERBS.items())
     return (
-        "[bold]striate[/]: find, train and prune the visual region of a vision-language model\n\n"
+        "[bold]striate[/]: train the visual region of a vision-language model, and compare it honestly\n\n"
         f"usage: striate VERB ... [--config FILE] [--debug]\n\n{verbs}\n\n"
         "striate VERB --help tells its options."
     )
