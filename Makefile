@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick test lint format clean
+.PHONY: demo quick test lint format bench clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
@@ -19,6 +19,11 @@ lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/ready  ## what scores and pruning cost, as ratios: bench/results/*.json
+	mkdir -p bench/results
+	$(BIN)/python bench/score.py --out bench/results/score.json
+	$(BIN)/python bench/prune.py --out bench/results/prune.json
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

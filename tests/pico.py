@@ -119,3 +119,93 @@ def pico_llava(folder: Path) -> Path:
     model.save_pretrained(folder)
     pico_processor().save_pretrained(folder)
     return folder
+
+
+# More families, for tests that are about decoder layers; `pico_more` builds them. What varies is the language model
+# inside LLaVA, and what a config says about single layers: kinds of attention, experts, layers by their number.
+
+_LLAVA = {"family": "llava", "vision_config": _SIGLIP, "vision_feature_layer": -1,
+          "vision_feature_select_strategy": "full"}  # fmt: skip
+_COHERE = {"model_type": "cohere2", **_TEXT, "sliding_window": 8}
+_GLM_TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "patch_size": 8,
+              "image_size": 32, "out_hidden_size": 32}  # fmt: skip
+
+MORE: dict[str, dict[str, Any]] = {
+    "llava_llama": {**_LLAVA, "text_config": {"model_type": "llama", **_TEXT}},
+    "llava_qwen2": {**_LLAVA, "text_config": {"model_type": "qwen2", **_TEXT, "tie_word_embeddings": True}},
+    "llava_phi3": {**_LLAVA, "text_config": {"model_type": "phi3", **_TEXT}},
+    "llava_gemma2": {**_LLAVA, "text_config": {"model_type": "gemma2", **_TEXT, "sliding_window": 8}},
+    "mistral3": {"vision_config": _PIXTRAL, "text_config": {"model_type": "mistral", **_TEXT}},
+    "aya_vision": {"vision_config": _SIGLIP, "alignment_intermediate_size": 32, "text_config": _COHERE},
+    "cohere2_vision": {"vision_config": _SIGLIP, "alignment_intermediate_size": 64, "text_config": _COHERE},
+    "glm4v": {"vision_config": _GLM_TOWER, "text_config": {**_TEXT, "rope_parameters": _MROPE}},
+    "ovis2": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": 32, "patch_size": 8, "vocab_size": 40, "num_visual_indicator_tokens": 2,
+        },
+        "text_config": {"model_type": "qwen2", **_TEXT}, "hidden_size": 32, "vocab_size": 128,
+        "visual_indicator_token_ids": [7, 8],
+    },
+    "lfm2_vl": {
+        "vision_config": {**_SIGLIP, "model_type": "siglip2_vision_model", "num_patches": 16},
+        "projector_hidden_size": 32,
+        "text_config": {
+            "model_type": "lfm2", **_TEXT, "layer_types": ["conv", "full_attention"] * (DEPTH // 2),
+            "block_auto_adjust_ff_dim": False, "block_ff_dim": 64,
+        },
+    },
+    "mllama": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1,
+            "attention_heads": 4, "image_size": 16, "patch_size": 8, "max_num_tiles": 1, "vision_output_dim": 64,
+            "intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1]],
+        },
+        "text_config": {
+            **_TEXT, "cross_attention_layers": [1, 3],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+}  # fmt: skip
+
+
+def pico_more(name: str, *, depth: int = DEPTH, **text: Any) -> PreTrainedModel:
+    """A model of `MORE`; `text` are other settings of its language model. Its weights are large enough to matter."""
+    settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **MORE[name]}
+    settings["text_config"] = settings["text_config"] | {"num_hidden_layers": depth} | text
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(settings.pop("family", name), **settings)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.dim() == 1 else 0.0))
+    return model
+
+
+def pico_prompts(name: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What a model of `MORE` takes with an image ("image") and without one ("text"), as its processor would give it."""
+    torch.manual_seed(1)
+    text = torch.randint(10, 120, (1, 13))
+    num_tokens = {"mistral3": 4, "aya_vision": 4, "cohere2_vision": 4, "glm4v": 4, "ovis2": 17, "lfm2_vl": 4}
+    image = torch.full((1, num_tokens.get(name, 16)), _IMAGE)
+    if name == "ovis2":
+        image[0, 0] = 7  # an indicator in front of the image
+    pixels: dict[str, torch.Tensor] = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    if name == "mistral3":
+        pixels["image_sizes"] = torch.tensor([[32, 32]])
+    if name == "glm4v":
+        image = torch.cat([torch.full((1, 1), 7), image], dim=1)
+        pixels = {"pixel_values": torch.randn(16, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    if name == "lfm2_vl":
+        pixels = {"pixel_values": torch.randn(1, 16, 3 * 8 * 8), "spatial_shapes": torch.tensor([[4, 4]]),
+                  "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long)}  # fmt: skip
+    if name == "mllama":
+        image = image[:, :1]
+        pixels = {"pixel_values": torch.randn(1, 1, 1, 3, 16, 16), "aspect_ratio_ids": torch.ones(1, 1).long(),
+                  "aspect_ratio_mask": torch.ones(1, 1, 1).long(),
+                  "cross_attention_mask": torch.ones(1, 14, 1, 1).long()}  # fmt: skip
+    ids = torch.cat([text[:, :4], image, text[:, 4:]], dim=1)
+    if name == "glm4v":
+        pixels["mm_token_type_ids"] = (ids == _IMAGE).long()
+    with_image = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    return {"image": with_image, "text": {"input_ids": text, "attention_mask": torch.ones_like(text)}}

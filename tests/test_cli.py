@@ -11,6 +11,7 @@ from pico import pico_llava
 from test_train import write_data
 
 from striate.cli import VERBS, call_arguments, main, parser_of
+from striate.score import score
 from striate.train import tune
 
 
@@ -86,6 +87,38 @@ def test_a_recipe_sets_options_and_the_command_line_wins(tmp_path: Path) -> None
     assert call["options"].learning_rate == 0.5
     assert call["options"].trainer == {"optim": "sgd"}
     assert call["options"].batch == 128
+
+
+def test_an_option_of_several_words_keeps_its_default() -> None:
+    parser = parser_of("score", score)
+    assert call_arguments(score, parser.parse_args(["--model", "m"]))["metrics"] == "all"
+    several = ["--model", "m", "--metrics", "gradient,image_attention", "block_influence"]
+    assert call_arguments(score, parser.parse_args(several))["metrics"] == [
+        "gradient,image_attention",
+        "block_influence",
+    ]
+
+
+def test_scores_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = write_data(tmp_path), tmp_path / "scores"
+    assert main(["score", str(model), "--data", str(data), "--out", str(run), "--samples", "3", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "image_attention  0." in shown
+    assert "█" in shown
+    assert f"wrote {run}; figures are in {run}/figures" in shown
+    assert main(["inspect", str(model), "--region", f"top:25%@{run}:gradient"]) == 0
+    assert "■" in capsys.readouterr().out
+    assert main(["inspect", str(model), "--region", f"top:25%@{run}:gradiant"]) == 2
+    assert "has no score 'gradiant'; nearest: gradient" in capsys.readouterr().err
+
+
+def test_layers_put_back_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = write_data(tmp_path), tmp_path / "back"
+    words = ["revert", str(model), "--backbone", str(model), "--groups", "0-1,2-3", "--visual", str(data)]
+    assert main([*words, "--out", str(run), "--samples", "3", "--device", "cpu"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "put", "none", "0-1", "2-3", "all", "wrote",
+    ]  # fmt: skip
 
 
 def test_the_program_starts_fast_without_its_heavy_libraries() -> None:

@@ -285,6 +285,7 @@ def test_a_sample_does_not_depend_on_the_other_tasks() -> None:
     assert [records.index(one) for one in both[:5]] == sorted(records.index(one) for one in both[:5])
     with pytest.raises(UserError, match="no task 'od'; nearest: odd"):
         select(records, tasks=["even", "od"])
+    assert select(records, tasks=["odd,even"], samples=5, seed=1) == both  # as the command line gives them
 
 
 @pytest.fixture

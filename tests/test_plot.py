@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
 from striate import plot
-from striate.plot import INK, PALETTE, Cost, Estimate
+from striate.errors import UserError
+from striate.plot import INK, PALETTE, Cost, Estimate, Profile, Reverted
 from striate.region import Region
 
 NAMES = ("all", "uniform", "first", "backbone")
@@ -38,7 +41,31 @@ def cost(names: tuple[str, ...] = NAMES) -> Figure:
     return plot.cost(costs, {name: Estimate(0.5, 0.01) for name in names}, plot.marks(names))
 
 
+def profiles(names: tuple[str, ...] = NAMES) -> Figure:
+    values = (0.5, math.nan, 0.25, 1.0)
+    some = Profile(values, (0.1, math.nan, 0.1, 0.1), {"image": values, "text": values, "unknown": values})
+    return plot.profiles({name: some if i else Profile(values) for i, name in enumerate(names)}, REGIONS["uniform"])
+
+
+def blocks() -> Figure:
+    return plot.blocks([[0.3, 0.5, 0.9], [0.2, 0.4, math.nan], [0.1, math.nan, math.nan]])
+
+
+def instances() -> Figure:
+    return plot.instances([[0.1, 0.2, 0.3], [0.3, 0.2, math.nan], [math.nan] * 3])
+
+
+def overlay() -> Figure:
+    return plot.overlay(np.full((20, 30, 3), 128, dtype=np.uint8), np.random.default_rng(0).random((7, 2, 3)))
+
+
+def reverted(names: tuple[str, ...] = NAMES) -> Figure:
+    found = Reverted({name: Estimate(4.0 + i, 0.1) for i, name in enumerate(names)}, Estimate(5.0, 0.1), Estimate(6.0))
+    return plot.reverted({"visual": found, "text": found})
+
+
 figures = pytest.mark.parametrize("draw", [accuracy, tasks, losses, cost])
+of_layers = pytest.mark.parametrize("draw", [profiles, blocks, instances, overlay, reverted])
 
 
 @figures
@@ -50,6 +77,97 @@ def test_svg_is_the_same_every_time_and_takes_the_colours_of_the_page(draw: Call
     assert INK not in text
     assert "#000000" not in text.replace("stroke: #000000; stroke-width: 0.8", "")  # ticks, which have no length
     assert "uniform" in [element.text for element in ElementTree.fromstring(text).iter() if element.text]
+
+
+@of_layers
+def test_figures_of_layers_are_the_same_every_time(draw: Callable[[], Figure]) -> None:
+    text = plot.svg(draw(), "salt")
+    assert text == plot.svg(draw(), "salt")
+    assert INK not in text
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+    assert tags <= {"svg", "g", "path", "defs", "style", "use", "text", "clipPath", "rect", "image"}
+
+
+@pytest.mark.parametrize("draw", [profiles, reverted])
+def test_names_of_scores_and_groups_are_only_text(draw: Callable[[tuple[str, ...]], Figure]) -> None:
+    text = plot.svg(draw(HOSTILE), "salt")
+    words = {element.text for element in ElementTree.fromstring(text).iter() if element.text}
+    assert "$\\frac" in words
+    assert not [element for element in ElementTree.fromstring(text).iter() if element.tag.endswith("script")]
+
+
+def test_a_panel_for_each_score() -> None:
+    figure = profiles(("a_score", "b", "c"))
+    one, two, three, empty = figure.axes
+    assert [axes.get_title(loc="left") for axes in (one, two, three)] == ["a score", "b", "c"]
+    assert not empty.axison
+    assert len(one.lines) == 1  # no parts
+    assert [line.get_color() for line in two.lines] == [PALETTE[1], PALETTE[0], INK]
+    assert len(two.patches) == 2  # the region's layers
+
+
+def test_a_panel_suits_its_score() -> None:
+    wide = Profile((1.0, 100.0, 2.0), parts={"text": (1e9, 1.0, 1.0)})
+    far = Profile((0.0, 1.0, 0.5), parts={"text": (1e9, 1.0, 1.0)})
+    one, other = plot.profiles({"wide": wide, "far": far, "none": Profile((math.nan,) * 3)}).axes[:2]
+    assert (one.get_yscale(), other.get_yscale()) == ("log", "linear")
+    assert one.get_ylim()[1] == 150
+    assert other.get_ylim()[1] == 1.25
+    text = plot.svg(plot.profiles({"wide": wide}), "salt")
+    assert ">100<" in text  # no mathematics
+
+
+def test_the_block_that_changes_least_is_marked() -> None:
+    (marks,) = blocks().axes[0].lines
+    assert list(map(tuple, zip(*marks.get_data(), strict=True))) == [(2, 1), (1, 2), (0, 3)]
+    (image,) = blocks().axes[0].images
+    stretched = image.get_array()
+    assert stretched[0].tolist() == pytest.approx([1.0, 0.5, 0.0])  # length 1 from layers 0, 1, 2
+    assert stretched.mask.tolist() == [[False] * 3, [False, False, True], [False, True, True]]
+
+
+def test_a_line_for_each_sample_and_their_mean() -> None:
+    first, second, mean = instances().axes[0].lines  # the sample without any number has no line
+    assert list(first.get_ydata()) == [0.1, 0.2, 0.3]
+    assert list(mean.get_ydata()) == pytest.approx([0.2, 0.2, 0.3])
+    assert mean.get_label() == "mean of 2 samples"
+    assert second.get_alpha() == mean.get_alpha() or second.get_alpha() < 1
+
+
+def test_arrows_lead_from_both_models() -> None:
+    visual, text = reverted(("low", "high")).axes
+    arrows = [(note.xyann[0], note.xy[0], note.arrowprops["color"]) for note in visual.texts]
+    assert arrows == [
+        (5.0, 4.0, PALETTE[0]), (6.0, 4.0, PALETTE[0]), (5.0, 5.0, PALETTE[1]), (6.0, 5.0, PALETTE[0]),
+    ]  # fmt: skip
+    assert (visual.get_title(loc="left"), text.get_title(loc="left")) == ("visual", "text")
+    assert [label.get_text() for label in visual.get_yticklabels()] == ["low", "high"]
+
+
+def test_what_was_reverted_is_read_from_results() -> None:
+    cell = {"value": 4.0, "stderr": None, "n": 1}
+    found = Reverted.from_json({"tuned": cell, "backbone": cell | {"stderr": 0.5}, "groups": {"0": cell}})
+    assert found.backbone == Estimate(4.0, 0.5)
+    assert math.isnan(found.groups["0"].stderr)
+
+
+def test_a_small_picture_for_each_layer() -> None:
+    panels = overlay().axes
+    assert len(panels) == 12
+    assert [len(axes.images) for axes in panels] == [2] * 7 + [0] * 5
+    assert panels[3].get_title(loc="left") == "3"
+    assert list(panels[0].images[1].get_extent()) == [0, 30, 20, 0]
+
+
+def test_files_are_the_same_every_time(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        plot.save(profiles(), tmp_path / folder, "scores")
+    names = ["scores.pdf", "scores.png", "scores.svg"]
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(UserError, match="cannot be written"):
+        plot.save(profiles(), tmp_path / "a" / "scores.svg", "scores")
 
 
 @figures
@@ -114,6 +232,6 @@ def test_a_loss_that_blew_up_leaves_a_gap() -> None:
 
 def test_global_settings_stay_as_they_were() -> None:
     before = dict(rcParams)
-    for draw in (accuracy, tasks, losses, cost):
+    for draw in (accuracy, tasks, losses, cost, profiles, blocks, instances, overlay, reverted):
         plot.svg(draw(), "salt")
     assert dict(rcParams) == before

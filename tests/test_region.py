@@ -148,7 +148,13 @@ def test_the_papers_lists_are_for_32_layers_only() -> None:
         ("uniform:101%", "101%"),
         ("uniform:2.5", "no whole number"),
         ("first:3@1", "'@'"),
-        ("top:3@scores.json:block_influence", "unknown region form"),
+        ("top:3", "top:3@scores.json:NAME"),
+        ("spread:3@2", "spread:3@scores.json:NAME"),
+        ("bottom:3@scores.json", "bottom:3@scores.json:NAME"),
+        ("top:3@:score", "top:3@scores.json:NAME"),
+        ("best:3@scores.json:block_influence", "unknown region form"),
+        ("top:13@scores.json:block_influence", "13 layers"),
+        ("spread:0%@scores.json:block_influence", "0%"),
         ("sparse:3", "unknown region form"),
         ("-1", "unknown region form"),
         ("0,,4", "unknown region form"),
@@ -219,3 +225,82 @@ def test_a_file_that_holds_no_region(tmp_path: Path, content: str) -> None:
         Region.parse(str(tmp_path / "gone.json"), 4)
     with pytest.raises(UserError, match=r"region\.json"):
         Region.parse(str(tmp_path), 4)
+
+
+def write_scores(path: Path, *, depth: int | None = None, direction: str = "high", **values: list[float | None]) -> str:
+    """A file with a score for each list of values."""
+    scores = {name: {"values": row, "direction": direction} for name, row in values.items()}
+    depth = depth or max(map(len, values.values()), default=1)
+    path.write_text(json.dumps({"model": "m", "depth": depth, "samples": 1, "scores": scores}))
+    return str(path)
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[int, list[float | None]]:
+    k, depth = draw(counts())
+    return k, draw(st.lists(st.integers(0, 9).map(float), min_size=depth, max_size=depth))
+
+
+@given(scored(), st.sampled_from(["high", "low"]))
+def test_chosen_by_a_score(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[int, list[float]], direction: str
+) -> None:
+    k, values = case
+    depth, sign = len(values), -1 if direction == "low" else 1
+    file = write_scores(tmp_path_factory.getbasetemp() / "drawn.json", direction=direction, score=values)
+    top, bottom, spread = (Region.parse(f"{form}:{k}@{file}:score", depth) for form in ("top", "bottom", "spread"))
+    assert len(top) == len(bottom) == len(spread) == k
+    assert 2 * k > depth or not len(top & bottom)
+    worth = [sign * value for value in values]
+    assert min(worth[layer] for layer in top) >= max((worth[layer] for layer in top.complement), default=-10)
+    assert max(worth[layer] for layer in bottom) <= min((worth[layer] for layer in bottom.complement), default=10)
+    for i, layer in enumerate(spread):
+        stretch = range(i * depth // k, (i + 1) * depth // k)
+        assert layer in stretch
+        assert worth[layer] == max(worth[other] for other in stretch)
+    assert Region.from_json(json.loads(json.dumps(spread.to_json()))) == spread
+
+
+def test_a_score_may_lie_in_a_run_folder_and_count_in_percent(tmp_path: Path) -> None:
+    run = tmp_path / "a run:2"
+    run.mkdir()
+    file = write_scores(run / "scores.json", score=[0.0, 3.0, 1.0, 3.0, 2.0, 0.0, 0.0, 0.5])
+    for place in (run, file):
+        assert layers(f"top:25%@{place}:score", 8) == (1, 3)
+        assert layers(f"top:1@{place}:score", 8) == (1,)  # of equal ones the lower
+        assert layers(f"bottom:25%@{place}:score", 8) == (5, 6)
+        assert layers(f"spread:4@{place}:score", 8) == (1, 3, 4, 7)
+    assert Region.parse(f"top:1@{run}:score", 8).origin == f"top:1@{run}:score"
+
+
+def test_a_score_that_cannot_choose(tmp_path: Path) -> None:
+    file = write_scores(tmp_path / "scores.json", block_influence=[0.1, 0.2, None, 0.4], short=[1.0])
+    for form, words in [
+        (f"top:2@{file}:blok_influence", "has no score 'blok_influence'; nearest: block_influence"),
+        (f"top:2@{file}:block_influence", "block_influence has no value for layer 2"),
+        (f"top:2@{file}:short", "short has no list of 4 'values'"),
+        (f"top:2@{tmp_path / 'gone.json'}:x", "gone.json cannot be read as layer scores"),
+        (f"top:2@{tmp_path / 'gone'}:x", "striate score"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            Region.parse(form, 4)
+        assert words in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="scores of a model with 4 layers; this model's depth is 12"):
+        Region.parse(f"top:2@{file}:block_influence", 12)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"depth": 4, "scores": []}', '{"scores": {}}', "\xff"])
+def test_a_file_that_holds_no_scores(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "broken.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"broken\.json"):
+        Region.parse(f"top:2@{file}:score", 4)
+
+
+@pytest.mark.parametrize("score", [3, [], {"values": 3}, {"values": ["a"] * 4}, {"values": {}}])
+def test_a_score_that_is_none(tmp_path: Path, score: object) -> None:
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"depth": 4, "scores": {"odd": score}}))
+    with pytest.raises(UserError, match="odd has no"):
+        Region.parse(f"top:2@{file}:odd", 4)

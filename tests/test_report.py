@@ -18,6 +18,7 @@ from striate.errors import UserError
 from striate.region import Region
 from striate.report import compare, report, table
 from striate.run import Run
+from striate.score.table import Score, Scores
 
 DEPTH = 12
 QUIET = (
@@ -97,6 +98,25 @@ def runs(tmp_path: Path) -> list[Path]:
 def picture(tmp_path: Path) -> Path:
     path = tmp_path / "cup.png"
     Image.new("RGB", (640, 480), "red").save(path)
+    return path
+
+
+def make_scores(path: Path, *, depth: int = DEPTH, suffix: str = "", partial: bool = False) -> Path:
+    """A finished score run: one score rises with depth, one falls, one falls and counts the other way round."""
+    rising = tuple(layer / depth for layer in range(depth))
+    spread = (0.01,) * depth
+    table = tuple((*(0.1,) * (depth - start), *(math.nan,) * start) for start in range(depth))
+    scores = [
+        Score(
+            f"image_attention{suffix}", rising, stderr=spread, n=9, samples=(rising,) * 9, source=f"somebody{suffix}"
+        ),
+        Score(f"angular_distance{suffix}", rising[::-1], stderr=spread, n=9, parts={"image": rising}, table=table),
+        Score(f"weight_angle{suffix}", (math.nan, *rising[:0:-1]), direction="low"),
+    ]
+    run = Run.create(path, verb="score", options={}, seed=0)
+    told = Scores(f"some/model{suffix}", depth, 9, {score.name: score for score in scores}, partial)
+    run.write_scores(told.to_json())
+    run.update(status="finished")
     return path
 
 
@@ -267,6 +287,55 @@ def test_samples_are_the_first_of_each_task_and_capped(tmp_path: Path, picture: 
     assert "24 at most" in words
 
 
+def test_scores_stand_under_the_regions(runs: list[Path], tmp_path: Path) -> None:
+    other = make_scores(tmp_path / "deeper", depth=20, partial=True)
+    page = report([*runs, make_scores(tmp_path / "scores"), other], out=tmp_path / "report.html")
+    words = text_of(page)
+    assert "scores layer scores only" in words
+    assert "some/model, 9 samples, stopped before all were seen" in words
+    section = words[words.index("A cell a layer") :]
+    # Regions of the same depth first, then range and top quarter of each score.
+    assert "● all ◆ uniform ▲ last image attention0 to 0.9179-11 angular distance0 to 0.9170-2" in section
+    assert "weight angle0.0833 to 0.9179-11" in section  # low is important
+    deeper = section[section.index("deeper") :]
+    assert deeper.startswith("deeper some/model")
+    assert "uniform" not in deeper[: deeper.index("image attention")]
+    shades = re.findall(r'title="layer (\d+): ([^"]*)" style="--shade: ([0-9.]+)"', page.read_text("utf-8"))
+    assert [float(shade) for _, _, shade in shades[:DEPTH]] == sorted(float(shade) for _, _, shade in shades[:DEPTH])
+    assert (shades[0], shades[DEPTH - 1]) == (("0", "0", "0.060"), ("11", "0.9167", "1.000"))
+    assert ("0", "not measured", "0.000") in shades
+
+
+def test_rank_correlations_between_scores(tmp_path: Path) -> None:
+    words = text_of(report([make_scores(tmp_path / "scores")], out=tmp_path / "report.html"))
+    assert "123 1 image attention 2 angular distance−1.00 3 weight angle1.00−1.00" in words
+
+
+def test_figures_of_scores_and_of_layers_put_back(tmp_path: Path) -> None:
+    back = Run.create(tmp_path / "back", verb="revert", options={})
+    cell = {"value": 4.0, "stderr": None, "n": 1}
+    back.write_results({"reverted": {"visual": {"tuned": cell, "backbone": cell, "groups": {"8-15": cell}}}})
+    page = report([make_scores(tmp_path / "scores"), back.path], out=tmp_path / "report.html")
+    words = text_of(page)
+    for title in (
+        "Layer scores: scores",
+        "Image attention: scores",
+        "Blocks of layers: scores",
+        "Layers put back: back",
+    ):
+        assert title in words
+    assert "layers put back only" in words
+    assert report([tmp_path / "scores", back.path], out=tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_broken_scores_leave_the_rest_of_the_report(runs: list[Path], tmp_path: Path) -> None:
+    for content in ("{", "[]", '{"scores": {"a": {}}, "depth": 3}', '{"scores": {"a": {"values": [1]}}, "depth": 3}'):
+        (make_scores(tmp_path / str(len(content))) / "scores.json").write_text(content)
+        row = compare([*runs, tmp_path / str(len(content))]).rows[-1]
+        assert row.notes[0] == "broken"
+        assert "keeps 90.0 %" in text_of(report([*runs, row.run.path], out=tmp_path / "report.html"))
+
+
 def test_a_report_is_one_file_without_scripts_or_network(runs: list[Path], tmp_path: Path) -> None:
     page = report(runs, out=tmp_path / "report.html").read_text("utf-8")
     assert page.startswith("<!doctype html>")
@@ -301,6 +370,11 @@ def hostile_report(tmp_path: Path) -> Path:
         run.write_predictions(p | {"question": bad, "answers": [bad], "task": bad} for p in run.predictions())
         run.write_region(Region((i,), DEPTH, origin=bad))
         paths.append(path)
+        paths.append(make_scores(tmp_path / f"scores {i}", suffix=bad))
+        cell = {"value": 4.0, "stderr": None, "n": 1}
+        back = {"visual": {"tuned": cell, "backbone": cell, "groups": {bad: cell}}}
+        Run.create(tmp_path / f"back {i}", verb="revert", options={}).write_results({"reverted": back})
+        paths.append(tmp_path / f"back {i}")
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "run.json").write_text(HOSTILE[0])
     return report([*paths, tmp_path / "strange"], out=tmp_path / "hostile.html", title=HOSTILE[0])
@@ -379,7 +453,8 @@ def test_nothing_sticks_out_sideways(runs: list[Path], tmp_path: Path, picture: 
     long = make_run(
         tmp_path / ("long" * 20), region="0,2,4,6,8,10", images=(picture,), answers=("wide " * 99, "w" * 300)
     )
-    page = report([long, *runs, hostile_report(tmp_path / "h").parent / "0"], out=tmp_path / "report.html")
+    scores = [make_scores(tmp_path / f"scores of {depth}", depth=depth) for depth in (DEPTH, 80)]
+    page = report([long, *runs, *scores, hostile_report(tmp_path / "h").parent / "0"], out=tmp_path / "report.html")
     script = "document.title = page.documentElement.scrollWidth + ' ' + page.body.innerText.length"
     wide, letters = map(int, browse(page, script, width).split())
     assert wide == width

@@ -16,11 +16,14 @@ from striate.cli import VERBS
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in one line.
-ORDER = ["errors", "region", "run", "vlm", "assemble", "data", "train", "evaluate", "plot", "report", "demo", "cli"]
+ORDER = [
+    "errors", "region", "run", "vlm", "assemble", "data", "trace", "plot", "score", "train", "prune", "evaluate",
+    "report", "demo", "cli",
+]  # fmt: skip
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["inspect", "assemble", "align", "tune", "eval", "report", "demo"]
+    assert list(VERBS) == ["inspect", "assemble", "align", "tune", "score", "revert", "prune", "eval", "report", "demo"]
 
 
 def test_public_names() -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from striate.demo import prose
-from striate.demo.lexicon import KINDS, SIGNS, SORTS, WORDS, article, split_of
+from striate.demo.lexicon import KINDS, PLACES, SIGNS, SORTS, WORDS, article, split_of
 from striate.demo.questions import UNTUNED, ask, converse, facts
 from striate.demo.scene import CELL, CHARACTERS, GRID, PATCH, SIDE, Scene, draw, label_patches, sample_scene
 from striate.demo.world import TEXT_TASKS, TURNS, VISUAL_TASKS, sample_question, write_world
@@ -40,17 +40,17 @@ def answers(scene: Scene, task: str) -> dict[str, str]:
 
 
 def test_answers_follow_from_the_scene():
-    assert answers(CATS, "name")["what is in the bottom left ?"] == "cat"
+    assert answers(CATS, "name")["what is in the bottom-left ?"] == "cat"
     assert answers(CATS, "count")["how often is there a cat ?"] == "2"
     assert answers(CATS, "exists")["is there an apple ?"] == "yes"
     assert answers(CATS, "colour")["what colour is behind the apple ?"] == "green"
-    assert answers(CATS, "colour")["what colour is the top right ?"] == "white"
+    assert answers(CATS, "colour")["what colour is the top-right ?"] == "white"
     assert answers(CATS, "position") == {
-        "where is the apple ?": "bottom right",
-        "in what place is the apple ?": "bottom right",
+        "where is the apple ?": "bottom-right",
+        "in what place is the apple ?": "bottom-right",
     }
     assert answers(CATS, "read") == {}
-    assert answers(CATS, "know")["can you eat the thing in the bottom right ?"] == "yes"
+    assert answers(CATS, "know")["can you eat the thing in the bottom-right ?"] == "yes"
     assert answers(SIGN, "read")["what does the sign say ?"] == "open"
 
 
@@ -126,7 +126,22 @@ def test_sums_are_right_and_facts_agree_with_the_lexicon():
         assert len(answer) == 2
     assert dict(facts("apple", article("apple")))["what sort of thing is an apple ?"] == "fruit"
     assert all(kind.sort in SORTS and 10 <= int(kind.price) <= 99 for kind in KINDS.values())
-    assert "an apple" in prose.describe(CATS, Random(1)) or "the apple" in prose.describe(CATS, Random(1))
+    told = prose.describe(CATS, Random(1))
+    assert all(
+        f"{place} {ground} {word or 'nothing'} ." in told
+        for place, ground, word in zip(PLACES, CATS.grounds, CATS.things, strict=True)
+    )
+
+
+def test_belongings_are_asked_in_both_directions():
+    for seed in range(50):
+        told, asked = prose.belongings(Random(seed), 10)
+        pairs = dict(re.findall(r"(\w+) has (\w+) \.", told))
+        assert len(asked) == 10
+        for question, answer in asked:
+            direction, word = re.fullmatch(r"(what|who) has (\w+) \?", question).groups()
+            owner, thing = (word, answer) if direction == "what" else (answer, word)
+            assert pairs[owner] == thing
 
 
 def test_the_training_file_is_in_the_llava_spelling(world: Path):
@@ -207,7 +222,7 @@ def test_the_tokenizer_knows_every_word_and_spells_signs():
     messages = [
         {
             "role": "user",
-            "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is in the top left ?"}],
+            "content": [{"type": "image"}, {"type": "text", "text": "\nWhat is in the top-left ?"}],
         },
         {"role": "assistant", "content": "cat"},
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 import random
@@ -10,17 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from striate.errors import UserError
+from striate.errors import UserError, nearest
 
 DEFAULT = "uniform:25%"
 FILE = "region.json"
+SCORES = "scores.json"
 FORMS = (
     "all, none, 0,4,8-11, uniform:8, uniform:25%, uniform:8@2 (offset 2), first:8, middle:8, last:8, "
-    "hybrid:8, random:8@7 (seed 7), paper, paper-code, a saved region.json or a run folder that holds one"
+    "hybrid:8, random:8@7 (seed 7), paper, paper-code, top:8@scores.json:NAME (the most important by a score), "
+    "bottom:8@..., spread:8@... (the best of each of 8 stretches), a saved region.json or a run folder that holds one"
 )
 PAPER = {
     "paper": (0, 4, 8, 12, 18, 22, 26, 30),
@@ -36,6 +39,11 @@ def _random(k: int, depth: int, seed: int) -> Sequence[int]:
     return sorted(range(depth), key=lambda _: draw())[:k]
 
 
+def _spread(k: int, ranked: Sequence[int]) -> Sequence[int]:
+    ends = [i * len(ranked) // k for i in range(k + 1)]
+    return [next(layer for layer in ranked if start <= layer < end) for start, end in pairwise(ends)]
+
+
 # How k of depth layers are chosen; the third number is what follows "@": an offset or a seed.
 CHOICES: dict[str, Callable[[int, int, int], Sequence[int]]] = {
     "uniform": lambda k, depth, offset: [i * depth // k + offset for i in range(k)],
@@ -46,8 +54,15 @@ CHOICES: dict[str, Callable[[int, int, int], Sequence[int]]] = {
     "random": _random,
 }
 SHIFTED = ("uniform", "random")  # the choices that take "@"
+# How k layers are chosen from all of them in the order of their importance.
+SCORED: dict[str, Callable[[int, Sequence[int]], Sequence[int]]] = {
+    "top": lambda k, ranked: ranked[:k],
+    "bottom": lambda k, ranked: ranked[len(ranked) - k :],
+    "spread": _spread,
+}
 
 _COUNTED = re.compile(r"([a-z]+):([0-9]{1,9}(?:\.[0-9]{1,9})?)(%?)(?:@([0-9]{1,9}))?")
+_SCORED = re.compile(r"(top|bottom|spread):([0-9]{1,9}(?:\.[0-9]{1,9})?)(%?)(?:@(.*))?", re.DOTALL)
 _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
@@ -87,6 +102,8 @@ class Region:
         `i * depth // k + offset`; the middle block starts at `(depth - k) // 2`; an odd hybrid has one layer
         more in front; random layers are those with the k smallest of `depth` draws of
         `random.Random(seed).random()`, the same in every Python. Without "@" the offset or seed is 0.
+        `top` and `bottom` are the ends of the order of importance (`by_importance`) by a score of scores.json or
+        of a run folder; `spread` has the most important layer of each stretch [i * depth // k, (i + 1) * depth // k).
         Raises `UserError` naming what is wrong, the depth and the accepted forms.
         """
         text = text.strip()
@@ -96,6 +113,8 @@ class Region:
             if depth != PAPER_DEPTH:
                 raise _refusal(f"the list {text!r} is for {PAPER_DEPTH} layers", depth)
             return cls(PAPER[text], depth, text)
+        if match := _SCORED.fullmatch(text):
+            return cls(tuple(_choose_by_score(match, depth)), depth, text)
         if match := _COUNTED.fullmatch(text):
             return cls(tuple(_choose(match, depth)), depth, text)
         if text and all(_SPAN.fullmatch(part.strip()) for part in text.split(",")):
@@ -188,12 +207,62 @@ def _choose(match: re.Match[str], depth: int) -> Sequence[int]:
         raise _refusal(f"unknown region form {match[0]!r}", depth)
     if shift and name not in SHIFTED:
         raise _refusal(f"{match[0]!r} has an '@', which only {' and '.join(SHIFTED)} take", depth)
+    return CHOICES[name](_count(match[0], number, percent, depth), depth, int(shift or 0))
+
+
+def _count(text: str, number: str, percent: str, depth: int) -> int:
+    """How many layers the number of a form asks for."""
     if not percent and "." in number:
-        raise _refusal(f"{match[0]!r} asks for {number} layers, which is no whole number", depth)
+        raise _refusal(f"{text!r} asks for {number} layers, which is no whole number", depth)
     if not 0 < float(number) <= (100 if percent else depth):
-        raise _refusal(f"{match[0]!r} asks for {number}{percent or ' layers'}", depth)
-    k = max(1, round(depth * float(number) / 100)) if percent else int(number)
-    return CHOICES[name](k, depth, int(shift or 0))
+        raise _refusal(f"{text!r} asks for {number}{percent or ' layers'}", depth)
+    return max(1, round(depth * float(number) / 100)) if percent else int(number)
+
+
+def _choose_by_score(match: re.Match[str], depth: int) -> Sequence[int]:
+    """The layers that a form such as top:8@scores.json:block_influence stands for."""
+    form, number, percent, place = match.groups()
+    k = _count(match[0], number, percent, depth)
+    path, _, name = (place or "").rpartition(":")
+    if not (path and name):
+        raise _refusal(f"{match[0]!r} does not say by which score: {form}:{number}{percent}@scores.json:NAME", depth)
+    saved = read_scores(path)
+    if saved["depth"] != depth:
+        raise _refusal(f"{path} holds the scores of a model with {saved['depth']} layers", depth)
+    if name not in saved["scores"]:
+        raise UserError(f"{path} has no score {nearest(name, saved['scores'])}")
+    score = saved["scores"][name]
+    values = score.get("values") if isinstance(score, dict) else None
+    if not isinstance(values, list) or len(values) != depth:
+        raise UserError(f"{path}: {name} has no list of {depth} 'values'")
+    for layer, value in enumerate(values):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{path}: {name} has no value for layer {layer}, so its layers cannot be ranked")
+    return SCORED[form](k, by_importance(values, score.get("direction", "high")))
+
+
+def by_importance(values: Sequence[float], direction: str) -> list[int]:
+    """All layers by a score, the most important first; of equal values the lower layer, NaN last.
+
+    `values` has one number a layer; `direction` "high" or "low" says which of them mean important.
+    """
+    sign = 1 if direction == "low" else -1
+    return sorted(range(len(values)), key=lambda layer: (math.isnan(values[layer]), sign * values[layer]))
+
+
+def read_scores(path: str | Path) -> dict[str, Any]:
+    """The content of a file of layer scores, or of the one in a run folder, with "depth" and "scores" by name.
+
+    Raises `UserError` when it cannot be read or is something else.
+    """
+    file = Path(path) / SCORES if os.path.isdir(path) else Path(path)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as layer scores ({error}); `striate score` writes them") from None
+    if not isinstance(data, dict) or not isinstance(data.get("scores"), dict) or "depth" not in data:
+        raise UserError(f"{file} holds no layer scores: `striate score` writes an object with 'depth' and 'scores'")
+    return data
 
 
 def _listed(text: str, depth: int) -> Iterator[int]:

@@ -5,6 +5,7 @@ Only this module knows its file names:
 runs/<name>/
     run.json            verb, status, options, versions, seed, machine, timings, parent model or run
     region.json         the layers that were trained or kept
+    scores.json         one number per layer and score
     log.jsonl           one line a training step
     results.json        accuracy by task
     predictions.jsonl   one line an evaluated record
@@ -21,6 +22,7 @@ import json
 import numbers
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -34,10 +36,12 @@ from typing import Any
 
 from striate.errors import UserError
 from striate.region import FILE as REGION
-from striate.region import Region
+from striate.region import SCORES, Region
 
 INFO, RESULTS = "run.json", "results.json"
 LOG, PREDICTIONS, SKIPPED = "log.jsonl", "predictions.jsonl", "skipped.jsonl"
+# A list without texts or lists in it, which is to stand on one line. A line end is never inside a text of JSON.
+NUMBERS = re.compile(r"(?<=\[)\n[^\[\]{}\"]*(?=\])")
 PACKAGES = ("striate", "torch", "transformers", "peft")
 
 
@@ -155,6 +159,15 @@ class Run:
         self._write(REGION, region.to_json())
 
     @property
+    def scores(self) -> dict[str, Any] | None:
+        """Layer scores, as `striate.score.table.Scores.from_json` reads them; None when none were measured."""
+        return self._read(SCORES)
+
+    def write_scores(self, scores: dict[str, Any]) -> None:
+        """Save layer scores; a region such as `top:8@RUN:NAME` can be chosen by them from then on."""
+        self._write(SCORES, scores)
+
+    @property
     def results(self) -> dict[str, Any] | None:
         """Accuracy by task; None before the run was evaluated."""
         return self._read(RESULTS)
@@ -209,7 +222,8 @@ class Run:
             raise UserError(f"{file} cannot be read: {error}") from None
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        self._replace(name, json.dumps(content, indent=2, ensure_ascii=False, default=_plain) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=_plain)
+        self._replace(name, NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
     def _replace(self, name: str, text: str) -> None:
         """Write all of `text` to disk before it takes the place of `name`."""
@@ -260,6 +274,32 @@ def model_folder(model: str | Path) -> str | Path:
             f"({run.info.get('verb')}, {run.info.get('status')}): choose a run that has saved a model"
         )
     return run.checkpoint
+
+
+def check_place(model: str | Path, out: str | Path | None) -> None:
+    """Raise `UserError` when `place` would refuse, before work whose result would go there."""
+    if out is not None:
+        Run.check_free(out)
+        return
+    try:
+        Run.open(model)
+    except UserError:
+        raise UserError(f"{model} is no run to write results into: name a new one with --out") from None
+
+
+@contextmanager
+def place(model: str | Path, out: str | Path | None, *, verb: str, options: dict[str, Any]) -> Iterator[Run]:
+    """Where results go: a new run in `out`, or the run that is the model, which keeps its own status and time.
+
+    Raises `UserError` when `out` is taken, or not given and the model is no run.
+    """
+    check_place(model, out)
+    if out is None:
+        yield Run.open(model)
+        return
+    run = Run.create(out, verb=verb, options=options, seed=options.get("seed"), parent=str(model))
+    with run.recording():
+        yield run
 
 
 def versions() -> dict[str, str]:

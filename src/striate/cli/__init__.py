@@ -16,7 +16,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser, Namespace
@@ -24,12 +24,18 @@ from rich.console import Console
 
 from striate.errors import UserError
 
+if TYPE_CHECKING:
+    from striate.run import Run
+
 # Each verb: where its function is and what it is for. Modules are imported only for the verb that runs.
 VERBS = {
     "inspect": ("striate.cli.anatomy:inspect", "the parts of a model, what a region would train, an encoded example"),
     "assemble": ("striate.assemble:assemble", "a new LVLM from a vision encoder and a language model"),
     "align": ("striate.train:align", "stage 1: train the projector"),
     "tune": ("striate.train:tune", "stage 2: train a region of the decoder's layers"),
+    "score": ("striate.score:score", "which layers look, change, matter: layer scores, to choose a region by"),
+    "revert": ("striate.score:revert", "perplexity with groups of layers put back to the backbone"),
+    "prune": ("striate.prune:prune", "cut layers outside the region out of a checkpoint, with proof"),
     "eval": ("striate.evaluate:evaluate", "accuracy on visual and text tasks"),
     "report": ("striate.report:report", "any number of runs as one HTML file"),
     "demo": ("striate.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
@@ -106,7 +112,8 @@ def parser_of(name: str, function: Callable[..., Any]) -> ArgumentParser:
         settings: dict[str, Any] = {"help": description}
         several, required = "Sequence" in str(hint), default is inspect.Parameter.empty
         if several:  # `--data a.json b.json`
-            parser.add_argument(_flag(key), nargs="+", required=required, **settings)
+            fallback = None if required else default
+            parser.add_argument(_flag(key), nargs="+", required=required, default=fallback, **settings)
         elif hint is bool:
             parser.add_argument(_flag(key), action="store_true", default=default, **settings)
         elif required:
@@ -181,16 +188,7 @@ def _tell(verb: str, result: Any) -> None:
     from striate.run import Run
 
     if isinstance(result, Run):
-        info, training = result.info, result.info.get("training")
-        if training:
-            output.print(
-                f"trained {training['trainable_parameters']:,} of {training['total_parameters']:,} parameters "
-                f"in {training['seconds']:.1f} s ({training['samples_per_second']:.1f} records/s, "
-                f"{training['peak_memory_gb']:.2f} GB)"
-            )
-        if skipped := result.skipped():
-            output.print(f"{len(skipped)} records left out: see {result.path}/skipped.jsonl")
-        output.print(f"{info['status']}: {result.path}; the model is in {result.checkpoint}")
+        _tell_run(verb, result)
     elif isinstance(result, Path):
         if verb == "demo":
             from striate.report import table
@@ -204,3 +202,22 @@ def _tell(verb: str, result: Any) -> None:
             output.print(f"{task:16} {found['metric']:16} {found['value']:.3f}{spread}  n {found['n']}")
     elif result is not None:
         output.print(result)
+
+
+def _tell_run(verb: str, run: Run) -> None:
+    if verb in ("score", "revert"):
+        from striate.score.terminal import shown
+
+        output.print(shown(run, verb))
+    elif training := run.info.get("training"):
+        output.print(
+            f"trained {training['trainable_parameters']:,} of {training['total_parameters']:,} parameters "
+            f"in {training['seconds']:.1f} s ({training['samples_per_second']:.1f} records/s, "
+            f"{training['peak_memory_gb']:.2f} GB)"
+        )
+    if skipped := run.skipped():
+        output.print(f"{len(skipped)} records left out: see {run.path}/skipped.jsonl")
+    if verb in ("score", "revert"):
+        output.print(f"wrote {run.path}; figures are in {run.figures}")
+    else:
+        output.print(f"{run.info['status']}: {run.path}; the model is in {run.checkpoint}")

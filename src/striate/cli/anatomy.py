@@ -11,6 +11,7 @@ from rich.text import Text
 
 from striate.data import IGNORED, Example, encode, read
 from striate.errors import UserError
+from striate.prune.protected import protected
 from striate.region import Region
 from striate.vlm import Vlm, load
 
@@ -73,6 +74,9 @@ def _parts(vlm: Vlm, region: Region) -> Table:
     for group, number in plan.counts.items():
         if number:
             table.add_row(f"trains: {group}", f"{number:,}", f"{number / plan.total:.1%} of the model")
+    for reason, items in groupby(protected(vlm).items(), key=lambda item: item[1]):
+        layers = Region(tuple(layer for layer, _ in items), vlm.depth)
+        table.add_row("never cut", str(layers), reason)
     return table
 
 

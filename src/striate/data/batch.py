@@ -37,6 +37,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Where the logits predict a labelled token, which is one to the left of it [B, T]; those tokens [N]."""
+        following = F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+        positions = following != IGNORED
+        return positions, following[positions]
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on `device`, its floating-point inputs as `dtype`."""
 

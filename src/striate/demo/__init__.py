@@ -1,7 +1,7 @@
 """The demo: the whole pipeline on a generated world, on two CPU cores, in minutes.
 
 It starts where a user would, with a language model that reads, a tower that sees, and a projector between them, and
-calls the same functions as the verbs. What ships in `models/` was made by `scripts/make_demo_models.py`.
+calls the same functions as the verbs. What ships in `models/` was made by `scripts/demo_models`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from striate.demo.world import write_world
 from striate.evaluate import evaluate
 from striate.report import report
 from striate.run import Run
+from striate.score import score
 from striate.train import TrainOptions, tune
 
 MODELS = Path(__file__).parent / "models"
 REGIONS = {"all": "all", "uniform": "uniform:25%", "first": "first:25%", "last": "last:25%"}
+SCORES = ("block_influence", "multimodal_block_influence", "angular_distance", "image_attention")
+"""Those that one forward pass gives; `striate score` has the others."""
 CREDITS = ["Pictures: emoji by OpenMoji, CC BY-SA 4.0 (https://openmoji.org), drawn on coloured grounds"]
 
 
@@ -37,7 +40,7 @@ class Size:
     steps: int
 
 
-FULL = Size(train=3200, test=120, text=120, steps=200)
+FULL = Size(train=3520, test=120, text=120, steps=220)
 QUICK = Size(train=640, test=20, text=20, steps=40)
 
 
@@ -72,7 +75,7 @@ def demo(
     for name, region in REGIONS.items():
         runs[name] = tune(
             start.path, data=world / "train.json", images=world / "images", out=out / name, region=region,
-            method="full", progress=progress, options=_options(size, seed),
+            method="full", progress=progress, options=tuning(size, seed),
         )  # fmt: skip
     for run in runs.values():
         evaluate(
@@ -80,15 +83,18 @@ def demo(
             max_new_tokens=8, device="cpu", progress=progress,
         )  # fmt: skip
         run.update(credits=CREDITS)
+    for name in ("backbone", "all"):  # where the model looks before it is tuned and after
+        score(runs[name].path, data=world / "train.json", images=world / "images", metrics=SCORES, device="cpu")
     path = report([run.path for run in runs.values()], out=out / "report.html", title="striate demo")
     summary = summarise(runs, seed=seed, seconds=time.monotonic() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return path
 
 
-def _options(size: Size, seed: int) -> TrainOptions:
+def tuning(size: Size, seed: int) -> TrainOptions:
+    """How the demo tunes every region."""
     return TrainOptions(
-        steps=size.steps, batch=16, micro_batch=16, learning_rate=1e-3, projector_learning_rate=1e-3, max_length=256,
+        steps=size.steps, batch=16, micro_batch=16, learning_rate=5e-4, projector_learning_rate=1e-3, max_length=256,
         seed=seed, device="cpu", attn="eager",  # on a CPU eager attention trains faster than SDPA
     )  # fmt: skip
 

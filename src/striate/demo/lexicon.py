@@ -17,7 +17,7 @@ GROUNDS: dict[str, tuple[int, int, int]] = {
     "blue": (148, 190, 246),
     "purple": (205, 164, 236),
 }
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 SPLITS = ("train", "validation", "test")
 
 EDIBLE = frozenset({"fruit", "vegetable", "food"})

@@ -61,20 +61,22 @@ def story(rng: Random, split: str) -> str:
 
 
 def describe(scene: Scene, rng: Random) -> str:
-    """The scene in words, a sentence a place, in random order and wording, not as patches would tell it."""
-    sentences = []
-    for word, ground, place in zip(scene.things, scene.grounds, PLACES, strict=True):
-        if word:
-            forms = (
-                f"in the {place} there is {article(word)} on {ground} .",
-                f"the {word} is in the {place} on {ground} .",
-                f"on {ground} in the {place} is {article(word)} .",
-                f"{ground} is behind the {word} in the {place} .",
-            )
-            sentences.append(rng.choice(forms))
-        else:
-            sentences.append(rng.choice((f"the {place} is {ground} .", f"{ground} is all of the {place} .")))
+    """The scene in words, a short sentence a place, in random order: not as a row of patches would tell it."""
+    things = zip(PLACES, scene.grounds, scene.things, strict=True)
+    sentences = [f"{place} {ground} {word or 'nothing'} ." for place, ground, word in things]
     if scene.sign:
-        sentences.append(rng.choice(("the sign says {} .", "{} is on the sign .")).format(scene.sign))
+        sentences.append(f"the sign says {scene.sign} .")
     rng.shuffle(sentences)
     return " ".join(sentences)
+
+
+def belongings(rng: Random, questions: int) -> tuple[str, list[tuple[str, str]]]:
+    """A list of who has what, and questions about it in both directions: looking up, and nothing else."""
+    number = rng.randint(2, 8)
+    words = rng.sample(WORDS, 2 * number)
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    asked = []
+    for _ in range(questions):
+        owner, thing = rng.choice(pairs)
+        asked.append((f"what has {owner} ?", thing) if rng.random() < 0.5 else (f"who has {thing} ?", owner))
+    return " ".join(f"{owner} has {thing} ." for owner, thing in pairs), asked

@@ -27,7 +27,7 @@ _INK, _BOARD = (30, 30, 40), (252, 252, 252)
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen: `things` and `grounds` by place (top left, top right, bottom left, bottom right).
+    """What is to be seen: `things` and `grounds` by place (top-left, top-right, bottom-left, bottom-right).
 
     A `sign` fills the row `sign_row` (0 top, 1 bottom), which has no things then; its first letter is in the
     patch column `sign_column`. `shifts` moves the glyphs by 0-3 px (x, y) from the corner of their places.

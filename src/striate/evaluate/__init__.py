@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 from striate.data import Record, RecordError, Skipped, read
-from striate.errors import UserError
+from striate.errors import UserError, nearest
 from striate.evaluate.answers import Likelihood, answer, choose, likelihood
-from striate.evaluate.prediction import Prediction, by_task, nearest, predict, resolve, summary
-from striate.run import Run
+from striate.evaluate.prediction import Prediction, by_task, predict, resolve, summary
+from striate.run import check_place, place
 from striate.vlm import load
 
 __all__ = [
@@ -78,14 +77,13 @@ def evaluate(
         UserError: nowhere to write, an unknown task or metric, a bad record, or no good one.
     """
     options = dict(locals())
-    if out is None:
-        _home(model)  # refused now, not after the work
+    check_place(model, out)  # refused now, not after the work
     files = [data] if isinstance(data, str | Path) else list(data)
     records, skipped = _read(files, images, allow_urls, on_bad_record)
     records = select(records, tasks=tasks, samples=samples, seed=seed)
     vlm = load(model, device=device, dtype=dtype)
     began, predictions = time.monotonic(), dict[int, Prediction]()
-    with _place(model, out, options) as run:
+    with place(model, out, verb="eval", options=options) as run:
         asked = predict(vlm, records, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
         bar = Console(stderr=True)
         for index, found in track(asked, "eval", total=len(records), console=bar, disable=not progress):
@@ -127,8 +125,9 @@ def select(
         UserError: a task that no record has, or one that mixes metrics.
     """
     known = dict.fromkeys(record.task for record in records)
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else tasks
-    for name in names or ():
+    listed = [tasks] if isinstance(tasks, str) else tasks or ()
+    names = [name.strip() for one in listed for name in one.split(",")]
+    for name in names:
         if name not in known:
             raise UserError(f"no task {nearest(name, known)}")
     groups = by_task(record for record in records if record.task in (names or known))
@@ -137,24 +136,6 @@ def select(
             drawn = random.Random(f"{seed} {task}").sample(range(len(group)), samples)
             groups[task] = [group[index] for index in sorted(drawn)]
     return [record for group in groups.values() for record in group]
-
-
-def _home(model: str | Path) -> Run:
-    try:
-        return Run.open(model)
-    except UserError:
-        raise UserError(f"{model} is no run to write results into: name a new one with --out") from None
-
-
-@contextmanager
-def _place(model: str | Path, out: Path | None, options: dict[str, Any]) -> Iterator[Run]:
-    """Where results go: a new run, or the one that is the model, which keeps its own status and time."""
-    if out is None:
-        yield _home(model)
-        return
-    run = Run.create(out, verb="eval", options=options, seed=options["seed"], parent=str(model))
-    with run.recording():
-        yield run
 
 
 def _read(

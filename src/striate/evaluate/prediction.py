@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any, Protocol, TypeVar
 
 from striate.data import Record, RecordError, Skipped
-from striate.errors import UserError
+from striate.errors import UserError, nearest
 from striate.evaluate import metrics
 from striate.evaluate.answers import Likelihood, answer, choose, likelihood
 from striate.evaluate.metrics import METRICS
@@ -132,13 +131,6 @@ def by_task(items: Iterable[Tasked]) -> dict[str, list[Tasked]]:
             raise UserError(f"{mixed}: give its records one 'metric', or two names of a 'task'")
         group.append(item)
     return tasks
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """An unknown name, quoted, with the nearest known ones, or all of them when none is near."""
-    names = list(known)
-    near = get_close_matches(name, names)
-    return f"{name!r}; nearest: {', '.join(near)}" if near else f"{name!r}; there are: {', '.join(names)}"
 
 
 def _usual_metric(record: Record, answers: Sequence[str]) -> str:

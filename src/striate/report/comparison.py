@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from striate import plot
 from striate.errors import UserError
@@ -14,8 +14,13 @@ from striate.plot import Estimate, Mark
 from striate.region import Region
 from striate.run import Run
 
+if TYPE_CHECKING:
+    from striate.score.table import Scores
+
 MODALITIES, PERPLEXITY = ("visual", "text"), "perplexity"
 NOTHING = "–"  # what was not measured
+# Verbs that look at layers and leave no accuracy.
+LAYERWISE = {"score": "layer scores only", "revert": "layers put back only"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,8 @@ class Row:
     text: Estimate | None = None
     kept: Estimate | None = None
     curve: tuple[tuple[float, float], ...] = ()
+    scores: Scores | None = None
+    reverted: Mapping[str, plot.Reverted] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def training(self, name: str) -> float | None:
@@ -106,7 +113,7 @@ def _row(name: str, run: Run) -> Row:
     info, results, skipped = run.info, run.results or {}, len(run.skipped())
     tasks = results.get("tasks") or {}
     notes = [str(info["status"])] if info["status"] != "finished" else []
-    notes += ["not evaluated"] if not tasks else []
+    notes += [LAYERWISE.get(info["verb"], "not evaluated")] if not tasks else []
     notes += [f"{skipped} record{'s' * (skipped > 1)} left out"] if skipped else []
     return Row(
         str(info.get("name") or name),
@@ -117,9 +124,20 @@ def _row(name: str, run: Run) -> Row:
         data=str(results.get("data", "")),
         visual=_mean(tasks, "visual"),
         text=_mean(tasks, "text"),
+        scores=_scores(run),
+        reverted={kind: plot.Reverted.from_json(found) for kind, found in (results.get("reverted") or {}).items()},
         curve=tuple((entry["step"], entry["loss"]) for entry in run.history() if entry.get("loss") is not None),
         notes=tuple(notes),
     )
+
+
+def _scores(run: Run) -> Scores | None:
+    saved = run.scores
+    if saved is None:
+        return None
+    from striate.score.table import Scores  # late: brings in torch
+
+    return Scores.from_json(saved)
 
 
 def estimate(task: Mapping[str, Any]) -> Estimate:

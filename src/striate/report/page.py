@@ -25,6 +25,7 @@ from striate.report.comparison import (
     estimate,
     percent,
 )
+from striate.report.layers import correlations, figures, strips
 from striate.report.samples import MOST, PER_TASK, samples
 from striate.run import versions
 
@@ -100,6 +101,8 @@ def _page(comparison: Comparison, title: str) -> dict[str, Any]:
         "figures": [
             Figure(name, Markup(plot.svg(figure, name)), caption) for name, figure, caption in _figures(comparison)
         ],
+        "strips": [strips(row, rows) for row in rows if row.scores],
+        "correlations": {row.name: correlations(row.scores) for row in rows if row.scores},
         "samples": samples(comparison),
         "sampling": (PER_TASK, MOST),
         "settings": _settings(rows),
@@ -177,6 +180,8 @@ def _figures(comparison: Comparison) -> Iterator[tuple[str, plot.Figure, str]]:
     if curves := {row.name: row.curve for row in comparison.rows if row.curve}:
         caption = f"Training loss by step; more than {plot.POINTS} steps are averaged in equal blocks."
         yield "Loss", plot.losses(curves, style), caption
+    for row in comparison.rows:
+        yield from figures(row)
 
 
 def _settings(rows: Sequence[Row]) -> list[Settings]:

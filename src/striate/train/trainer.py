@@ -159,11 +159,10 @@ def answer_nll(vlm: Vlm, model: nn.Module, batch: Batch) -> torch.Tensor:
     `model` is what runs (the plain model, or a wrapper of it for LoRA or many devices), `vlm` knows its head.
     Logits exist at labelled positions only.
     """
-    target = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)  # B T: position t predicts token t + 1
-    labelled = target != IGNORED
-    with vlm.head_at(labelled):
+    positions, tokens = batch.targets()
+    with vlm.head_at(positions):
         logits = model(**batch.inputs, use_cache=False).logits[0]  # N V
-    return F.cross_entropy(logits.float(), target[labelled], reduction="none")
+    return F.cross_entropy(logits.float(), tokens, reduction="none")
 
 
 class LengthGrouped(Sampler[int]):

@@ -1,61 +1,21 @@
-"""The figures, as functions from data to a matplotlib `Figure`. No global state, nothing read from disk.
-
-A run keeps one colour and one shape through all figures (`marks`); the run that others are compared with is
-drawn in the colour of the text. Accuracies are shares of 1 in the data and percent in the figures; whiskers
-are one standard error. Figures are narrow enough for a phone and have no background, to suit dark pages too.
-"""
+"""Figures that set runs side by side: accuracy, tasks, loss, cost."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
+from striate.plot.style import INK, STYLE, WIDTH, Estimate, Mark, label, strip, tidy
 from striate.region import Region
 
-INK = "#1a1a1b"  # text, axes and the reference; `svg` makes it the colour of the page's text
-# Told apart by colour-blind readers, each far enough from white; `DARK` has the same hues for a dark page.
-PALETTE = ("#0072b2", "#d55e00", "#00876a", "#a6468f", "#a87900", "#3d5a80", "#c23b4e")
-DARK = ("#58aee8", "#f28e4c", "#3fc4a0", "#dd8fcb", "#dcb04a", "#93b4d9", "#f08a98")
-SHAPES = "sD^vPX"  # one less than colours, so that 42 runs differ; the reference is round
-WIDTH = 4.8  # inches
 POINTS = 200  # in a loss curve; more are averaged in equal blocks
-NAME = 28  # letters of a run's or task's name that fit
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,  # a run may be called "$\frac"
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.edgecolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "lines.markersize": 5,
-}
-
-
-class Estimate(NamedTuple):
-    """A measured number and its standard error (NaN where that is not known), in the same unit."""
-
-    value: float
-    stderr: float = math.nan
 
 
 class Cost(NamedTuple):
@@ -63,20 +23,6 @@ class Cost(NamedTuple):
 
     seconds: float
     memory: float
-
-
-class Mark(NamedTuple):
-    """How a run is drawn."""
-
-    colour: str
-    shape: str
-
-
-def marks(names: Sequence[str], reference: str | None = None) -> dict[str, Mark]:
-    """A colour and a shape for each run, in the order given; the reference gets the colour of the text."""
-    others = [name for name in names if name != reference]
-    chosen = {n: Mark(PALETTE[i % len(PALETTE)], SHAPES[i % len(SHAPES)]) for i, n in enumerate(others)}
-    return {name: chosen.get(name, Mark(INK, "o")) for name in names}
 
 
 @rc_context(STYLE)
@@ -98,9 +44,9 @@ def accuracy(
     figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine(wspace=0.08))
     strips, *bars = figure.subplots(1, 1 + len(panels), sharey=True, width_ratios=[1.0, *([1.05] * len(panels))])
     for row, (name, mark) in enumerate(style.items()):
-        strips.text(0, row - 0.16, _label(name), va="center")
+        strips.text(0, row - 0.16, label(name), va="center")
         if name in regions:
-            _strip(strips, regions[name], row, mark.colour)
+            strip(strips, regions[name], row, mark.colour)
         for axes, (_, means) in zip(bars, panels, strict=True):
             if name in means:
                 _bar(axes, means[name], row, mark.colour, retention.get(name) if means is visual else None)
@@ -123,12 +69,12 @@ def tasks(values: Mapping[str, Mapping[str, Estimate]], style: Mapping[str, Mark
             if name in task:
                 shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)
                 _point(axes, 100 * task[name].value, row + shift, style[name], x_error=100 * task[name].stderr)
-    axes.set_yticks(range(len(values)), [_label(task) for task in values])
+    axes.set_yticks(range(len(values)), [label(task) for task in values])
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %")
     for row in range(len(values) - 1):
         axes.axhline(row + 0.5, color=INK, alpha=0.12, linewidth=0.6)
-    _tidy(axes, "x")
+    tidy(axes, "x")
     return figure
 
 
@@ -142,7 +88,7 @@ def losses(curves: Mapping[str, Sequence[tuple[float, float]]], style: Mapping[s
         steps, means = ([sum(axis) / len(axis) for axis in values] for values in zip(*blocks, strict=True))
         axes.plot(steps, means, color=style[name].colour, linewidth=1.3)
     axes.set(xlabel="step", ylabel="loss")
-    _tidy(axes, "y")
+    tidy(axes, "y")
     return figure
 
 
@@ -151,68 +97,31 @@ def cost(costs: Mapping[str, Cost], visual: Mapping[str, Estimate], style: Mappi
     """Visual accuracy against training time and against peak memory; the dashed line is the reference's."""
     shown = {name: mark for name, mark in style.items() if name in costs and name in visual}
     figure, panels = _figure(2.6, shown, columns=2)
-    for axes, measure, label in zip(panels, ("seconds", "memory"), ("training, s", "peak memory, GB"), strict=True):
+    for axes, measure, title in zip(panels, ("seconds", "memory"), ("training, s", "peak memory, GB"), strict=True):
         for name, mark in shown.items():
             mean = visual[name]
             if mark.colour == INK:
                 axes.axhline(100 * mean.value, color=INK, alpha=0.5, linewidth=0.8, linestyle=(0, (4, 3)))
             _point(axes, getattr(costs[name], measure), 100 * mean.value, mark, y_error=100 * mean.stderr)
         axes.set_xlim(left=0)
-        axes.set_xlabel(label)
-        _tidy(axes, "y")
+        axes.set_xlabel(title)
+        tidy(axes, "y")
     panels[0].set_ylabel("visual accuracy, %")
     return figure
-
-
-def svg(figure: Figure, salt: str) -> str:
-    """The figure as an `<svg>` element for a web page: the same text every time, its words as words.
-
-    Words and axes take the colour and the font of the page, runs the colours that `css` says. `salt` keeps
-    the ids of several figures in one page apart.
-    """
-    buffer = io.StringIO()
-    settings = STYLE | {"svg.fonttype": "none", "svg.hashsalt": salt, "font.sans-serif": ["DejaVu Sans"]}
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")  # the page's fonts will have it
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = text.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
-    for colour in (INK, *PALETTE):
-        text = text.replace(f": {colour}", f": {css(colour)}")
-    return text
-
-
-def css(colour: str) -> str:
-    """A run's colour for a web page: the text's own, or a variable `--run-0`, `--run-1`, ... of the page."""
-    return "currentColor" if colour == INK else f"var(--run-{PALETTE.index(colour)}, {colour})"
 
 
 def _figure(
     height: float, style: Mapping[str, Mark], *, columns: int = 1, lines: bool = False
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with a key to its runs on top; `height` in inches, without the key."""
-    beside = min(4, 66 // (5 + max((len(_label(name)) for name in style), default=0)))  # letters in a line
+    beside = min(4, 66 // (5 + max((len(label(name)) for name in style), default=0)))  # letters in a line
     figure = Figure(figsize=(WIDTH, height + 0.21 * math.ceil(len(style) / beside)), layout="constrained")
     key = [
         Line2D([], [], color=mark.colour, marker="" if lines else mark.shape, linestyle="-" if lines else "")
         for mark in style.values()
     ]
-    figure.legend(key, [_label(name) for name in style], loc="outside upper left", ncols=beside, handlelength=1.2)
+    figure.legend(key, [label(name) for name in style], loc="outside upper left", ncols=beside, handlelength=1.2)
     return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
-
-
-def _strip(axes: Axes, region: Region, row: float, colour: str) -> None:
-    """One cell a layer from left to right; those of the region are filled."""
-    step, gap = 1 / region.depth, 0.15 / region.depth
-    for filled in (True, False):
-        cells = [
-            Rectangle((i * step, row + 0.05), step - gap, 0.26) for i in range(region.depth) if (i in region) == filled
-        ]
-        axes.add_collection(
-            PatchCollection(cells, color=colour if filled else INK, alpha=1 if filled else 0.13, linewidth=0)
-        )
 
 
 def _bar(axes: Axes, mean: Estimate, row: float, colour: str, kept: Estimate | None) -> None:
@@ -236,18 +145,3 @@ def _point(axes: Axes, x: float, y: float, mark: Mark, *, x_error: float = 0.0, 
         markeredgewidth=0,
         elinewidth=1.2,
     )
-
-
-def _tidy(axes: Axes, grid: Literal["x", "y"]) -> None:
-    """Faint lines across, few round numbers, no box."""
-    axes.grid(axis=grid, color=INK, alpha=0.12, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-
-
-def _label(name: str) -> str:
-    """A name on one line, with its middle left out when it is long."""
-    name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
-    return name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[-(NAME // 2) + 1 :]}"

@@ -1,0 +1,137 @@
+"""Does a region that a score picks learn to see better than an evenly spread one? On the demo's world, equal steps.
+
+    python bench/regions.py --out runs/regions --seeds 0 1 2
+
+For every seed: the demo's untuned model is scored, all layers are tuned and scored, and then one model is tuned for
+each region: evenly spread with every offset, three random draws, the top and bottom quarter by every score, taken
+before tuning and after it. Regions that turn out equal are tuned once. Runs that are finished are not made again, so
+the script can be stopped and started. Prints a table and writes `regions.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from striate.assemble import assemble
+from striate.demo import FULL, MODELS, Size, tuning
+from striate.demo.world import write_world
+from striate.evaluate import evaluate
+from striate.region import Region
+from striate.run import Run
+from striate.score import Scores, score
+from striate.train import tune
+
+DEPTH, QUARTER = 12, 3
+SPREAD = {f"uniform, offset {offset}": f"uniform:{QUARTER}@{offset}" for offset in range(DEPTH // QUARTER)}
+RANDOM = {f"random draw {seed}": f"random:{QUARTER}@{seed}" for seed in range(3)}
+BLOCKS = {"first": f"first:{QUARTER}", "last": f"last:{QUARTER}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/regions"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=FULL.steps)
+    parser.add_argument("--test", type=int, default=FULL.test, help="test questions a task")
+    parser.add_argument("--samples", type=int, default=64, help="training records that the scores are measured on")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    size = replace(FULL, steps=args.steps, train=16 * args.steps, test=args.test, text=args.test)
+    found = {seed: one_seed(args.out / f"seed-{seed}", seed, size, args.samples) for seed in args.seeds}
+    (args.out / "regions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    tell(found)
+
+
+def one_seed(out: Path, seed: int, size: Size, samples: int) -> dict[str, Any]:
+    """Region and accuracy by the name of the choice."""
+    world, start = out / "world", out / "backbone"
+    if not (world / "text.json").is_file():
+        write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
+    if not finished(start):
+        assemble(
+            vision=str(MODELS / "tower"), llm=str(MODELS / "backbone"), feature_layer=-1, dtype="float32",
+            projector=MODELS / "projector" / "projector.safetensors", out=start,
+        )  # fmt: skip
+    everything = tuned(out, Region.parse("all", DEPTH), seed, size)
+    chosen = {"all": "all", **SPREAD, **RANDOM, **BLOCKS}
+    for when, run in (("before", start), ("after", everything)):
+        for name in scored(run, world, after=when == "after", seed=seed, samples=samples):
+            for end in ("top", "bottom"):
+                chosen[f"{end} by {name}, {when} tuning"] = f"{end}:{QUARTER}@{run}:{name}"
+    found = {}
+    for name, form in chosen.items():
+        region = Region.parse(form, DEPTH)
+        results = Run.open(tuned(out, region, seed, size)).results
+        assert results is not None
+        tasks = {task: one["value"] for task, one in results["tasks"].items()}
+        found[name] = {"region": spelt(region), "visual": results["visual"], "text": results["text"], "tasks": tasks}
+    return found
+
+
+def finished(run: Path) -> bool:
+    """Whether there is a run that came to its end."""
+    return (run / "run.json").is_file() and Run.open(run).info["status"] == "finished"
+
+
+def spelt(region: Region) -> str:
+    """The layers themselves, whatever chose them: equal regions are one run."""
+    return "-".join(map(str, region)) if len(region) < region.depth else "all"
+
+
+def tuned(out: Path, region: Region, seed: int, size: Size) -> Path:
+    """The evaluated run of a region; made when there is none."""
+    run, world = out / f"tuned-{spelt(region)}", out / "world"
+    if not finished(run):
+        shutil.rmtree(run, ignore_errors=True)
+        tune(
+            out / "backbone", data=world / "train.json", images=world / "images", out=run, method="full",
+            region=",".join(map(str, region)), options=tuning(size, seed),
+        )  # fmt: skip
+    if Run.open(run).results is None:
+        evaluate(
+            run, [world / "test.json", world / "text.json"], images=world / "images", batch=64, max_new_tokens=8,
+            device="cpu",
+        )  # fmt: skip
+        # Thousands of predictions and the weights of dozens of models are not needed any more.
+        if spelt(region) != "all":
+            shutil.rmtree(run / "checkpoint")
+        print(run, Run.open(run).results["visual"], flush=True)
+    return run
+
+
+def scored(run: Path, world: Path, *, after: bool, seed: int, samples: int) -> list[str]:
+    """Names of the scores of a run; measured when they are not there."""
+    if not (run / "scores.json").is_file():
+        backbone = str(MODELS / "backbone") if after else None
+        score(
+            run, data=world / "train.json", images=world / "images", backbone=backbone, samples=samples, seed=seed,
+            device="cpu",
+        )  # fmt: skip
+    return list(Scores.load(run / "scores.json").scores)
+
+
+def tell(found: dict[int, dict[str, Any]]) -> None:
+    """A table: visual accuracy by choice, mean and spread over seeds, best first."""
+    names = dict.fromkeys(name for seed in found.values() for name in seed)
+    rows = []
+    for name in names:
+        runs = [seed[name] for seed in found.values() if name in seed]
+        kept = [100 * seed[name]["visual"] / seed["all"]["visual"] for seed in found.values() if name in seed]
+        visual, text = ([100 * run[side] for run in runs] for side in ("visual", "text"))
+        spread = stdev(visual) if len(visual) > 1 else float("nan")
+        rows.append((fmean(visual), spread, fmean(kept), fmean(text), name, " ".join(run["region"] for run in runs)))
+    print(f"{'choice':52}{'visual %':>9}{'sd':>6}{'kept %':>8}{'text %':>8}  regions by seed")
+    for visual, spread, kept, text, name, regions in sorted(rows, reverse=True):
+        print(f"{name:52}{visual:9.1f}{spread:6.1f}{kept:8.1f}{text:8.1f}  {regions}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Leaving decoder layers out: for a moment (`bypass`), or for good, of a model in memory (`cut`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from striate.prune.numbering import Numbering
+from striate.score.replay import replaced
+from striate.vlm import Vlm
+
+
+@contextmanager
+def bypass(vlm: Vlm, layers: Iterable[int]) -> Iterator[None]:
+    """Within it, what enters each of the layers leaves it unchanged.
+
+    The layers still run, and what they give is thrown away: their slots of the key-value cache fill as ever, so that
+    positions are counted right and generation with a cache is that of the model without the layers.
+    """
+    chosen = [vlm.layers[layer] for layer in layers]
+    with replaced({layer: _idle(layer) for layer in chosen}):
+        yield
+
+
+def _idle(layer: nn.Module) -> Callable[..., Any]:
+    own: Callable[..., Any] = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        entering = args[0] if args else kwargs["hidden_states"]
+        given = own(*args, **kwargs)
+        return (entering, *given[1:]) if isinstance(given, tuple) else entering
+
+    return forward
+
+
+def cut(vlm: Vlm, numbers: Numbering) -> None:
+    """Remove the layers from the model, in place: the list, the numbers of the others, the config.
+
+    No proof that the result is the bypassed model: see `prove`.
+    """
+    decoder = vlm.model.get_submodule(vlm.parts.layers.rpartition(".")[0])
+    for config in _configs(vlm, decoder):
+        for name, value in numbers.renumbered(vars(config), depth_name(config)).items():
+            setattr(config, name, value)
+    # mllama's decoder keeps a list of its own.
+    own = {name: value for name, value in vars(decoder).items() if not name.startswith("_")}
+    for name, value in numbers.renumbered(own).items():
+        setattr(decoder, name, value)
+    for layer in reversed(numbers.removed.layers):
+        del vlm.layers[layer]
+    for number, left in enumerate(vlm.layers):
+        for module in left.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                vars(module)["layer_idx"] = number
+
+
+def depth_name(config: PreTrainedConfig) -> str:
+    """What a config calls its number of layers."""
+    return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _configs(vlm: Vlm, decoder: nn.Module) -> list[PreTrainedConfig]:
+    """The decoder's configs, each once: some families' modules hold copies."""
+    text = vlm.model.config.get_text_config(decoder=True)
+    held = [text, *(getattr(module, "config", None) for module in decoder.modules())]
+    configs = [config for config in held if isinstance(config, PreTrainedConfig)]
+    same_depth = [c for c in configs if getattr(c, depth_name(c), None) == vlm.depth]
+    return list({id(config): config for config in same_depth}.values())

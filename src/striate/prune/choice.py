@@ -1,0 +1,238 @@
+"""Which layers go: those outside the region that a score finds least important, as many as asked for."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from striate.errors import UserError, nearest
+from striate.prune.bypass import bypass
+from striate.score import causal, gradient, states
+from striate.score.causal import Causal
+from striate.score.gradient import Gradient
+from striate.score.likelihood import Answers, perplexity
+from striate.score.replay import at_rest
+from striate.score.sampling import Sample, Sampling
+from striate.score.states import States
+from striate.score.table import Score, Scores, order
+from striate.vlm import Vlm
+
+MEASURES: dict[str, Callable[[Vlm, tuple[str, ...]], Any]] = {
+    **dict.fromkeys(states.METRICS, States),
+    **dict.fromkeys((name for name in causal.METRICS if name != "revert_perplexity"), Causal),
+    **dict.fromkeys(gradient.METRICS, Gradient),
+}
+BLOCK, RANDOM = "block", "random"
+BY_BLOCK = "angular_distance"  # the score whose table has blocks
+GREEDY = "bypass_perplexity"  # means little for several layers at once: it is measured again after every cut
+
+AMOUNTS = "4 (layers), 10% (of all layers), until:1% (before perplexity on the data rises by more)"
+_AMOUNT = re.compile(r"(until:)?([0-9]{1,9}(?:\.[0-9]{1,9})?)(%?)")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many layers go: a `count`, or as many as raise perplexity by at most `rise` (a share: 0.01 is 1 %)."""
+
+    count: int | None = None
+    rise: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, depth: int) -> Amount:
+        """Read `4`, `10%` (`max(1, round(depth * share))`, halves to even) or `until:1%`.
+
+        Raises:
+            UserError: another form, or less than one layer.
+        """
+        match = _AMOUNT.fullmatch(text.strip())
+        until, number, percent = match.groups() if match else (None, "0", "")
+        if until and percent:
+            return cls(rise=float(number) / 100)
+        if until or not 0 < float(number) <= (100 if percent else math.inf) or (not percent and "." in number):
+            raise UserError(f"--remove {text}: how many layers is that? Accepted: {AMOUNTS}")
+        return cls(max(1, round(depth * float(number) / 100)) if percent else int(number))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What layers are measured on: a model, and a sample of the user's records in batches."""
+
+    vlm: Vlm
+    sampling: Sampling
+    sample: Sample
+    progress: bool = False
+
+    def score(self, name: str) -> Score:
+        """One of `MEASURES`, of the model as it is now, layers bypassed and all."""
+        measure = MEASURES[name](self.vlm, (name,))
+        with at_rest(self.vlm.model):
+            for batch in self._batches(name):
+                measure.add(batch)
+        return measure.scores()[0]
+
+    @torch.inference_mode()
+    def perplexity(self) -> float:
+        """exp(mean answer-token loss) of the model as it is now, >= 1."""
+        losses: list[Tensor] = []
+        counts: list[int] = []
+        with at_rest(self.vlm.model):
+            for batch in self._batches("perplexity"):
+                answers = Answers.of(batch)
+                loss = answers.sums(answers.nll(answers.logits(self.vlm, batch)))
+                answers.check(loss)
+                losses.append(loss.cpu())
+                counts += answers.counts
+        return float(perplexity(torch.cat(losses), torch.tensor(counts))[0])
+
+    def _batches(self, title: str) -> Any:
+        batches, total = self.sampling.batches(self.vlm, self.sample), self.sampling.num_batches(self.sample)
+        return track(batches, title, total=total, console=Console(stderr=True), disable=not self.progress)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """By what layers are chosen.
+
+    `by`: a score, `block` or `random`. `iterative`: measure again after every cut, the layers cut being bypassed.
+    `saved`: scores to take instead of measuring.
+    """
+
+    by: str
+    iterative: bool = False
+    saved: Scores | None = None
+    seed: int = 0
+    measured: list[Score] = field(default_factory=list, compare=False)
+    """filled while layers are chosen: what was measured on the whole model"""
+
+    def check(self, *, data: bool) -> None:
+        """Refuse what cannot be, before a model is loaded.
+
+        Raises:
+            UserError: an unknown score, one that needs data or saved scores, or a plan that contradicts itself.
+        """
+        name = BY_BLOCK if self.by == BLOCK else self.by
+        if self.saved is not None and name != RANDOM:
+            self.saved[name]  # names the nearest
+        elif name not in (*MEASURES, RANDOM):
+            raise UserError(f"--by: no score {nearest(self.by, (*MEASURES, BLOCK, RANDOM))} (others: with --scores)")
+        elif not data and name != RANDOM:
+            raise UserError(f"{self.by} is measured on records: give them with --data, or scores with --scores")
+        if self.iterative and (self.by in (BLOCK, RANDOM) or self.saved is not None):
+            what = "saved scores" if self.saved is not None else self.by
+            raise UserError(f"--iterative measures a score again after every cut, which {what} cannot be")
+
+    def proposals(
+        self, vlm: Vlm, candidates: Sequence[int], calibration: Calibration | None
+    ) -> Iterator[tuple[int, ...]]:
+        """The layers to cut if one goes, if two go, and so on, in the order of cutting where there is one."""
+        if self.by == RANDOM:
+            ranked = random.Random(self.seed).sample(candidates, len(candidates))
+        elif self.by == BLOCK:
+            table = self._known(BY_BLOCK, vlm.depth, calibration).table
+            if table is None:
+                raise UserError(f"the saved {BY_BLOCK} has no table of blocks: measure it again")
+            yield from (blocks(table, candidates, count) for count in range(1, len(candidates) + 1))
+            return
+        elif calibration is not None and self.saved is None and (self.iterative or self.by == GREEDY):
+            yield from self._one_by_one(vlm, candidates, calibration)
+            return
+        else:
+            ranked = least_important(self._known(self.by, vlm.depth, calibration), candidates)
+        yield from (tuple(ranked[:count]) for count in range(1, len(ranked) + 1))
+
+    def _known(self, name: str, depth: int, calibration: Calibration | None) -> Score:
+        if self.saved is None:
+            assert calibration is not None
+            self.measured.append(calibration.score(name))
+            return self.measured[0]
+        if self.saved.depth != depth:
+            raise UserError(f"the scores are of a model with {self.saved.depth} decoder layers, this one has {depth}")
+        return self.saved[name]
+
+    def _one_by_one(self, vlm: Vlm, candidates: Sequence[int], calibration: Calibration) -> Iterator[tuple[int, ...]]:
+        gone: tuple[int, ...] = ()
+        while left := [layer for layer in candidates if layer not in gone]:
+            with bypass(vlm, gone):
+                score = calibration.score(self.by)
+            if not gone:
+                self.measured.append(score)
+            gone = (*gone, least_important(score, left)[0])
+            yield gone
+
+
+def least_important(score: Score, candidates: Collection[int]) -> list[int]:
+    """The candidates by a score, the least important first.
+
+    Raises:
+        UserError: one of them has no value.
+    """
+    if unknown := [layer for layer in candidates if not math.isfinite(score.values[layer])]:
+        raise UserError(f"{score.name} has no value for layer {unknown[0]}, so layers cannot be chosen by it")
+    return [layer for layer in reversed(order(score)) if layer in candidates]
+
+
+def blocks(table: Sequence[Sequence[float]], candidates: Sequence[int], count: int) -> tuple[int, ...]:
+    """`count` of the candidates in as few runs of neighbours as can be, and of these the runs that change least.
+
+    `table` [start][length - 1] is the angular distance over a block, in [0, 1]; the distances of several blocks are
+    added up. Where one block is enough, it is the one of Gromov et al. 2024 (arXiv 2403.17887), section 3.
+    """
+    ends: dict[int, int] = {}  # layer -> end of the run of candidates that it is in
+    for _, group in groupby(enumerate(sorted(candidates)), key=lambda pair: pair[1] - pair[0]):
+        run = [layer for _, layer in group]
+        ends |= dict.fromkeys(run, run[-1] + 1)
+
+    @cache
+    def best(start: int, left: int) -> tuple[int, float, tuple[int, ...]]:
+        """Number of blocks, their distance, and the layers, of `left` layers from `start` on."""
+        if not left:
+            return 0, 0.0, ()
+        if start >= len(table):
+            return len(table), math.inf, ()
+        found = [best(start + 1, left)]
+        for length in range(1, min(left, ends.get(start, start) - start) + 1):
+            # A layer that stays ends the block.
+            number, distance, layers = best(start + length + 1, left - length)
+            cut = tuple(range(start, start + length))
+            found.append((number + 1, distance + table[start][length - 1], cut + layers))
+        return min(found)
+
+    return best(0, count)[2]
+
+
+def choose(
+    proposals: Iterator[tuple[int, ...]], amount: Amount, vlm: Vlm, calibration: Calibration | None
+) -> tuple[int, ...]:
+    """The layers that go.
+
+    Raises:
+        UserError: perplexity is to be watched without data, or rises too much with the first layer already.
+    """
+    if amount.count is not None:
+        return next(layers for number, layers in enumerate(proposals, start=1) if number == amount.count)
+    assert amount.rise is not None
+    if calibration is None:
+        raise UserError("--remove until:... watches perplexity on records: give them with --data")
+    chosen: tuple[int, ...] = ()
+    whole = calibration.perplexity()
+    for layers in proposals:
+        with bypass(vlm, layers):
+            rise = calibration.perplexity() / whole - 1
+        if not rise <= amount.rise:
+            if not chosen:
+                named = ", ".join(map(str, layers))
+                raise UserError(f"no layer can go: without layer {named} perplexity rises by {rise:.1%} already")
+            break
+        chosen = layers
+    return chosen

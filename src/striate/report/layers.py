@@ -1,0 +1,100 @@
+"""Layer scores on the page: strips under the regions of the runs, rank correlations, figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from striate import plot
+from striate.region import Region
+from striate.report.comparison import Row
+
+if TYPE_CHECKING:
+    from striate.score.table import Score, Scores
+
+TOP = 0.25  # share of the layers that is named beside a strip
+FAINTEST = 0.06  # of a cell that has a value
+
+
+class Cell(NamedTuple):
+    """A layer in a strip: how dark, 0..1, and what it says when pointed at."""
+
+    shade: float
+    text: str
+
+
+class Strip(NamedTuple):
+    """One score over the depth: its cells, its range, and the most important layers."""
+
+    name: str
+    cells: Sequence[Cell]
+    range: str
+    top: str
+    note: str
+
+
+class Strips(NamedTuple):
+    """The scores of a run, and the runs of the same depth whose regions stand above them."""
+
+    run: str
+    depth: int
+    about: str
+    regions: Sequence[Row]
+    scores: Sequence[Strip]
+
+
+class Correlations(NamedTuple):
+    """Rank correlations between the scores of a run, by the numbers of two scores; NaN where there is none."""
+
+    names: Sequence[str]
+    table: Sequence[Sequence[float]]
+
+
+def strips(row: Row, rows: Sequence[Row]) -> Strips:
+    """The scores of `row` under the regions of all `rows` whose model is as deep, one strip a score."""
+    assert row.scores is not None
+    scores = row.scores
+    regions = [other for other in rows if other.region is not None and other.region.depth == scores.depth]
+    about = f"{scores.model}, {scores.samples} samples{', stopped before all were seen' * scores.partial}"
+    return Strips(row.name, scores.depth, about, regions, [_strip(score) for score in scores.scores.values()])
+
+
+def correlations(scores: Scores) -> Correlations:
+    """How far each two scores agree on which layers are important; see `rank_correlation`."""
+    from striate.score.table import rank_correlation  # late: brings in torch
+
+    table = list(scores.scores.values())
+    return Correlations(
+        [score.name for score in table], [[rank_correlation(one, other) for other in table] for one in table]
+    )
+
+
+def figures(row: Row) -> Iterator[tuple[str, plot.Figure, str]]:
+    """Title, figure and caption of what a run found out about layers."""
+    if row.scores:
+        from striate.score.figures import figures as drawn  # late: brings in torch
+
+        for figure in drawn(row.scores, row.region):
+            yield f"{figure.title}: {row.name}", figure.figure, figure.caption
+    if row.reverted:
+        caption = "Perplexity with layers put back to the backbone: to the left is better."
+        yield f"Layers put back: {row.name}", plot.reverted(row.reverted), caption
+
+
+def _strip(score: Score) -> Strip:
+    from striate.score.table import order, shades  # late: brings in torch
+
+    known = [value for value in score.values if math.isfinite(value)]
+    cells = [_cell(layer, *shown) for layer, shown in enumerate(zip(score.values, shades(score), strict=True))]
+    depth = len(score.values)
+    most = [layer for layer in order(score) if math.isfinite(score.values[layer])][: max(1, round(TOP * depth))]
+    note = f"{score.source}{f', n = {score.n}' if score.n else ''}{', low is important' * (score.direction == 'low')}"
+    span = f"{min(known):.3g} to {max(known):.3g}" if known else "–"
+    return Strip(score.name.replace("_", " "), cells, span, str(Region(tuple(most), depth)), note)
+
+
+def _cell(layer: int, value: float, shade: float) -> Cell:
+    if math.isnan(shade):
+        return Cell(0.0, f"layer {layer}: not measured")
+    return Cell(FAINTEST + (1 - FAINTEST) * shade, f"layer {layer}: {value:.4g}")

@@ -1,0 +1,161 @@
+"""Scores by intervention: what becomes of the answers when one layer does less than it does.
+
+Every layer is changed in turn and the model run again from there on (see `replay`), so that all layers cost about half
+as many forward passes as there are layers, for each kind of change.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from striate.data import Batch
+from striate.errors import UserError
+from striate.score.backbone import Backbone
+from striate.score.likelihood import Answers, perplexity
+from striate.score.replay import Change, Replay, at_rest, divergence
+from striate.score.table import Metric, Score
+from striate.vlm import Vlm
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "layer_contribution",
+            needs="losses",
+            range="0.. nats",
+            source="ShortV (Yuan et al. 2025, arXiv 2504.00502): KL(p || p with the image tokens frozen in layer l)",
+        ),
+        Metric(
+            "bypass_perplexity",
+            needs="losses",
+            range="1..",
+            source="exp(mean answer-token loss) with layer l skipped",
+        ),
+        Metric(
+            "revert_perplexity",
+            needs="losses",
+            range="1..",
+            source="arXiv 2412.12785, Figure 1: exp(mean answer-token loss) with layer l put back to the backbone",
+        ),
+    )
+}
+
+# What each score changes: `image` and `text` freeze those tokens in a layer.
+KINDS = {
+    "layer_contribution": ("image", "text"),
+    "bypass_perplexity": ("bypass",),
+    "revert_perplexity": ("revert",),
+}
+
+
+class Causal:
+    """Layer contribution, and perplexity with a layer bypassed or reverted.
+
+    `layer_contribution`: KL divergence in nats at the positions that predict answer tokens, mean over a sample's
+    answer tokens, then over samples. `image` (the score itself): the image tokens leave layer l as they entered it,
+    while text tokens still read them; `text`: the other way round. Samples without images have no value for `image`.
+    `bypass_perplexity`, `revert_perplexity`: over all answer tokens, see `perplexity` for the standard error.
+
+    Each kind of change (image, text, bypass, revert) costs about depth / 2 forward passes without tower and full
+    logits. All results of a batch are kept at once: after an interrupt, `scores` tells of the batches before.
+
+    Args:
+        backbone: folder of the backbone, for `revert_perplexity`; not needed with unmerged adapters.
+
+    Raises:
+        UserError: `revert_perplexity` is asked for and there is no backbone, or one that does not match.
+    """
+
+    def __init__(self, vlm: Vlm, names: Sequence[str], *, backbone: str | Path | None = None) -> None:
+        self.vlm, self.names = vlm, tuple(names)
+        self.backbone = Backbone(vlm, backbone) if "revert_perplexity" in names else None
+        self.kinds = [kind for name in names for kind in KINDS[name]]
+        self.found: dict[str, list[Tensor]] = defaultdict(list)  # by kind: [B, L] each; `clean`: [B] each
+        self.counts: list[int] = []
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Measure the samples of a batch.
+
+        Raises:
+            UserError: a sample has no answer, or the unchanged model's loss on it is no number.
+        """
+        if not len(batch):
+            return
+        batch = batch.to(self.vlm.device, self.vlm.model.dtype)
+        answers = Answers.of(batch)
+        with at_rest(self.vlm.model):
+            replay = Replay(self.vlm, batch, answers)
+            clean = answers.sums(answers.nll(replay.logits))
+            answers.check(clean)
+            layers = [self._layer(replay, layer) for layer in range(self.vlm.depth)]
+        for kind in self.kinds:
+            self.found[kind].append(torch.stack([found[kind] for found in layers], dim=1).cpu())
+        self.found["clean"].append(clean.cpu())
+        self.counts += answers.counts
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples measured so far."""
+        return len(self.counts)
+
+    def perplexity(self) -> tuple[float, float]:
+        """Perplexity of the unchanged model over the same samples, and its standard error."""
+        value, error = perplexity(torch.cat(self.found["clean"]), torch.tensor(self.counts))
+        return float(value), float(error)
+
+    def scores(self) -> list[Score]:
+        """The scores over the samples measured so far; none before the first.
+
+        Raises:
+            UserError: `layer_contribution` was asked for and no sample has an image.
+        """
+        return [self._score(METRICS[name]) for name in self.names] if self.counts else []
+
+    def _layer(self, replay: Replay, layer: int) -> dict[str, Tensor]:
+        """By kind of change, a number for each sample [B]."""
+        return {kind: self._measured(replay, layer, kind) for kind in self.kinds}
+
+    def _measured(self, replay: Replay, layer: int, kind: str) -> Tensor:
+        answers, image_mask = replay.answers, replay.batch.image_mask
+        if kind == "image" and not image_mask.any():
+            return torch.full((len(answers.counts),), torch.nan, dtype=torch.float64)
+        if kind in ("image", "text"):
+            tokens = image_mask if kind == "image" else ~image_mask
+            found = answers.means(divergence(replay.logits, replay.changed(layer, frozen(tokens))))
+            present = image_mask.any(dim=1) if kind == "image" else torch.ones_like(found, dtype=torch.bool)
+            return found.where(present, torch.nan)
+        if kind == "bypass":
+            return answers.sums(answers.nll(replay.changed(layer, bypassed)))
+        assert self.backbone is not None
+        with self.backbone.layer(layer):
+            return answers.sums(answers.nll(replay.run(layer)))
+
+    def _score(self, metric: Metric) -> Score:
+        kinds = {kind: torch.cat(self.found[kind]) for kind in KINDS[metric.name]}  # N L each
+        if metric.name == "layer_contribution":
+            if kinds["image"].isnan().all():
+                raise UserError("layer_contribution is about image tokens, and no record has an image")
+            return Score.of_samples(metric, kinds["image"], parts=kinds)
+        (losses,) = kinds.values()
+        values, errors = perplexity(losses, torch.tensor(self.counts))
+        return Score.of(metric, tuple(values.tolist()), stderr=tuple(errors.tolist()), n=len(losses))
+
+
+def bypassed(entering: Tensor, leaving: Tensor) -> Tensor:
+    """A layer that is skipped: what enters it leaves it."""
+    return entering
+
+
+def frozen(tokens: Tensor) -> Change:
+    """A layer that leaves `tokens` [B, T] as they are; the others read them and change as ever."""
+
+    def change(entering: Tensor, leaving: Tensor) -> Tensor:
+        return torch.where(tokens.unsqueeze(-1), entering, leaving)
+
+    return change

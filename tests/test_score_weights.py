@@ -1,0 +1,206 @@
+"""How far the layers moved from the backbone: by hand, streamed against in memory, and backbones that do not match."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from pico import DEPTH, pico_llava
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from striate.errors import UserError
+from striate.run import Run
+from striate.score import weights
+from striate.score.table import Score
+from striate.score.weights import METRICS, Place, StoredLayers, parameter_change, weight_angle, weight_scores
+
+TEXT = {key: value for key, value in pico.FAMILIES["llava"]["text_config"].items() if key != "model_type"}
+
+
+def language_model(folder: Path, seed: int = 1, **changes: Any) -> Path:
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**TEXT, **changes})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    return pico_llava(tmp_path / "llava")
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    return language_model(tmp_path / "llm", vocab_size=50)
+
+
+def by_name(scores: list[Score]) -> dict[str, Score]:
+    return {score.name: score for score in scores}
+
+
+def test_parameter_change_by_hand() -> None:
+    base = torch.tensor([[3.0, 0.0], [0.0, 4.0]])  # norm 5
+    assert parameter_change(base + torch.tensor([[0.0, 0.6], [0.8, 0.0]]), base) == pytest.approx(0.2)
+    assert parameter_change(2 * base, base) == pytest.approx(1.0)
+    assert parameter_change(base, base) == 0.0
+    assert parameter_change(torch.zeros(2, 2), torch.zeros(2, 2)) == 0.0
+    assert parameter_change(base, torch.zeros(2, 2)) == math.inf
+
+
+def test_weight_angle_by_hand() -> None:
+    one = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert weight_angle(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), one) == pytest.approx(0.25)
+    assert weight_angle(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), one) == pytest.approx(0.5)
+    assert weight_angle(-3 * one, one) == pytest.approx(1.0)
+    assert weight_angle(5 * one, one) == 0.0
+    assert weight_angle(0 * one, 0 * one) == 0.0
+    # Where arccos of the cosine is all rounding: its derivative at 1 is infinite.
+    small = torch.tensor([[1.0, 1e-9], [0.0, 0.0]], dtype=torch.float64)
+    assert weight_angle(small, one.double()) == pytest.approx(1e-9 / math.pi, rel=1e-6)
+
+
+def test_chunks_and_narrow_numbers_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = torch.randn(3, 37, 11), torch.randn(3, 37, 11).to(torch.bfloat16)
+    whole = parameter_change(one, other), weight_angle(one, other)
+    a, b = one.double().flatten(), other.double().flatten()
+    assert whole[0] == pytest.approx(float((a - b).norm() / b.norm()))
+    assert whole[1] == pytest.approx(math.acos(float(a @ b / (a.norm() * b.norm()))) / math.pi)
+    monkeypatch.setattr(weights, "CHUNK", 100)
+    assert (parameter_change(one, other), weight_angle(one, other)) == pytest.approx(whole, rel=1e-12)
+
+
+def in_memory(tuned: dict[str, Tensor], base: dict[str, Tensor], mark: str) -> dict[str, list[float]]:
+    """Both scores in plain loops; `mark` is what the decoder's layers are called in `tuned`."""
+    found = {name: [0.0] * DEPTH for name in METRICS}
+    for name, weight in base.items():
+        if name.startswith("model.layers.") and weight.dim() > 1:
+            layer = int(name.split(".")[2])
+            a, b = tuned[name.replace("model.layers", mark)].double().flatten(), weight.double().flatten()
+            found["parameter_change"][layer] += float((a - b).norm() / b.norm())
+            found["weight_angle"][layer] += math.acos(float(a @ b / (a.norm() * b.norm()))) / math.pi
+    return found
+
+
+def test_streamed_equals_in_memory_whatever_the_shards(tuned: Path, backbone: Path) -> None:
+    names = load_file(tuned / "model.safetensors")
+    mark = next(name for name in names if "language_model" in name and "layers.0." in name).partition(".0.")[0]
+    expected = in_memory(names, load_file(backbone / "model.safetensors"), mark)
+    for folder in (tuned, backbone):
+        found = by_name(weight_scores(tuned, backbone))
+        assert set(found) == set(METRICS)
+        for name, score in found.items():
+            assert score.values == pytest.approx(expected[name], rel=1e-9)
+            assert (score.stderr, score.n, score.source) == (None, 0, METRICS[name].source)
+        shard(folder)
+    assert len(list(tuned.glob("*.safetensors"))) > 3
+    assert by_name(weight_scores(tuned, backbone))["weight_angle"].values == pytest.approx(expected["weight_angle"])
+    (score,) = weight_scores(tuned, backbone, names=["parameter_change"])
+    assert score.values == pytest.approx(expected["parameter_change"])
+
+
+def shard(folder: Path) -> None:
+    """The same checkpoint in four files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    files = {name: f"model-{number % 4 + 1:05}-of-00004.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors").unlink()
+
+
+def test_two_tensors_are_in_memory_at_a_time(tuned: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most, read = 0, Place.read
+
+    def watched(place: Place) -> Tensor:
+        nonlocal most
+        tensor = read(place)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(one() is not None for one in alive))
+        return tensor
+
+    monkeypatch.setattr(Place, "read", watched)
+    weight_scores(tuned, backbone)
+    assert len(alive) == 2 * 7 * DEPTH  # matrices of the decoder's layers, and nothing else
+    assert most == 2
+
+
+def test_a_model_did_not_move_from_itself(tuned: Path) -> None:
+    for score in weight_scores(tuned, tuned):
+        assert score.values == (0.0,) * DEPTH
+
+
+def test_any_checkpoint_of_the_family_is_a_backbone(tuned: Path, backbone: Path, tmp_path: Path) -> None:
+    expected = weight_scores(tuned, backbone)
+    tensors = load_file(backbone / "model.safetensors")
+    for prefix in ("", "language_model.", "model.language_"):
+        other = tmp_path / f"other-{prefix}"
+        other.mkdir()
+        renamed = {prefix + name: tensor for name, tensor in tensors.items()}
+        # What a tower and an old checkpoint bring along; the tower here has more layers than the decoder.
+        renamed |= {f"vision_tower.encoder.layers.{n}.mlp.gate_proj.weight": torch.ones(2, 2) for n in range(9)}
+        renamed |= {f"{prefix}model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(DEPTH)}
+        save_file(renamed, other / "model.safetensors")
+        assert weight_scores(tuned, other) == expected
+        assert weight_scores(other, backbone)[0].values == (0.0,) * DEPTH
+    run = Run.create(tmp_path / "run", verb="tune", options={})
+    run.checkpoint.symlink_to(tuned)
+    assert weight_scores(run.path, backbone) == expected
+
+
+def test_tower_layers_are_left_aside(tmp_path: Path) -> None:
+    for family in pico.FAMILIES:
+        model = pico.pico(family)
+        model.save_pretrained(tmp_path / family)
+        stored = StoredLayers.open(tmp_path / family)
+        assert stored.depth == DEPTH
+        own = model.get_decoder().layers[1].state_dict()
+        assert {name: place.shape for name, place in stored.layers[1].items()} == {
+            name: tuple(tensor.shape) for name, tensor in own.items()
+        }, family
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"bad has 3 decoder layers, the model 4: not its backbone$"),
+        (
+            {"intermediate_size": 48},
+            r"bad: model.layers.0.mlp.down_proj.weight is 32 x 48, the model's is 32 x 64: it is not what",
+        ),
+    ],
+)
+def test_a_backbone_of_another_shape(tuned: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        weight_scores(tuned, language_model(tmp_path / "bad", **changes))
+
+
+def test_broken_and_missing_checkpoints(tuned: Path, backbone: Path, tmp_path: Path) -> None:
+    def refused(message: str, folder: Path = backbone) -> None:
+        with pytest.raises(UserError, match=message):
+            weight_scores(tuned, folder)
+
+    refused("gone is no model folder", tmp_path / "gone")
+    tensors = load_file(backbone / "model.safetensors")
+    lacking = {name: tensor for name, tensor in tensors.items() if name != "model.layers.2.mlp.up_proj.weight"}
+    save_file(lacking, backbone / "model.safetensors")
+    refused(r"llm has no mlp.up_proj.weight in layer 2: it is not what this model was tuned from$")
+    for layer in (0, 2):
+        some = {name: tensor for name, tensor in tensors.items() if f"layers.{layer}." not in name}
+        save_file(some, backbone / "model.safetensors")
+        refused(rf"llm has no weights of layer {layer}, but some of layer 3$")
+    save_file({"lm_head.weight": torch.ones(2, 2)}, backbone / "model.safetensors")
+    refused("llm holds no decoder layers")
+    (backbone / "model.safetensors").write_bytes(b"no tensors at all")
+    refused(r"cannot read .*model.safetensors: ")
+    (backbone / "model.safetensors").unlink()
+    refused("llm has no model.safetensors: weights are read from safetensors only")
+    (backbone / "model.safetensors.index.json").write_text("{")
+    refused("cannot read .*index.json")
