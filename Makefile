@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick test lint format bench clean
+.PHONY: demo quick paper-mini test lint format bench clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
@@ -11,6 +11,9 @@ demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/re
 quick: .venv/ready  ## the demo, smaller: under 90 s
 	rm -rf runs/quick
 	$(BIN)/striate demo --out runs/quick --quick
+
+paper-mini: .venv/ready  ## the paper's experiments in small: hours, can be stopped; runs/paper-mini/report.html
+	$(BIN)/python examples/paper_mini/run.py
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest
@@ -32,9 +35,12 @@ format: .venv/ready
 clean:
 	rm -rf .venv runs/quick
 
-# torch comes first and alone: an exact version, so that no larger build for GPUs is fetched in its place.
+# torch comes first and alone: an exact version, so that no larger build for GPUs is fetched in its place. lmms-eval
+# comes without the fifty packages that its own models and data want: tests need two of them.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt loguru tenacity
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^lmms-eval==' constraints.txt)
 	touch $@

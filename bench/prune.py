@@ -28,8 +28,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from striate.prune import Numbering, Surgery
-from striate.prune.stream import INDEX
 from striate.region import Region
+from striate.score.weights import INDEX
 from striate.train.memory import PeakMemory
 from striate.vlm import Vlm
 

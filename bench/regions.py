@@ -5,7 +5,8 @@
 For every seed: the demo's untuned model is scored, all layers are tuned and scored, and then one model is tuned for
 each region: evenly spread with every offset, three random draws, the top and bottom quarter by every score, taken
 before tuning and after it. Regions that turn out equal are tuned once. Runs that are finished are not made again, so
-the script can be stopped and started. Prints a table and writes `regions.json`.
+the script can be stopped and started, or started once for each seed with one thread each and then for all seeds to
+collect. Prints a table and writes `regions.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import correlation, fmean, stdev
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ from striate.demo.world import write_world
 from striate.evaluate import evaluate
 from striate.region import Region
 from striate.run import Run
-from striate.score import Scores, score
+from striate.score import Score, Scores, score
 from striate.train import tune
 
 DEPTH, QUARTER = 12, 3
 SPREAD = {f"uniform, offset {offset}": f"uniform:{QUARTER}@{offset}" for offset in range(DEPTH // QUARTER)}
 RANDOM = {f"random draw {seed}": f"random:{QUARTER}@{seed}" for seed in range(3)}
+KEPT = ("all", "0-4-8")
+"""Tuned models that are kept: bench/curves.py prunes them."""
 BLOCKS = {"first": f"first:{QUARTER}", "last": f"last:{QUARTER}"}
 
 
@@ -42,16 +45,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--test", type=int, default=FULL.test, help="test questions a task")
     parser.add_argument("--samples", type=int, default=64, help="training records that the scores are measured on")
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     size = replace(FULL, steps=args.steps, train=16 * args.steps, test=args.test, text=args.test)
-    found = {seed: one_seed(args.out / f"seed-{seed}", seed, size, args.samples) for seed in args.seeds}
-    (args.out / "regions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    folders = {seed: args.out / f"seed-{seed}" for seed in args.seeds}
+    choices = {seed: started(out, seed, size, args.samples) for seed, out in folders.items()}
+    found: dict[int, dict[str, Any]] = {seed: {} for seed in args.seeds}
+    for name in choices[args.seeds[0]]:  # choice by choice, so that what is there at any time is there for every seed
+        for seed, out in folders.items():
+            found[seed][name] = measured(out, Region.parse(choices[seed][name], DEPTH), seed, size)
+        (args.out / "regions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tell(found)
+    tell_predictions(folders, found)
 
 
-def one_seed(out: Path, seed: int, size: Size, samples: int) -> dict[str, Any]:
-    """Region and accuracy by the name of the choice."""
+def started(out: Path, seed: int, size: Size, samples: int) -> dict[str, str]:
+    """Everything that choosing needs, and the choices: form of a region by its name."""
     world, start = out / "world", out / "backbone"
     if not (world / "text.json").is_file():
         write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
@@ -61,19 +71,20 @@ def one_seed(out: Path, seed: int, size: Size, samples: int) -> dict[str, Any]:
             projector=MODELS / "projector" / "projector.safetensors", out=start,
         )  # fmt: skip
     everything = tuned(out, Region.parse("all", DEPTH), seed, size)
-    chosen = {"all": "all", **SPREAD, **RANDOM, **BLOCKS}
+    picked: dict[str, dict[str, str]] = {"top": {}, "bottom": {}}
     for when, run in (("before", start), ("after", everything)):
         for name in scored(run, world, after=when == "after", seed=seed, samples=samples):
-            for end in ("top", "bottom"):
+            for end, chosen in picked.items():
                 chosen[f"{end} by {name}, {when} tuning"] = f"{end}:{QUARTER}@{run}:{name}"
-    found = {}
-    for name, form in chosen.items():
-        region = Region.parse(form, DEPTH)
-        results = Run.open(tuned(out, region, seed, size)).results
-        assert results is not None
-        tasks = {task: one["value"] for task, one in results["tasks"].items()}
-        found[name] = {"region": spelt(region), "visual": results["visual"], "text": results["text"], "tasks": tasks}
-    return found
+    return {"all": "all", **SPREAD, **RANDOM, **BLOCKS, **picked["top"], **picked["bottom"]}
+
+
+def measured(out: Path, region: Region, seed: int, size: Size) -> dict[str, Any]:
+    """What a model tuned in this region can do."""
+    results = Run.open(tuned(out, region, seed, size)).results
+    assert results is not None
+    tasks = {task: one["value"] for task, one in results["tasks"].items()}
+    return {"region": spelt(region), "visual": results["visual"], "text": results["text"], "tasks": tasks}
 
 
 def finished(run: Path) -> bool:
@@ -101,7 +112,7 @@ def tuned(out: Path, region: Region, seed: int, size: Size) -> Path:
             device="cpu",
         )  # fmt: skip
         # Thousands of predictions and the weights of dozens of models are not needed any more.
-        if spelt(region) != "all":
+        if spelt(region) not in KEPT:
             shutil.rmtree(run / "checkpoint")
         print(run, Run.open(run).results["visual"], flush=True)
     return run
@@ -131,6 +142,36 @@ def tell(found: dict[int, dict[str, Any]]) -> None:
     print(f"{'choice':52}{'visual %':>9}{'sd':>6}{'kept %':>8}{'text %':>8}  regions by seed")
     for visual, spread, kept, text, name, regions in sorted(rows, reverse=True):
         print(f"{name:52}{visual:9.1f}{spread:6.1f}{kept:8.1f}{text:8.1f}  {regions}")
+
+
+def tell_predictions(folders: dict[int, Path], found: dict[int, dict[str, Any]]) -> None:
+    """A table: how well a score, summed over a region, foretells what the model tuned there will see.
+
+    Spearman's rank correlation over all regions of a quarter that were tuned, seed by seed.
+    """
+    print(f"\n{'score':52}{'mean':>6}  by seed")
+    rows = []
+    for when, run in (("before", "backbone"), ("after", "tuned-all")):
+        scores = {seed: Scores.load(out / run / "scores.json").scores for seed, out in folders.items()}
+        for name in next(iter(scores.values())):
+            agree = [foretold(scores[seed][name], found[seed]) for seed in folders]
+            rows.append((fmean(agree), f"{name}, {when} tuning", agree))
+    for mean, name, agree in sorted(rows, reverse=True):
+        print(f"{name:52}{mean:6.2f}  {' '.join(f'{one:.2f}' for one in agree)}")
+
+
+def foretold(score: Score, found: dict[str, Any]) -> float:
+    """Rank correlation of a score's sum over regions with the accuracy after tuning them."""
+    seen = {one["region"]: one["visual"] for one in found.values() if one["region"] != "all"}
+    sign = -1 if score.direction == "low" else 1
+    sums = [sign * sum(score.values[int(layer)] for layer in region.split("-")) for region in seen]
+    return correlation(ranks(sums), ranks([*seen.values()]))
+
+
+def ranks(values: list[float]) -> list[float]:
+    """From 0; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
 if __name__ == "__main__":

@@ -267,6 +267,97 @@ def test_missing_files(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+# Benchmarks as they are published.
+
+BOOKS = {
+    "0002": {
+        "imageURL": "http://localhost/0002.jpg", "title": "Cats", "split": 1,
+        "questions": ["Who wrote it?", "Is it a comic?"], "answers": ["A. Cat", "No"],
+    },
+    "0001": {"imageURL": "", "title": "", "split": 3, "questions": ["Which genre?"], "answers": ["Travel"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_ocr_vqa(folder: Path, indent: int | None) -> None:
+    (folder / "images").mkdir()
+    for name in BOOKS:
+        Image.new("RGB", (8, 8)).save(folder / "images" / f"{name}.jpg")
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(BOOKS, indent=indent))
+    first, second = read(path)
+    assert first.messages == (
+        {"role": "user", "content": [IMAGE, text("Who wrote it?")]},
+        {"role": "assistant", "content": [text("A. Cat")]},
+    )
+    assert (first.answers, first.task, first.source) == (("A. Cat",), "ocrvqa_train", "dataset.json:1")
+    assert (second.answers, second.source) == (("No",), "dataset.json:2")
+    assert [image.name for image in first.images + second.images] == ["0002.jpg"] * 2
+    (test,) = read(path, split="test")
+    assert (test.answers, test.task, test.images[0].name) == (("Travel",), "ocrvqa_test", "0001.jpg")
+    with pytest.raises(UserError, match=r"dataset.json: it is empty"):
+        read(path, split="validation")
+    with pytest.raises(UserError, match=r"dataset.json: no split 'tset'; nearest: test"):
+        read(path, split="tset")
+
+
+def test_ocr_vqa_with_something_wrong(folder: Path) -> None:
+    (folder / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "images" / "1.jpg")
+    books = {"../../1": BOOKS["0002"], "1": {**BOOKS["0002"], "answers": ["red"]}}
+    (folder / "dataset.json").write_text(json.dumps(books))
+    found = read(folder / "dataset.json", on_bad="skip")
+    assert [(record.source, record.answers) for record in found] == [("dataset.json:3", ("red",))]
+    assert [one.source for one in found.skipped] == ["dataset.json:1", "dataset.json:2", "dataset.json:4"]
+
+
+ANNOTATIONS = [
+    {"question_id": 7, "image_id": 42, "question_type": "color", "answers": [{"answer": "red", "answer_id": 1}]},
+    {"question_id": 9, "image_id": 42, "question_type": "counting", "answers": [{"answer": "2"}]},
+]
+QUESTIONS = [
+    {"question_id": 9, "image_id": 42, "question": "How many cats?"},
+    {"question_id": 7, "image_id": 42, "question": "What colour is it?"},
+]
+
+
+@pytest.fixture
+def tdiuc(folder: Path) -> Path:
+    for name in ("Annotations", "Questions", "Images/val2014"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "Images/val2014/COCO_val2014_000000000042.jpg")
+    questions = {"task_type": "Open-Ended", "data_subtype": "val2014", "questions": QUESTIONS}
+    (folder / "Questions/OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(questions))
+    path = folder / "Annotations/mscoco_val2014_annotations.json"
+    path.write_text(json.dumps({"info": {}, "data_subtype": "val2014", "annotations": ANNOTATIONS}, indent=2))
+    return path
+
+
+def test_tdiuc_has_a_task_for_each_type_of_question(tdiuc: Path) -> None:
+    colour, counting = read(tdiuc, images=tdiuc.parents[1] / "Images")
+    assert colour.messages[0]["content"] == [IMAGE, text("What colour is it?")]
+    assert (colour.task, colour.answers, colour.source) == ("tdiuc_color", ("red",), f"{tdiuc.name}:1")
+    assert (counting.task, counting.answers) == ("tdiuc_counting", ("2",))
+    assert counting.messages[0]["content"] == [IMAGE, text("How many cats?")]
+    assert {image.name for image in colour.images + counting.images} == {"COCO_val2014_000000000042.jpg"}
+
+
+def test_tdiuc_with_something_wrong(tdiuc: Path) -> None:
+    questions = tdiuc.parents[1] / "Questions/OpenEnded_mscoco_val2014_questions.json"
+    with pytest.raises(UserError, match=r"questions without answers; give the file of annotations"):
+        read(questions)
+    broken = [{**ANNOTATIONS[0], "question_id": 8}, {**ANNOTATIONS[0], "answers": []}, ANNOTATIONS[1]]
+    tdiuc.write_text(json.dumps({"data_subtype": "val2014", "annotations": broken}))
+    found = read(tdiuc, images=tdiuc.parents[1] / "Images", on_bad="skip")
+    assert [record.task for record in found] == ["tdiuc_counting"]
+    assert [one.source for one in found.skipped] == [f"{tdiuc.name}:1", f"{tdiuc.name}:2"]
+    questions.rename(tdiuc.parent / questions.name)  # beside it will do
+    assert len(read(tdiuc, images=tdiuc.parents[1] / "Images", on_bad="skip")) == 1
+    (tdiuc.parent / questions.name).unlink()
+    with pytest.raises(UserError, match=r"its questions, OpenEnded_mscoco_val2014_questions.json, are neither"):
+        read(tdiuc)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

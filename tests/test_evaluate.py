@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +22,21 @@ import torch
 from pico import WORDS, pico_llava
 from PIL import Image
 
-from striate.data import Record, RecordError, Skipped, collate, encode, image_token_id
+from striate.data import IGNORED, Example, Record, RecordError, Skipped, collate, encode, image_token_id
 from striate.errors import UserError
-from striate.evaluate import Prediction, answer, choose, evaluate, likelihood, resolve, select, summary
+from striate.evaluate import (
+    Likelihood,
+    Prediction,
+    answer,
+    answers,
+    choose,
+    evaluate,
+    likelihood,
+    prefix,
+    resolve,
+    select,
+    summary,
+)
 from striate.run import Run
 from striate.vlm import Vlm, load
 
@@ -213,6 +231,81 @@ def test_no_family_mixes_up_the_records_of_a_batch(name: str) -> None:
         assert found.log_prob == pytest.approx(together[index].log_prob, abs=1e-4)
 
 
+def close(found: list[list[Likelihood]], expected: list[list[Likelihood]]) -> bool:
+    pairs = [pair for rows in zip(found, expected, strict=True) for pair in zip(*rows, strict=True)]
+    assert [one.num_tokens for one, _ in pairs] == [other.num_tokens for _, other in pairs]
+    return all(one.log_prob == pytest.approx(other.log_prob, abs=2e-5) for one, other in pairs)
+
+
+def read(vlm: Vlm, examples: list[list[Example]]) -> prefix.Prefix | None:
+    starts = [prefix.shared(choices) for choices in examples]
+    prompts = [prefix.split(choices[0], start)[0] for choices, start in zip(examples, starts, strict=True)]
+    return prefix.read(vlm, prompts) if all(starts) else None
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
+@pytest.mark.parametrize("name", templates.FAMILIES)
+def test_choices_behind_a_prompt_that_is_read_once(name: str) -> None:
+    vlm = loud(in_family(name))
+    records = [
+        replace(
+            record("is the red cat on a mat?", image=0, choices=("one bird", "two", "no")), images=(noise(0, 20, 16),)
+        ),
+        replace(record("two", image=0, choices=("red", "What colour")), images=(noise(1, 16, 40),)),
+    ]
+    if name != "paligemma":  # which takes no question without an image
+        records.append(record("yes, no: two dogs", choices=("one bird", "a", "one dog", "yes")))
+    examples = [[encode(answered(one, text), vlm.processor) for text in one.choices] for one in records]
+    assert read(vlm, examples) is not None
+    for batch in (2, 16):
+        assert close(answers._choices(vlm, batch, examples), answers._likelihoods(vlm, batch, examples))
+
+
+def followed(inputs: dict[str, torch.Tensor], tokens: list[int]) -> Example:
+    """What `pico_prompts` gives, with an answer behind it."""
+    tail = torch.tensor(tokens)
+    whole = {"input_ids": tail, "attention_mask": torch.ones_like(tail), "mm_token_type_ids": torch.zeros_like(tail)}
+    grown = {key: torch.cat([inputs[key][0], tail]) for key, tail in whole.items() if key in inputs}
+    if "cross_attention_mask" in inputs:
+        seen = inputs["cross_attention_mask"]  # 1 T images tiles
+        grown["cross_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, len(tail), -1, -1)], dim=1)
+    labels = torch.cat([torch.full_like(inputs["input_ids"][0], IGNORED), tail])
+    return Example(inputs | grown, labels, grown["input_ids"] == 6, "", "")
+
+
+@pytest.mark.filterwarnings("ignore:.*causal_conv1d")
+@pytest.mark.parametrize("name", pico.MORE)
+def test_other_caches_are_expanded_or_prompts_read_again(name: str) -> None:
+    vlm = Vlm.of(pico.pico_more(name))
+    vlm.__dict__["processor"] = pico.pico_processor()
+    vlm.model.generation_config.cache_implementation = "static"  # a wish of the checkpoint that is not followed
+    prompts = pico.pico_prompts(name)
+    examples = [[followed(prompts["image"], tokens) for tokens in ([11, 12, 13], [14], [15, 16])]]
+    if name != "mllama":  # whose images are tensors of one length with its text
+        examples.append([followed(prompts["text"], tokens) for tokens in ([21, 22], [23, 24, 25, 26])])
+    # Convolutions keep what they saw in another form, and layers that look at images keep these.
+    assert (read(vlm, examples) is None) == (name in ("lfm2_vl", "mllama"))
+    assert close(answers._choices(vlm, 2, examples), answers._likelihoods(vlm, 2, examples))
+
+
+def test_a_prompt_is_shared_up_to_the_last_answer(vlm: Vlm) -> None:
+    talk = (*answered(RECORDS[0], "red").messages, *record("is this a dog ?").messages)
+    asked = [
+        encode(answered(replace(RECORDS[0], messages=talk), text), vlm.processor) for text in ("yes", "no it sees")
+    ]
+    start = prefix.shared(asked)
+    prompt, answer = prefix.split(asked[1], start)
+    assert vlm.tokenizer.decode(answer.labels) == "no it sees </s>"
+    assert len(prompt) == start
+    assert torch.equal(prompt.inputs["pixel_values"], asked[1].inputs["pixel_values"])
+    assert prefix.shared([asked[0], encode(answered(RECORDS[0], "no"), vlm.processor)]) == 0  # of other lengths
+    other = replace(asked[1], inputs=asked[1].inputs | {"pixel_values": asked[1].inputs["pixel_values"] + 1})
+    assert prefix.shared([asked[0], other]) == 0
+    words = asked[1].inputs["input_ids"].clone()
+    words[1] = 9
+    assert prefix.shared([asked[0], replace(asked[1], inputs=asked[1].inputs | {"input_ids": words})]) == 0
+
+
 def metric_of(**fields: Any) -> str:
     return resolve(replace(record("what ?"), **fields)).metric
 
@@ -231,6 +324,9 @@ def test_answers_and_task_of_a_record() -> None:
     assert resolve(record("what ?", "B", choices=("cat", "dog"))).answers == ("dog",)
     assert resolve(record("what ?", "B", choices=("B", "A"))).answers == ("B",)
     assert resolve(resolved) == resolved
+    for metric in ("mmmu_accuracy", "scienceqa_accuracy"):
+        assert resolve(record("what ?", "B", choices=("cat", "dog"), metric=metric)).answers == ("dog",)
+    assert resolve(record("what ?", "B", metric="mmmu_accuracy")).answers == ("B",)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +339,7 @@ def test_answers_and_task_of_a_record() -> None:
         ({}, "x.json:1: exact_match needs 'answers', found none"),
         ({"metric": "vqa_accuracy", "answers": ("a",)}, "4 people or more, found 1"),
         ({"choices": ("a", "b"), "answers": ("C",)}, "needs answers that are among the 2 'choices', found"),
+        ({"answers": ("a",), "metric": "scienceqa_accuracy"}, "among the 0 'choices', found"),
         ({"messages": (), "text": "a dog", "metric": "anls"}, "anls needs a question, found plain text"),
     ],
 )
@@ -355,3 +452,141 @@ def test_bad_records_stop_or_are_listed(folder: Path, data: list[Path], tmp_path
 def test_evaluate_needs_somewhere_to_write(folder: Path, data: list[Path]) -> None:
     with pytest.raises(UserError, match=r"is no run to write results into: name a new one with --out"):
         evaluate(folder, data)
+
+
+@contextmanager
+def saving(
+    *, stop_after: int = -1, error: type[BaseException] = KeyboardInterrupt, torn: bytes = b""
+) -> Iterator[list]:
+    """The batches that are saved within it; after `stop_after` of them all stops, as by a user or in a crash."""
+    saved: list[dict[str, Any]] = []
+    save = Run.append_predictions
+
+    def stopping(run: Run, batch: dict[str, Any]) -> None:
+        save(run, batch)
+        saved.append(batch)
+        if len(saved) == stop_after:
+            with open(run.path / "predictions.part.jsonl", "ab") as file:
+                file.write(torn)
+            raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "append_predictions", stopping)
+        yield saved
+
+
+def files_of(run: Path) -> tuple[bytes, dict[str, Any]]:
+    results = json.loads((run / "results.json").read_text())
+    assert results.pop("seconds") > 0
+    return (run / "predictions.jsonl").read_bytes(), results
+
+
+@pytest.fixture
+def asked(folder: Path, data: list[Path]) -> dict[str, Any]:
+    return {"model": folder, "data": data, "batch": 2, "max_new_tokens": 3, "device": "cpu", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "torn", "status"),
+    [
+        (1, KeyboardInterrupt, b"", "interrupted"),
+        (2, MemoryError, b'{"seconds": 1, "predi', "failed"),
+        (4, KeyboardInterrupt, b"", "interrupted"),  # all were asked, nothing was summed up
+    ],
+)
+def test_a_stopped_evaluation_goes_on_to_the_same_results(
+    asked: dict[str, Any],
+    tmp_path: Path,
+    after: int,
+    error: Any,
+    torn: bytes,
+    status: str,
+) -> None:
+    evaluate(out=tmp_path / "whole", **asked)
+    out = tmp_path / "stopped"
+    with saving(stop_after=after, error=error, torn=torn), pytest.raises(error) as raised:
+        evaluate(out=out, **asked)
+    if error is KeyboardInterrupt:
+        num = {1: 2, 4: 6}[after]
+        assert str(raised.value) == f"stopped with {num} of 6 records answered and saved; the same command goes on"
+    assert Run.open(out).info["status"] == status
+    assert Run.open(out).results is None
+    with saving() as rest:
+        evaluate(out=out, **asked)
+    assert len(rest) == 4 - after  # batches: two of questions, one of choices, one of texts
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert Run.open(out).info["status"] == "finished"
+    assert not (out / "predictions.part.jsonl").exists()
+    with pytest.raises(UserError, match="holds another run: eval, finished"):
+        evaluate(out=out, **asked)
+
+
+def test_a_stopped_evaluation_of_something_else_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    with saving(stop_after=1), pytest.raises(KeyboardInterrupt):
+        evaluate(out=out, **asked)
+    with pytest.raises(
+        UserError, match="unfinished evaluation with other records, max-new-tokens: give the same again"
+    ):
+        evaluate(out=out, **asked | {"max_new_tokens": 4}, tasks="name")
+    evaluate(out=out, **asked | {"batch": 3})  # which results do not depend on
+
+
+def test_a_stopped_evaluation_in_place_leaves_the_earlier_results(
+    asked: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "tuned", verb="tune", options={})
+    run.checkpoint.symlink_to(folder)
+    run.update(status="finished")
+    asked["model"] = run.path
+    evaluate(**asked, tasks="facts")
+    before = files_of(run.path)
+    with saving(stop_after=1), pytest.raises(KeyboardInterrupt):
+        evaluate(**asked)
+    assert files_of(run.path) == before
+    assert run.info["status"] == "finished"
+    evaluate(**asked, tasks="name")  # another evaluation starts anew
+    assert list(run.results["tasks"]) == ["name"]
+    assert run.unfinished is None
+
+
+def test_skipped_records_are_remembered(asked: dict[str, Any], data: list[Path], tmp_path: Path) -> None:
+    rows = json.loads(data[0].read_text())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows[1]["image"] = "broken.png"
+    data[0].write_text(json.dumps(rows))
+    asked |= {"out": tmp_path / "run", "on_bad_record": "skip"}
+    with saving(stop_after=3), pytest.raises(KeyboardInterrupt):
+        evaluate(**asked)
+    assert evaluate(**asked)["skipped"] == 1
+    assert [line["source"] for line in Run.open(asked["out"]).skipped()] == ["test.json:2"]
+    assert [line["id"] for line in Run.open(asked["out"]).predictions()][:3] == ["n0", "n2", "f"]
+
+
+LAUNCHED = """
+import json, sys
+from striate.evaluate import evaluate
+assert evaluate(**json.loads(sys.argv[1]))["tasks"]["name"]["n"] == 3
+"""
+
+
+@pytest.mark.slow  # two processes that import torch
+def test_two_processes_find_what_one_finds(asked: dict[str, Any], tmp_path: Path) -> None:
+    asked |= {"batch": 1, "data": [str(file) for file in asked["data"]], "model": str(asked["model"])}
+    evaluate(out=tmp_path / "one", **asked)
+    command = [sys.executable, "-c", LAUNCHED, json.dumps(asked | {"out": str(tmp_path / "two")})]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(command, env=os.environ | launch | {"RANK": n, "LOCAL_RANK": n, "CUDA_VISIBLE_DEVICES": ""})
+        for n in "01"
+    ]
+    try:
+        assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:  # one waits for ever when the other fails
+            rank.kill()
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
+    assert Run.open(tmp_path / "two").info["status"] == "finished"

@@ -12,8 +12,10 @@ from striate.evaluate.metrics import (
     contains,
     exact_match,
     mean,
+    mmmu_accuracy,
     perplexity,
     relaxed_accuracy,
+    scienceqa_accuracy,
     vqa_accuracy,
 )
 
@@ -73,6 +75,11 @@ def test_vqa_accuracy_is_the_mean_over_ten_leave_one_out_subsets(matches: int, s
         ("3.5", "3.5"),
         ("10:30", "10:30"),
         ("yes\n", "yes"),
+        ("The U.S.", "us"),
+        ("isnt a dog's", "isn't dog's"),
+        ("red,blue", "red blue"),
+        ("red, blue", "red blue"),
+        ("it's 1.5.", "it's 1.5"),
     ],
 )
 def test_vqa_normalisation(prediction: str, answer: str) -> None:
@@ -80,7 +87,7 @@ def test_vqa_normalisation(prediction: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer"), [("3.5", "35"), ("10:30", "1030"), ("lets", "let's"), ("well", "we'll")]
+    ("prediction", "answer"), [("3.5", "35"), ("10:30", "1030"), ("lets", "let's"), ("well", "we'll"), ("50%", "50")]
 )
 def test_vqa_normalisation_leaves_alone(prediction: str, answer: str) -> None:
     assert vqa_accuracy(prediction, [answer] * 10) == 0
@@ -98,6 +105,9 @@ def test_vqa_normalisation_leaves_alone(prediction: str, answer: str) -> None:
         ("", ["ab"], 0),
         ("ab", [""], 0),
         ("", [""], 1),
+        ("Straße", ["straße"], 1),
+        ("12:30 pm", ["12.30 PM"], 1 - 1 / 8),
+        ("the total is 12", ["12"], 0),
     ],
 )
 def test_anls(prediction: str, answers: list[str], score: float) -> None:
@@ -125,10 +135,101 @@ def test_anls(prediction: str, answers: list[str], score: float) -> None:
         ("blue", "blues", 0),
         ("nan", "NaN", 1),
         ("inf", "1", 0),
+        (" 7 ", "7.2", 1),
+        ("about 100", "100", 0),  # a number, not a sentence with one
+        ("1e2", "100", 1),
+        ("-12%", "-0.12", 1),
+        ("$5", "5", 0),
     ],
 )
 def test_relaxed_accuracy(prediction: str, answer: str, score: float) -> None:
     assert relaxed_accuracy(prediction, [answer]) == score
+
+
+CHOICES = ("a red cat", "a dog", "the blue bird", "dog")
+
+
+# Worked by hand along the path of the released scorer: marks stripped from the ends, then three kinds of mentions.
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [
+        ("B", "B"),
+        ("(C)", "C"),
+        ("B.", "B"),
+        ("The answer is B", "B"),
+        ("The answer is (D), not (A) or E", "A"),  # brackets first, and the last of them
+        ("A or maybe B ?", "B"),
+        ("C because (A", "C"),  # no closing bracket
+        ("A. a red cat", None),  # "A." is neither " A " nor brackets, and four words are too few to quote
+        ("It must be a red cat I think", "A"),
+        ("Not a dog but A RED CAT, surely", "A"),  # case ignored, the last mention
+        ("I think I can see a dog there", "D"),  # "dog" begins behind "a dog", and where a mention begins counts
+        ("the blue bird", None),  # five words or fewer are not searched for choices
+        ("b", None),
+        ("E", None),
+        ("", None),
+        ("'C'", "C"),
+    ],
+)
+def test_mmmu_choice(prediction: str, chosen: str | None) -> None:
+    right = [mmmu_accuracy(prediction, [choice], CHOICES) for choice in CHOICES]
+    assert right == [float(letter == chosen) for letter in "ABCD"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("12", "12", 1),
+        ("12.004", "12", 1),  # two decimals
+        ("12.006", "12", 0),
+        ("1,200", "1200", 1),
+        ("The answer is 1,200 dollars.", "1200", 1),
+        ("so it is -3.5 degrees", "-3.5", 1),
+        ("-3.5", "3.5", 0),
+        ("1.2e3", "1200", 1),
+        ("x = 4, so y = 7", "7", 1),
+        ("x = 4, so y = 7", "4", 0),  # "= 7" is the shortest ending
+        ("x = 4\nI do not know", "4", 1),  # "=" is no cue in the first line: all is taken, with the number in it
+        ("the result is 5\nthus 6", "5", 1),  # every line counts
+        ("24/7", "7", 1),
+        ("The capital is Paris", "paris", 1),
+        ("Paris", "The capital is Paris", 0),
+        ("Parisian cafes", "paris", 1),  # within a word
+        ("a", "a", 1),
+        ("cat", "a", 0),  # a single letter has to stand beside a space
+        ("it is x y", "x", 1),
+        ("12", "about 12", 0),
+        ("the answer is ?", "the answer is ?", 1),  # nothing but a mark behind the cue: all that was said
+        ("", "cat", 0),
+    ],
+)
+def test_mmmu_open_answer(prediction: str, answer: str, score: float) -> None:
+    assert mmmu_accuracy(prediction, ["zebra", answer]) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "chosen"),
+    [
+        ("B", "B"),
+        ("B. a dog", "B"),
+        ("B.", None),
+        ("(B)", None),
+        ("b", None),
+        ("The answer is C.", "C"),
+        ("The answer is C", None),  # a character has to follow
+        ("The answer is C, of course", "C"),
+        ("The answer is A. No. The answer is B.", None),  # once
+        ("A. The answer is B.", "A"),  # what it begins with comes first
+        ("1. The answer is B.", "B"),
+        ("E. The answer is B.", None),  # E is a letter, of no choice
+        ("the answer is B.", None),
+        ("a dog", None),
+        ("", None),
+    ],
+)
+def test_scienceqa(prediction: str, chosen: str | None) -> None:
+    right = [scienceqa_accuracy(prediction, [choice], CHOICES) for choice in CHOICES]
+    assert right == [float(letter == chosen) for letter in "ABCD"]
 
 
 def test_every_metric_is_found_by_its_name() -> None:
@@ -139,8 +240,13 @@ def test_every_metric_is_found_by_its_name() -> None:
         "anls",
         "relaxed_accuracy",
         "multiple_choice",
+        "mmmu_accuracy",
+        "scienceqa_accuracy",
     ]
-    assert metrics.METRICS["multiple_choice"]("a cat", ["a cat"]) == 1
+    for name, metric in metrics.METRICS.items():
+        said = "B" if name in ("mmmu_accuracy", "scienceqa_accuracy") else "a cat"
+        assert metric(said, ["a cat"] * 4, ["a dog", "a cat"]) == 1
+    assert metrics.METRICS["mmmu_accuracy"]("a cat", ["cat"]) == 1
 
 
 def test_mean_and_its_standard_error() -> None:

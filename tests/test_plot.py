@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from striate import plot
 from striate.errors import UserError
-from striate.plot import INK, PALETTE, Cost, Estimate, Profile, Reverted
+from striate.plot import INK, PALETTE, Cost, Curve, Estimate, Profile, Reverted
 from striate.region import Region
 
 NAMES = ("all", "uniform", "first", "backbone")
@@ -33,12 +33,18 @@ def tasks(names: tuple[str, ...] = NAMES) -> Figure:
 
 
 def losses(names: tuple[str, ...] = NAMES) -> Figure:
-    return plot.losses({name: [(1, 2.0), (2, 1.0)] for name in names}, plot.marks(names))
+    return plot.losses({name: [[(1, 2.0), (2, 1.0)]] for name in names}, plot.marks(names))
 
 
 def cost(names: tuple[str, ...] = NAMES) -> Figure:
     costs = {name: Cost(i + 1.0, math.nan if i else 2.0) for i, name in enumerate(names)}
     return plot.cost(costs, {name: Estimate(0.5, 0.01) for name in names}, plot.marks(names))
+
+
+def curves(names: tuple[str, ...] = NAMES) -> Figure:
+    panel = plot.Panel({name: Curve([{1: 10.0, 3: 20.0}, {1: 30.0}], floor=15.0) for name in names}, "mean", "%", "%")
+    style = {name: mark._replace(dashed=bool(i % 2)) for i, (name, mark) in enumerate(plot.marks(names).items())}
+    return plot.curves([panel, *(panel._replace(title=name) for name in names)], style, across="layers")
 
 
 def profiles(names: tuple[str, ...] = NAMES) -> Figure:
@@ -64,7 +70,7 @@ def reverted(names: tuple[str, ...] = NAMES) -> Figure:
     return plot.reverted({"visual": found, "text": found})
 
 
-figures = pytest.mark.parametrize("draw", [accuracy, tasks, losses, cost])
+figures = pytest.mark.parametrize("draw", [accuracy, tasks, losses, cost, curves])
 of_layers = pytest.mark.parametrize("draw", [profiles, blocks, instances, overlay, reverted])
 
 
@@ -174,7 +180,7 @@ def test_files_are_the_same_every_time(tmp_path: Path) -> None:
 def test_names_are_only_text(draw: Callable[[tuple[str, ...]], Figure]) -> None:
     text = plot.svg(draw(HOSTILE), "salt")
     tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
-    assert tags <= {"svg", "g", "path", "defs", "style", "use", "text", "clipPath", "rect"}
+    assert tags <= {"svg", "g", "path", "defs", "style", "use", "text", "title", "clipPath", "rect"}
     words = {element.text for element in ElementTree.fromstring(text).iter() if element.text}
     assert "$\\frac" in words
     assert "_private" in words
@@ -217,7 +223,7 @@ def test_a_run_without_results_leaves_its_row_empty() -> None:
 
 @pytest.mark.parametrize("length", [1, 200, 201, 1000])
 def test_a_long_loss_curve_becomes_block_means(length: int) -> None:
-    figure = plot.losses({"all": [(i, 2.0 * i) for i in range(length)]}, STYLE)
+    figure = plot.losses({"all": [[(i, 2.0 * i) for i in range(length)]]}, STYLE)
     (line,) = figure.axes[0].lines
     steps, loss = line.get_data()
     size = math.ceil(length / plot.POINTS)
@@ -226,12 +232,46 @@ def test_a_long_loss_curve_becomes_block_means(length: int) -> None:
     assert list(loss) == pytest.approx([2 * step for step in steps])
 
 
+def test_a_line_for_each_seed() -> None:
+    figure = plot.losses({"all": [[(1, 2.0), (2, 1.0)], [(1, 3.0), (2, 2.0)]]}, STYLE)
+    assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[2.0, 1.0], [3.0, 2.0]]
+
+
+def test_a_curve_is_the_mean_over_seeds_with_a_band_and_single_lines() -> None:
+    curve = Curve([{1: 10.0, 3: 20.0}, {1: 30.0}], floor=15.0)
+    assert curve.points() == {1: [10.0, 30.0], 3: [20.0]}
+    figure = plot.curves([plot.Panel({"all": curve}, unit="%")], plot.marks(["all"]), across="layers")
+    (axes,) = figure.axes
+    first, second, mean, *dots, floor = axes.lines
+    assert [list(line.get_ydata()) for line in (first, second, mean)] == [[10.0, 20.0], [30.0], [20.0, 20.0]]
+    assert [dot.get_xydata().tolist() for dot in dots] == [[[1.0, 20.0]], [[3.0, 20.0]]]
+    assert list(floor.get_ydata()) == [15.0, 15.0]
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((20 - math.sqrt(200), 20 + math.sqrt(200)))
+
+
+def test_what_is_pointed_at_says_its_value() -> None:
+    text = plot.svg(plot.curves([plot.Panel({"a<b": Curve([{1: 10.0}, {1: 30.0}])}, unit="%")], plot.marks(["a<b"]),
+                                across="layers"), "")  # fmt: skip
+    titles = [element.text for element in ElementTree.fromstring(text).iter() if element.tag.endswith("title")]
+    assert titles == ["a<b, 1 layer: 20.0 ± 14.1 % (n = 2)"]
+    assert "all: 80.0 ± 1.0 %" in plot.svg(plot.accuracy(VISUAL, {}, retention={}, regions={}, style=STYLE), "")
+
+
+def test_panels_share_a_scale_or_have_their_own() -> None:
+    low, high = (plot.Panel({"all": Curve([{1: top, 2: 2 * top}])}, ylabel=f"up to {top}") for top in (1.0, 100.0))
+    shared, own = (plot.curves([low, high], STYLE, across="layers", shared=shared) for shared in (True, False))
+    assert shared.axes[0].get_ylim() == shared.axes[1].get_ylim()
+    assert own.axes[0].get_ylim()[1] < 10 < own.axes[1].get_ylim()[1]
+    assert [axes.get_ylabel() for axes in own.axes] == ["up to 1.0", "up to 100.0"]
+
+
 def test_a_loss_that_blew_up_leaves_a_gap() -> None:
-    assert "<svg" in plot.svg(plot.losses({"all": [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]}, STYLE), "")
+    assert "<svg" in plot.svg(plot.losses({"all": [[(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]]}, STYLE), "")
 
 
 def test_global_settings_stay_as_they_were() -> None:
     before = dict(rcParams)
-    for draw in (accuracy, tasks, losses, cost, profiles, blocks, instances, overlay, reverted):
+    for draw in (accuracy, tasks, losses, cost, curves, profiles, blocks, instances, overlay, reverted):
         plot.svg(draw(), "salt")
     assert dict(rcParams) == before

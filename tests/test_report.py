@@ -1,26 +1,40 @@
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import html
 import io
+import json
 import math
 import re
 import shutil
 import subprocess
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from striate.errors import UserError
+from striate.evaluate.statistics import difference, mcnemar, retention
 from striate.region import Region
-from striate.report import compare, report, table
+from striate.report import Row, compare, table
+from striate.report import report as report_with_figures
+from striate.report.arms import kind, treatment
+from striate.report.figures import KINDS, figures
+from striate.report.lines import removed, trained
 from striate.run import Run
 from striate.score.table import Score, Scores
 
 DEPTH = 12
+# Most tests look at the page alone; files of figures take longer than all else.
+report = partial(report_with_figures, page_only=True)
 QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -42,12 +56,13 @@ def make_run(
     seconds: float | None = 100.0,
     data: str = "test.json",
     n: int = 100,
+    seed: int = 0,
     answers: tuple[str, ...] = ("cup", "two"),
     images: tuple[Path, ...] = (),
     **options: Any,
 ) -> Path:
     """A finished run: two visual tasks with standard errors 0.03 and 0.04, two text tasks, two answers."""
-    run = Run.create(path, verb="tune", options={"epochs": 1, **options}, seed=0)
+    run = Run.create(path, verb="tune", options={"epochs": 1, **options}, seed=seed)
     if region:
         run.write_region(Region.parse(region, DEPTH))
     for step in range(1, 4):
@@ -121,23 +136,31 @@ def make_scores(path: Path, *, depth: int = DEPTH, suffix: str = "", partial: bo
 
 
 class Tags(HTMLParser):
-    """What is in a page: elements with their attributes, and text."""
+    """What is in a page: elements with their attributes, and text that is no script's."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words = ""
+        self.words, self.inside = "", ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        self.words += "" if self.inside == "script" else data
 
 
 def text_of(page: Path) -> str:
     return re.sub(r"\s+", " ", Tags(page.read_text("utf-8")).words)
+
+
+def ends(interval: Any) -> tuple[float, float, float]:
+    return interval.value, interval.low, interval.high
 
 
 def test_headline_says_what_the_best_region_kept(runs: list[Path], tmp_path: Path) -> None:
@@ -151,9 +174,14 @@ def test_retention_and_its_error_by_hand(runs: list[Path]) -> None:
     _, whole, uniform, _ = compare(runs).rows
     assert whole.visual == pytest.approx((0.7, 0.025))  # (0.8 + 0.6) / 2, sqrt(0.03^2 + 0.04^2) / 2
     assert uniform.visual == pytest.approx((0.63, 0.025))
-    assert uniform.kept == pytest.approx((0.9, 0.9 * math.sqrt((0.025 / 0.63) ** 2 + (0.025 / 0.7) ** 2)))
-    assert whole.kept is not None
-    assert whole.kept.value == 1
+    error = 1.959964 * 0.9 * math.sqrt((0.025 / 0.63) ** 2 + (0.025 / 0.7) ** 2)
+    assert uniform.kept is not None
+    assert not uniform.kept.paired  # the runs have two predictions and count a hundred
+    assert ends(uniform.kept.share) == pytest.approx((0.9, 0.9 - error, 0.9 + error))
+    away = 1.959964 * math.hypot(0.025, 0.025)
+    assert ends(uniform.kept.lead) == pytest.approx((-0.07, -0.07 - away, -0.07 + away))
+    assert uniform.kept.noise == (away > 0.07)
+    assert (whole.kept, whole.reference, uniform.reference) == (None, "all", "all")
     assert uniform.text is not None
     assert uniform.text.value == 0.7
     assert math.isnan(uniform.text.stderr)
@@ -173,7 +201,9 @@ def test_an_accuracy_of_nothing(tmp_path: Path) -> None:
     blind = [make_run(tmp_path / name, region=name, visual=(0.0, 0.0)) for name in ("all", "last:2")]
     assert [row.kept for row in compare(blind).rows] == [None, None]
     seeing = make_run(tmp_path / "seeing")
-    assert compare([*blind, seeing], seeing).rows[1].kept == pytest.approx((0.0, 0.025 / 0.7))
+    kept = compare([*blind, seeing], seeing).rows[1].kept
+    assert kept is not None
+    assert ends(kept.share) == pytest.approx((0, -1.959964 * 0.025 / 0.7, 1.959964 * 0.025 / 0.7))
     report([*blind, seeing], out=tmp_path / "report.html")
 
 
@@ -336,16 +366,18 @@ def test_broken_scores_leave_the_rest_of_the_report(runs: list[Path], tmp_path: 
         assert "keeps 90.0 %" in text_of(report([*runs, row.run.path], out=tmp_path / "report.html"))
 
 
-def test_a_report_is_one_file_without_scripts_or_network(runs: list[Path], tmp_path: Path) -> None:
+def test_a_report_is_one_file_without_network_and_runs_its_own_script_alone(runs: list[Path], tmp_path: Path) -> None:
     page = report(runs, out=tmp_path / "report.html").read_text("utf-8")
     assert page.startswith("<!doctype html>")
     tags = Tags(page).tags
-    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "embed")]
-    addresses = {value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")}
-    assert not addresses
-    assert ("meta", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in [
-        (tag, attributes.get("content")) for tag, attributes in tags
-    ]
+    assert not [tag for tag, _ in tags if tag in ("link", "iframe", "object", "embed")]
+    assert not {value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")}
+    data, script = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+    assert json.loads(data)["sets"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert ("meta", policy) in [(tag, attributes.get("content")) for tag, attributes in tags]
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]
 
 
 def test_the_same_runs_give_the_same_bytes(runs: list[Path], tmp_path: Path) -> None:
@@ -383,7 +415,8 @@ def hostile_report(tmp_path: Path) -> Path:
 def test_text_from_data_stays_text(tmp_path: Path) -> None:
     page = hostile_report(tmp_path).read_text("utf-8")
     tags = Tags(page).tags
-    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe"})
+    assert {tag for tag, _ in tags}.isdisjoint({"img", "iframe"})
+    assert [attributes.get("id") for tag, attributes in tags if tag == "script"] == ["records", None]
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
     assert "{{ 7 * 7 }}" in page
 
@@ -412,8 +445,295 @@ def test_table_for_the_terminal(runs: list[Path], tmp_path: Path) -> None:
     shown = io.StringIO()
     Console(width=160, file=shown).print(table([*runs, tmp_path / "[red]going"]))
     lines = [line.split() for line in shown.getvalue().splitlines()]
-    assert lines[3] == ["uniform", "■···■···■···", "63.0±2.5", "90.0±4.8", "70.0", "1.48", "M", "70", "1.50"]
+    assert lines[3] == ["uniform", "■···■···■···", "63.0±2.5", "90.0", "81-99", "70.0", "1.48", "M", "70", "1.50"]
     assert (lines[5][0], lines[5][-3:]) == ("[red]going", ["running;", "not", "evaluated"])
+
+
+def answer(path: Path, scores: dict[str, list[float]], *, words: str = "") -> Path:
+    """Give a run results and predictions that agree: visual tasks with these scores, one a record."""
+    run = Run.open(path)
+    tasks = {
+        name: {"metric": "exact_match", "modality": "visual", "value": fmean(own), "stderr": 0.1, "n": len(own)}
+        for name, own in scores.items()
+    }
+    run.write_results({"tasks": tasks, "seconds": 1.0, "data": "test.json"})
+    run.write_predictions(
+        {
+            "id": str(i), "task": name, "metric": "exact_match", "question": f"{words} {name} {i}?", "answers": ["yes"],
+            "prediction": "yes" if score else "no", "score": score, "images": [],
+        }
+        for name, own in scores.items()
+        for i, score in enumerate(own)
+    )  # fmt: skip
+    return path
+
+
+def test_runs_on_the_same_records_are_compared_record_by_record(tmp_path: Path) -> None:
+    whole = {"read": [1.0] * 90 + [0.0] * 10, "count": [1.0, 0.0] * 20}
+    part = {"read": [1.0] * 85 + [0.0] * 15, "count": [0.0, 1.0] + [1.0, 0.0] * 19}
+    paths = [
+        answer(make_run(tmp_path / "all"), whole),
+        answer(make_run(tmp_path / "first", region="first:3", data="moved/test.json"), part),
+    ]
+    row = compare(paths).rows[1]
+    assert row.kept is not None
+    assert row.kept.paired
+    assert row.kept.share == retention(part, whole)
+    assert row.kept.lead == difference(part, whole)
+    assert row.kept.p == mcnemar(part, whole)
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    low, high = (f"{100 * end:.1f}" for end in (row.kept.share.low, row.kept.share.high))
+    assert f"95 % interval {low} to {high} %, both runs on the same records." in words
+    assert row.kept.noise == ("The difference from the reference is within noise." in words)
+
+
+def test_a_difference_within_noise_is_called_so(tmp_path: Path) -> None:
+    paths = [
+        answer(make_run(tmp_path / "all"), {"read": [1.0, 0.0, 1.0, 0.0] * 10}),
+        answer(make_run(tmp_path / "same", region="first:3"), {"read": [0.0, 1.0, 1.0, 0.0] * 10}),
+        answer(make_run(tmp_path / "worse", region="last:3"), {"read": [0.0] * 39 + [1.0]}),
+    ]
+    same, worse = (row.kept for row in compare(paths).rows[1:])
+    assert same is not None
+    assert worse is not None
+    assert (same.noise, worse.noise) == (True, False)
+    page = report(paths, out=tmp_path / "report.html").read_text("utf-8")
+    # Once in words, once in the notes to the table and once as a mark in the results by task.
+    assert page.count('<span class="noise">within noise</span>') == 2
+    assert page.count('<span class="hidden">within noise</span>') == 1
+
+
+def test_other_records_are_told_by_the_records_and_not_by_the_name_of_the_file(tmp_path: Path) -> None:
+    scores = {"read": [1.0, 0.0, 1.0]}
+    paths = [
+        answer(make_run(tmp_path / "all"), scores),
+        answer(make_run(tmp_path / "other", region="first:3"), scores, words="unlike"),
+    ]
+    assert compare(paths).rows[1].notes == ("evaluated on other records than all: not compared",)
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    assert words.index("Not compared") < words.index("evaluated on other records than all")
+
+
+def test_another_processor_is_not_compared(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / "all"), make_run(tmp_path / "first", region="first:3")]
+    for path, size in zip(paths, (224, 336), strict=True):
+        answer(path, {"read": [1.0, 0.0]})
+        (path / "checkpoint").mkdir()
+        (path / "checkpoint" / "processor_config.json").write_text(json.dumps({"size": size}))
+    note = "its processor prepares pictures or prompts in another way than that of all: not compared"
+    assert compare(paths).rows[1].notes == (note,)
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """Three seeds of all layers and of a quarter, each on records of its own, where the quarter keeps 50, 75, 100 %."""
+    for seed, right in enumerate((2, 3, 4)):
+        world = {"data": f"runs/world-{seed}/test.json", "model": f"runs/seed-{seed}/start", "seed": seed}
+        for name, region, number in (("all", "all", 4), ("part", "uniform:25%", right)):
+            scores = {"read": [1.0] * number + [0.0] * (4 - number), "count": [1.0] * number + [0.0] * (4 - number)}
+            run = make_run(tmp_path / "runs" / f"seed-{seed}" / name, region=region, **world)
+            answer(run, scores, words=f"seed {seed}")
+    return tmp_path / "runs"
+
+
+def test_runs_that_differ_only_in_the_seed_are_one_line(seeds: Path, tmp_path: Path) -> None:
+    comparison = compare([seeds])
+    assert [row.name for row in comparison.rows] == [f"seed-{i}/{name}" for i in range(3) for name in ("all", "part")]
+    assert [(arm.name, len(arm.rows)) for arm in comparison.arms] == [("all", 3), ("part", 3)]
+    assert [row.reference for row in comparison.rows] == [f"seed-{i}/all" for i in range(3) for _ in range(2)]
+    part = comparison.arms[1]
+    assert part.mean(lambda row: row.visual) == pytest.approx((0.75, 0.25))  # mean and deviation of 0.5, 0.75, 1
+    words = text_of(report([seeds], out=tmp_path / "report.html"))
+    assert "keeps 75.0 % of the visual accuracy of tuning all layers" in words
+    assert "Mean of 3 seeds, which keep 50.0 to 100.0 %." in words
+    assert "75.0 ±25.0" in words
+
+
+def test_the_reference_of_other_seeds_is_the_twin_of_the_one_asked_for(seeds: Path) -> None:
+    rows = compare([seeds], seeds / "seed-1" / "part").rows
+    assert [row.reference for row in rows] == [f"seed-{i}/part" for i in range(3) for _ in range(2)]
+    kept = rows[0].kept
+    assert kept is not None
+    assert kept.share.value == 2
+    with pytest.raises(UserError, match="name one run as the reference"):
+        compare([seeds], seeds)
+
+
+def test_the_same_seed_twice_is_not_two_seeds(seeds: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(seeds / "seed-0", copy)
+    assert sorted(len(arm.rows) for arm in compare([seeds, copy]).arms) == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ({"model": "runs/seed-0/start", "seed": 0}, {"model": "runs/seed-1/start", "seed": 1}, True),
+        ({"model": "start-7b", "seed": 7}, {"model": "start-13b", "seed": 13}, False),
+        ({"learning_rate": 0.1, "seed": 0}, {"learning_rate": 0.2, "seed": 1}, False),
+        ({"remove": "0", "seed": 0}, {"remove": "1", "seed": 1}, False),
+        ({"data": "a/seed0.json", "seed": 0}, {"data": "a/seed1.json", "seed": 1}, True),
+    ],
+)
+def test_what_counts_as_another_seed(tmp_path: Path, one: Any, other: Any, alike: bool) -> None:
+    paths = [make_run(tmp_path / str(i) / "run", **options) for i, options in enumerate((one, other))]
+    runs = [Run.open(path) for path in paths]
+    first, second = (treatment("run", run.info, run.region) for run in runs)
+    assert (first == second) == alike
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("uniform:25%", "uniform"), ("0,4,8", "uniform"), ("1,5,9", "uniform@1"), ("uniform:3@2", "uniform@2"),
+        ("0-2", "first"), ("9-11", "last"), ("0,10,11", "listed"), ("random:3@5", "random"), ("all", "all"),
+    ],
+)  # fmt: skip
+def test_how_layers_were_chosen(form: str, name: str) -> None:
+    assert kind(Region.parse(form, DEPTH)) == name
+
+
+def test_folders_and_sweeps_stand_for_their_runs(runs: list[Path], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    make_run(sweep / "a", region="first:3")
+    make_run(sweep / "unlisted", region="last:3")
+    cells = [
+        {"name": "a", "values": {"region": "first:3"}, "runs": ["a"], "status": "finished"},
+        {"name": "b", "values": {"region": "last:3"}, "runs": ["b"], "status": "pending"},
+        {"name": "c", "values": {"region": "last:3"}, "status": "failed"},
+    ]
+    (sweep / "sweep.json").write_text(json.dumps({"cells": cells}))
+    rows = compare([runs[1], sweep]).rows
+    assert [row.name for row in rows] == ["all", "a", "b", "c", "unlisted"]
+    assert [row.notes for row in rows[2:4]] == [("pending",), ("failed",)]
+    words = text_of(report([runs[1], sweep], out=tmp_path / "report.html"))
+    assert words.index("Without results") < words.index("pending")
+    for content in ("{", "[]", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [3]}'):
+        (sweep / "sweep.json").write_text(content)
+        assert [row.name for row in compare([sweep]).rows] == ["a", "unlisted"]
+
+
+def training(samples: int, layers: int) -> dict[str, Any]:
+    return {
+        "seconds": 10.0 * layers, "peak_memory_gb": 1.0 + layers, "samples": samples, "samples_per_second": 1.0,
+        "trainable_parameters": layers, "total_parameters": 99,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def sizes(tmp_path: Path) -> Path:
+    """Two seeds of 2, 4 and all layers, with 100 and 200 records: accuracy layers / 12, or half of that."""
+    for seed in (0, 1):
+        for samples in (100, 200):
+            for layers in (2, 4, 12):
+                name = f"{layers}-{samples}"
+                region = "all" if layers == 12 else f"uniform:{layers}"
+                path = make_run(tmp_path / "sizes" / f"seed-{seed}" / name, region=region, seed=seed, steps=samples)
+                right = layers * samples // 200
+                answer(path, {"read": [1.0] * right + [0.0] * (12 - right), "count": [1.0] * 6 + [0.0] * 6})
+                Run.open(path).update(training=training(samples, layers))
+    return tmp_path / "sizes"
+
+
+def test_lines_over_the_number_of_trained_layers(sizes: Path) -> None:
+    small, large = trained(compare([sizes]))
+    assert (small.name, large.name) == ("uniform, 100 records", "uniform, 200 records")
+    curve = large.curve(lambda row: row.tasks["read"]["value"], 0.98)
+    assert curve.points() == {2: [2 / 12] * 2, 4: [4 / 12] * 2, 12: [1.0, 1.0]}
+    assert len(curve.seeds) == 2
+    assert curve.floor == 0.98
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_figures_and_numbers_lie_beside_the_page(sizes: Path, tmp_path: Path) -> None:
+    page = report_with_figures([sizes], out=tmp_path / "my report.html")
+    folder = tmp_path / "my report-figures"
+    names = {"accuracy", "accuracy-by-task", "layers", "cost-by-layers", "cost", "loss"}
+    found = {file.stem for file in folder.iterdir() if not file.stem.startswith("table-")}
+    assert found == names
+    assert {file.name for file in folder.iterdir()} >= {f"{name}.{kind}" for name in names for kind in KINDS}
+    tags = Tags(page.read_text("utf-8")).tags
+    linked = {unquote(attributes["href"] or "") for tag, attributes in tags if tag == "a"}
+    assert linked == {f"{folder.name}/{file.name}" for file in folder.iterdir()}
+    points = [line for line in read_csv(folder / "layers.csv") if line["line"] == "uniform, 200 records"]
+    assert [(line["trained layers"], float(line["mean"]), line["n"]) for line in points] == [
+        ("2", pytest.approx(100 * (2 / 12 + 0.5) / 2), "2"),
+        ("4", pytest.approx(100 * (4 / 12 + 0.5) / 2), "2"),
+        ("12", pytest.approx(75.0), "2"),
+    ]
+    titles = re.findall(r"<title>(uniform, 200 records, [^<]*)</title>", page.read_text("utf-8"))
+    assert "uniform, 200 records, 2 layers: 33.3 ± 0.0 % (n = 2)" in titles
+
+
+def test_numbers_of_a_table_are_those_shown(runs: list[Path], tmp_path: Path) -> None:
+    page = report_with_figures(runs, out=tmp_path / "report.html")
+    lines = read_csv(tmp_path / "report-figures" / "table-strategies.csv")
+    assert [line["run"] for line in lines] == ["backbone", "all", "uniform", "last"]
+    assert (lines[2]["chosen"], lines[2]["mean"], lines[2]["kept"]) == ("uniform", "63.0", "90.0")
+    shown = text_of(page)
+    for line in lines[1:]:
+        for column in ("read", "count", "mean"):
+            assert f"{float(line[column]):.1f} ±{float(line[f'{column} ±']):.1f}" in shown
+
+
+def test_pruned_runs_become_curves_before_and_after_healing(tmp_path: Path) -> None:
+    whole = answer(make_run(tmp_path / "all"), {"read": [1.0] * 4, "count": [1.0] * 4})
+    paths = [whole]
+    for healed in (False, True):
+        for number in (1, 2):
+            path = tmp_path / f"cut-{number}{'-healed' * healed}"
+            make_run(path, remove=str(number), by="angular_distance", heal="train.json" if healed else None)
+            right = 4 - number * (1 if healed else 2)
+            answer(path, {"read": [1.0] * right + [0.0] * (4 - right), "count": [1.0] * 4})
+            done = {"parent": str(whole), "by": "angular_distance", "removed": list(range(number))}
+            Run.open(path).update(verb="prune", parent=str(whole), prune=done, **({"healed": {}} if healed else {}))
+            paths.append(path)
+    comparison = compare(paths)
+    before, after = removed(comparison)
+    assert (before.name, before.dashed, after.name, after.dashed) == ("all", True, "all, healed", False)
+
+    def read(row: Row) -> float:
+        return row.tasks["read"]["value"]
+
+    assert before.curve(read).points() == {0: [1.0], 1: [0.5], 2: [0.0]}
+    assert after.curve(read).points() == {0: [1.0], 1: [0.75], 2: [0.5]}
+    titles = {one.title for one in figures(comparison)}
+    assert {"Pruning", "Pruning by task"} <= titles
+    assert "Number of trained layers" not in titles
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    assert "Pruned models" in words
+    assert re.search(r"all, healed ?2 ?0, 1 ?75\.0", words)
+
+
+def test_models_with_their_own_whole_stand_side_by_side(tmp_path: Path) -> None:
+    paths = []
+    for model in ("small", "large"):
+        for name, region in (("all", "all"), ("part", "uniform:25%")):
+            path = make_run(tmp_path / model / name, region=region, model=model)
+            Run.open(path).update(parent=model)
+            paths.append(path)
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    section = words[words.index("Other models") :]
+    assert section.index("small/part") < section.index("large/all") < section.index("large/part")
+
+
+def test_records_in_the_page_are_those_of_the_runs(tmp_path: Path) -> None:
+    paths = [
+        answer(make_run(tmp_path / "all"), {"read": [1.0, 0.0], "count": [0.5]}),
+        answer(make_run(tmp_path / "first", region="first:3"), {"read": [0.0, 1.0], "count": [0.999]}),
+    ]
+    page = report(paths, out=tmp_path / "report.html").read_text("utf-8")
+    data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    (one,) = data["sets"]
+    assert one["runs"] == [["all", "all"], ["first", "first"]]
+    assert one["score"] == [[1, 0, 0.5], [0, 1, 0.99]]  # only what is right is 1
+    assert [data["pool"][i] for i in one["question"]] == [" read 0?", " read 1?", " count 0?"]
+    assert [data["pool"][i] for i in one["answer"][1]] == ["no", "yes", "yes"]
+    assert one["task"] == [0, 0, 1]
 
 
 def browse(page: Path, script: str = "", width: int = 1200) -> str:

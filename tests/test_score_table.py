@@ -17,7 +17,7 @@ from striate.region import Region
 from striate.run import Run
 from striate.score.table import MOST_SAMPLES, Metric, Score, Scores, order, rank_correlation, shades
 
-METRIC = Metric("sight", needs="states", range="0 to 1", source="by hand", direction="low")
+METRIC = Metric("sight", needs=("records",), range="0 to 1", source="by hand", direction="low")
 NAN = math.nan
 
 

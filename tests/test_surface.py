@@ -17,13 +17,15 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in one line.
 ORDER = [
-    "errors", "region", "run", "vlm", "assemble", "data", "trace", "plot", "score", "train", "prune", "evaluate",
-    "report", "demo", "cli",
+    "errors", "options", "region", "run", "vlm", "assemble", "data", "trace", "plot", "score", "train", "prune",
+    "evaluate", "sweep", "report", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 
 def test_verbs() -> None:
-    assert list(VERBS) == ["inspect", "assemble", "align", "tune", "score", "revert", "prune", "eval", "report", "demo"]
+    assert list(VERBS) == [
+        "inspect", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report", "demo",
+    ]  # fmt: skip
 
 
 def test_public_names() -> None:

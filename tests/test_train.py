@@ -17,8 +17,9 @@ from PIL import Image
 
 import striate
 from striate.data import Batch, Examples, collate, read
-from striate.train import TrainOptions, answer_nll
+from striate.train import TrainOptions, answer_nll, last_saved, num_drawn
 from striate.train.adapter import adapt
+from striate.train.selection import drawn
 from striate.train.trainer import LengthGrouped, RegionTrainer, RunLog
 
 
@@ -157,6 +158,55 @@ def test_resumed_run_equals_uninterrupted_run(
     resumed = tune(model, data, tmp_path / "cut", options, method=method, resume=True)
     assert changed(weights(whole.path), weights(resumed.path)) == set()
     assert [entry["step"] for entry in resumed.history()] == [1, 2, 3, 4, 5]
+
+
+def test_a_torn_state_is_passed_over(model: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=5, save_steps=2)
+    whole = tune(model, data, tmp_path / "whole", options)
+
+    class Kill(RunLog):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise RuntimeError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("striate.train.RunLog", Kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            tune(model, data, tmp_path / "cut", options)
+    state = tmp_path / "cut" / "state"
+    assert last_saved(state) == str(state / "checkpoint-4")
+    file = state / "checkpoint-4" / "trainer_state.json"
+    file.write_text(file.read_text()[:50])
+    (state / "checkpoint-4" / "optimizer.pt").unlink()
+    assert last_saved(state) == str(state / "checkpoint-2")
+    resumed = tune(model, data, tmp_path / "cut", options, resume=True)
+    assert changed(weights(whole.path), weights(resumed.path)) == set()
+
+
+def test_a_draw_of_records_is_nested_and_goes_by_the_seed_alone(model: Path, tmp_path: Path) -> None:
+    records = read(write_data(tmp_path, records=40))
+    ids = {
+        (samples, seed): [record.id for record in drawn(records, samples, seed=seed)]
+        for samples in ("4", "10%", "25%", "100%")
+        for seed in (0, 1)
+    }
+    assert ids["4", 0] == ids["10%", 0]
+    assert len(ids["25%", 0]) == 10
+    assert set(ids["10%", 0]) < set(ids["25%", 0])
+    assert set(ids["10%", 0]) != set(ids["10%", 1])
+    assert ids["25%", 1] == sorted(ids["25%", 1], key=int)
+    assert ids["100%", 0] == [record.id for record in records]
+    run = tune(model, tmp_path / "train.json", tmp_path / "run", replace(OPTIONS, steps=None), samples="20%")
+    assert run.info["training"]["samples"] == 8
+    assert run.info["options"]["samples"] == "20%"
+    with pytest.raises(striate.UserError, match="samples 41: there are only 40 records"):
+        drawn(records, "41", seed=0)
+
+
+@pytest.mark.parametrize("samples", ["0", 0, "0%", "101%", "2.5", -1, "some", ""])
+def test_samples_are_a_number_or_a_share(samples: int | str) -> None:
+    with pytest.raises(striate.UserError, match=r"\(500\) or a share of them \(25%\)"):
+        num_drawn(samples, 10)
 
 
 def test_resume_refuses_other_options(model: Path, data: Path, tmp_path: Path) -> None:

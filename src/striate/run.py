@@ -8,7 +8,7 @@ runs/<name>/
     scores.json         one number per layer and score
     log.jsonl           one line a training step
     results.json        accuracy by task
-    predictions.jsonl   one line an evaluated record
+    predictions.jsonl   one line an evaluated record; predictions.part.jsonl while some are missing
     skipped.jsonl       records left out, with the reason
     checkpoint/         a plain Hugging Face model
     state/              what a resumed training needs
@@ -40,6 +40,7 @@ from striate.region import SCORES, Region
 
 INFO, RESULTS = "run.json", "results.json"
 LOG, PREDICTIONS, SKIPPED = "log.jsonl", "predictions.jsonl", "skipped.jsonl"
+PART = "predictions.part.jsonl"
 # A list without texts or lists in it, which is to stand on one line. A line end is never inside a text of JSON.
 NUMBERS = re.compile(r"(?<=\[)\n[^\[\]{}\"]*(?=\])")
 PACKAGES = ("striate", "torch", "transformers", "peft")
@@ -184,14 +185,34 @@ class Run:
         """The logged steps. Those that a resumed training repeated appear once, as it did them last."""
         steps: list[dict[str, Any]] = []
         for entry in self._lines(LOG):
-            if steps and entry["step"] < steps[-1]["step"]:
+            if steps and entry["step"] <= steps[-1]["step"]:
                 steps = [earlier for earlier in steps if earlier["step"] < entry["step"]]
             steps.append(entry)
         return steps
 
+    @property
+    def unfinished(self) -> dict[str, Any] | None:
+        """What `begin_predictions` was told about an evaluation that has not come to its end; else None."""
+        return next(self._lines(PART), None)
+
+    def begin_predictions(self, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+        """Start an evaluation, or go on with it: the batches that it left when it was stopped.
+
+        `evaluation` says what is evaluated and how. What another evaluation left is dropped.
+        """
+        if self.unfinished != evaluation:
+            self._replace(PART, _line(evaluation))
+        return list(self._lines(PART))[1:]
+
+    def append_predictions(self, batch: dict[str, Any]) -> None:
+        """Save a batch of an evaluation before the next is asked; a crash costs the batch that it tears."""
+        self._append(PART, batch)
+
     def write_predictions(self, predictions: Iterable[dict[str, Any]]) -> None:
-        """Save one line for each evaluated record."""
+        """Save one line for each evaluated record, which ends an evaluation that was begun."""
         self._replace(PREDICTIONS, "".join(_line(prediction) for prediction in predictions))
+        with _writing(self.path / PART):
+            (self.path / PART).unlink(missing_ok=True)
 
     def predictions(self) -> list[dict[str, Any]]:
         """The evaluated records; empty before the run was evaluated."""

@@ -38,6 +38,11 @@ class Attention:
     received: Tensor
 
 
+def entering_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state [B, T, D] in the arguments that a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 @torch.inference_mode()
 def forward(vlm: Vlm, batch: Batch) -> None:
     """One forward pass for those who watch it. Logits are made for one position only."""
@@ -55,8 +60,7 @@ def watch_layers(vlm: Vlm, see: Callable[[int, Tensor, Tensor], None]) -> Iterat
     """
 
     def call(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        entering = args[0] if args else kwargs["hidden_states"]
-        see(layer, entering, output[0] if isinstance(output, tuple) else output)
+        see(layer, entering_state(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
     handles = [
         module.register_forward_hook(partial(call, layer), with_kwargs=True) for layer, module in enumerate(vlm.layers)
@@ -195,7 +199,8 @@ def attention_rows(
     """
     groups, num_rows = key.shape[1], rows.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    packed = (_picked(query, rows).float() * scale).unflatten(1, (groups, -1)).flatten(2, 3)  # B G H/G*R d
+    own = _picked(query, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)  # a copy already
+    packed = own.unflatten(1, (groups, -1)).flatten(2, 3)  # B G H/G*R d
     logits = packed @ key.float().transpose(2, 3)  # B G H/G*R T
     logits = logits.unflatten(2, (-1, num_rows)).flatten(1, 2)  # B H R T
     if softcap is not None:

@@ -11,18 +11,18 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from striate.errors import UserError
+from striate.options import call_arguments, flag, options_of
 
 if TYPE_CHECKING:
     from striate.run import Run
@@ -37,20 +37,22 @@ VERBS = {
     "revert": ("striate.score:revert", "perplexity with groups of layers put back to the backbone"),
     "prune": ("striate.prune:prune", "cut layers outside the region out of a checkpoint, with proof"),
     "eval": ("striate.evaluate:evaluate", "accuracy on visual and text tasks"),
+    "sweep": ("striate.sweep:sweep", "a grid of choices, each tuned, evaluated, pruned; goes on where it stopped"),
     "report": ("striate.report:report", "any number of runs as one HTML file"),
     "demo": ("striate.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
 }
 # What the bare words behind a verb mean: `striate tune MODEL` is `striate tune --model MODEL`; a recipe can name it.
-SUBJECTS = ("model", "runs")
-# The command line always shows progress; the library only when asked.
-ALWAYS = {"progress": True}
+SUBJECTS = ("model", "runs", "file")
 
 output = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 something the user can put right, 130 interrupted."""
+    """Run one verb.
+
+    Returns the exit status: 0 done, 1 cells of a sweep failed, 2 something the user can put right, 130 interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -98,7 +100,7 @@ def run_verb(name: str, words: list[str], *, debug: bool) -> int:
     parser = parser_of(name, function)
     result = function(**call_arguments(function, parser.parse_args(spelt_out(function, words))))
     _tell(name, result)
-    return 0
+    return 1 if name == "sweep" and _unfinished(result) else 0
 
 
 def parser_of(name: str, function: Callable[..., Any]) -> ArgumentParser:
@@ -106,20 +108,19 @@ def parser_of(name: str, function: Callable[..., Any]) -> ArgumentParser:
     text = docstring_parser.parse(inspect.getdoc(function) or "")
     subject = next((f" {key.upper()}" for key in SUBJECTS if key in inspect.signature(function).parameters), "")
     usage = f"striate {name}{subject} [--OPTION VALUE ...]"
-    parser = ArgumentParser(prog=f"striate {name}", usage=usage, description=text.short_description)
+    parser = ArgumentParser(prog=f"striate {name}", usage=usage, description=text.description)
     parser.add_argument("--config", action="config", help="a YAML file with any of these options")
-    for key, hint, default, description in _parameters(function):
-        settings: dict[str, Any] = {"help": description}
-        several, required = "Sequence" in str(hint), default is inspect.Parameter.empty
-        if several:  # `--data a.json b.json`
-            fallback = None if required else default
-            parser.add_argument(_flag(key), nargs="+", required=required, default=fallback, **settings)
-        elif hint is bool:
-            parser.add_argument(_flag(key), action="store_true", default=default, **settings)
-        elif required:
-            parser.add_argument(_flag(key), type=hint, required=True, **settings)
+    for option in options_of(function):
+        settings: dict[str, Any] = {"help": option.description}
+        if option.several:  # `--data a.json b.json`
+            fallback = None if option.required else option.default
+            parser.add_argument(option.flag, nargs="+", required=option.required, default=fallback, **settings)
+        elif option.hint is bool:
+            parser.add_argument(option.flag, action="store_true", default=option.default, **settings)
+        elif option.required:
+            parser.add_argument(option.flag, type=option.hint, required=True, **settings)
         else:
-            parser.add_argument(_flag(key), type=hint, default=default, **settings)
+            parser.add_argument(option.flag, type=option.hint, default=option.default, **settings)
     return parser
 
 
@@ -127,47 +128,7 @@ def spelt_out(function: Callable[..., Any], words: list[str]) -> list[str]:
     """The words of a verb with the name of its subject put before the bare ones that come first."""
     bare = list(takewhile(lambda word: not word.startswith("-"), words))
     subject = next((key for key in SUBJECTS if key in inspect.signature(function).parameters), None)
-    return [_flag(subject), *words] if bare and subject else words
-
-
-def call_arguments(function: Callable[..., Any], parsed: Namespace) -> dict[str, Any]:
-    """The parsed values as the function wants them, option dataclasses put together again."""
-    hints = get_type_hints(function)
-    call: dict[str, Any] = {}
-    for key in inspect.signature(function).parameters:
-        if key in ALWAYS:
-            call[key] = ALWAYS[key]
-        elif is_dataclass(hints[key]) and isinstance(hints[key], type):
-            call[key] = hints[key](**{field.name: parsed[field.name] for field in fields(hints[key])})
-        else:
-            call[key] = parsed[key]
-    return call
-
-
-def _parameters(function: Callable[..., Any]) -> Iterator[tuple[str, Any, Any, str]]:
-    """Name, type, default and description of everything that can be set."""
-    hints = get_type_hints(function)
-    described = _descriptions(function)
-    for key, parameter in inspect.signature(function).parameters.items():
-        if key in ALWAYS:
-            continue
-        if not (is_dataclass(hints[key]) and isinstance(hints[key], type)):
-            yield key, hints[key], parameter.default, described.get(key, "")
-            continue
-        kind, preset = hints[key], parameter.default
-        field_hints, field_texts = get_type_hints(kind), _descriptions(kind)
-        for field in fields(kind):
-            default = getattr(preset, field.name) if preset is not MISSING else field.default
-            yield field.name, field_hints[field.name], default, field_texts.get(field.name, "")
-
-
-def _descriptions(thing: Any) -> dict[str, str]:
-    parsed = docstring_parser.parse_from_object(thing)
-    return {item.arg_name: (item.description or "").replace("\n", " ").strip() for item in parsed.params}
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
+    return [flag(subject), *words] if bare and subject else words
 
 
 def _quiet(debug: bool) -> None:
@@ -184,8 +145,11 @@ def _quiet(debug: bool) -> None:
 
 
 def _tell(verb: str, result: Any) -> None:
-    """What came of it, and what to do next."""
+    """What came of it, and what to do next; of several processes, the first says it."""
     from striate.run import Run
+
+    if os.environ.get("RANK", "0") != "0":
+        return
 
     if isinstance(result, Run):
         _tell_run(verb, result)
@@ -197,11 +161,34 @@ def _tell(verb: str, result: Any) -> None:
             output.print(table([run.path for run in sorted(runs, key=lambda run: run.info["started"])]))
         output.print(f"wrote {result}")
     elif verb == "eval":
-        for task, found in result["tasks"].items():
-            spread = f" ± {found['stderr']:.3f}" if found.get("stderr") is not None else ""
-            output.print(f"{task:16} {found['metric']:16} {found['value']:.3f}{spread}  n {found['n']}")
+        _tell_results(result)
+    elif isinstance(result, list):
+        output.print("\n".join(result), markup=False)
     elif result is not None:
         output.print(result)
+
+
+def _tell_results(results: dict[str, Any]) -> None:
+    for task, found in results["tasks"].items():
+        spread = f" ± {found['stderr']:.3f}" if found.get("stderr") is not None else ""
+        output.print(f"{task:16} {found['metric']:16} {found['value']:.3f}{spread}  n {found['n']}")
+    measured = {name: task for one in results.get("harness", {}).values() for name, task in one["tasks"].items()}
+    for name, task in measured.items():
+        if name not in results["tasks"]:  # a task of its own kind, or one that a group counts
+            output.print(f"{name:16} {', '.join(f'{key} {value:.3f}' for key, value in task['metrics'].items())}")
+    for name in results.get("missing", ()):
+        output.print(f"{name:16} is in neither harness")
+
+
+def _unfinished(result: Any) -> bool:
+    """Whether cells of a sweep failed or were stopped; says which, and why."""
+    from striate.sweep import Outcome
+
+    cells = result.unfinished if isinstance(result, Outcome) else ()
+    for cell in cells:
+        why = f": {cell.error}" if cell.error else ""
+        errors.print(f"{cell.name} {cell.status}{why} (see {cell.log})", markup=False)
+    return bool(cells)
 
 
 def _tell_run(verb: str, run: Run) -> None:

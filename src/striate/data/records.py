@@ -1,4 +1,7 @@
-"""Records from JSON, JSONL, Parquet, a folder of these, or a hub data set, in either spelling."""
+"""Records from JSON, JSONL, Parquet, a folder of these, or a hub data set, in either spelling.
+
+Two public benchmarks are read as they are published: OCR-VQA and TDIUC.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from striate.data.images import ImageFolder
 from striate.data.record import Cell, ImageSource, Record, RecordError, Skipped
-from striate.errors import UserError
+from striate.errors import UserError, nearest
 
 MARK = "<image>"
 """Where an image belongs in a text, in both spellings."""
@@ -52,8 +56,15 @@ def read(
 
     The spellings, told apart record by record: LLaVA's (`image`, `conversations` of `from` and `value`) and
     Hugging Face's (`images`, `messages` of `role` and `content`). `images` is the folder that image paths
-    start from (default: the data file's own). `split` is for hub data sets. Raises `RecordError` at the first
-    bad record, or lists them under `skipped` with `on_bad="skip"`; `UserError` when nothing is left.
+    start from (default: the data file's own). `split` is for hub data sets and OCR-VQA. Raises `RecordError` at
+    the first bad record, or lists them under `skipped` with `on_bad="skip"`; `UserError` when nothing is left.
+
+    Two benchmarks are known by their shape, with a record a question. OCR-VQA's `dataset.json` (Mishra et al.
+    2019): the questions of `split` (train, validation, test), task `ocrvqa_SPLIT`, images in `images/ID.jpg`.
+    TDIUC's annotations (Kafle and Kanan 2017): task `tdiuc_TYPE` for each type of question, so that the mean over
+    tasks is the arithmetic mean-per-type; images in `val2014/COCO_val2014_NUMBER.jpg` (or train2014). Give the
+    file of annotations, `mscoco_val2014_annotations.json`: that of the questions,
+    `OpenEnded_mscoco_val2014_questions.json`, is looked for beside it and in `../Questions`.
     """
     records: list[Record] = []
     skipped: list[Skipped] = []
@@ -92,15 +103,19 @@ def _rows(path: str | Path, split: str) -> Iterator[Row]:
         if file.suffix not in SUFFIXES:
             raise UserError(f"{file}: expected a {', '.join(SUFFIXES)} file")
         try:
-            yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+            yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file, split)
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    """A JSON list, numbered by record, or JSON lines, numbered by line: told apart by the first character."""
+def _json_rows(path: Path, split: str) -> Iterator[Row]:
+    """A JSON list, numbered by record, JSON lines, numbered by line, or a benchmark's one object."""
     with path.open("rb") as file:
         is_list = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        file.seek(0)
+        if not is_list and (benchmark := _benchmark_rows(path, file, split)):
+            yield from benchmark
+            return
         file.seek(0)
         rows = _load_json(file.read(), path.name) if is_list else file  # a line is parsed when its turn comes
         for number, row in enumerate(rows, 1):
@@ -113,6 +128,71 @@ def _load_json(data: bytes, source: str) -> Any:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # also wrong encoding, absurd numbers or nesting
         raise RecordError(source, f"not valid JSON ({error}); mend or remove it") from None
+
+
+# Benchmarks as they are published: one object a file. What is wrong with a question is found when it becomes a record.
+
+OCR_VQA_SPLITS = {"train": 1, "validation": 2, "test": 3}
+
+
+def _benchmark_rows(path: Path, file: BinaryIO, split: str) -> Iterator[Row] | None:
+    """The rows of a benchmark; None where the file holds something else, such as JSON lines."""
+    line = file.readline()
+    found = _object(line) or _object(line + file.read())
+    match found:
+        case {"annotations": [{"question_id": _, "question_type": _}, *_] as annotations}:
+            return _tdiuc_rows(path, annotations, str(found.get("data_subtype")))
+        case {"questions": [{"question_id": _}, *_]}:
+            raise UserError(f"{path}: questions without answers; give the file of annotations that belongs to it")
+        case dict() if found and all(
+            isinstance(one, dict) and {"questions", "answers"} <= {*one} for one in found.values()
+        ):
+            return _ocr_vqa_rows(path, found, split)
+    return None
+
+
+def _object(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _ocr_vqa_rows(path: Path, books: dict[str, dict[str, Any]], split: str) -> Iterator[Row]:
+    if split not in OCR_VQA_SPLITS:
+        raise UserError(f"{path}: no split {nearest(split, OCR_VQA_SPLITS)}")
+    number = 0
+    for name, book in books.items():
+        pairs = zip_longest(book["questions"], book["answers"])
+        for question, answer in pairs if book.get("split") == OCR_VQA_SPLITS[split] else ():
+            number += 1
+            row = _question(f"images/{name}.jpg", question, [answer], f"ocrvqa_{split}")
+            yield f"{path.name}:{number}", row, path.parent
+
+
+def _tdiuc_rows(path: Path, annotations: list[dict[str, Any]], subset: str) -> Iterator[Row]:
+    questions = _tdiuc_questions(path)
+    for number, one in enumerate(annotations, 1):
+        image = f"{subset}/COCO_{subset}_{str(one.get('image_id')).zfill(12)}.jpg"
+        answers = [answer.get("answer") for answer in one.get("answers", ())]
+        question = questions.get(one.get("question_id"))
+        row = _question(image, question, answers, f"tdiuc_{one.get('question_type')}")
+        yield f"{path.name}:{number}", row, path.parent
+
+
+def _tdiuc_questions(path: Path) -> dict[Any, Any]:
+    """Questions by number, from the file that belongs to the annotations."""
+    name = f"OpenEnded_{path.name.replace('annotations', 'questions')}"
+    for file in (path.parent / name, path.parent.parent / "Questions" / name):
+        if file.exists():
+            listed = _load_json(file.read_bytes(), file.name).get("questions", ())
+            return {one["question_id"]: one["question"] for one in listed}
+    raise UserError(f"{path}: its questions, {name}, are neither beside it nor in ../Questions")
+
+
+def _question(image: str, question: Any, answers: list[Any], task: str) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answers[0] if answers else None}]
+    return {"image": image, "messages": turns, "answers": answers, "task": task}
 
 
 def _datasets() -> Any:

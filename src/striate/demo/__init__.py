@@ -20,13 +20,11 @@ from striate.demo.world import write_world
 from striate.evaluate import evaluate
 from striate.report import report
 from striate.run import Run
-from striate.score import score
+from striate.score import score, states
 from striate.train import TrainOptions, tune
 
 MODELS = Path(__file__).parent / "models"
 REGIONS = {"all": "all", "uniform": "uniform:25%", "first": "first:25%", "last": "last:25%"}
-SCORES = ("block_influence", "multimodal_block_influence", "angular_distance", "image_attention")
-"""Those that one forward pass gives; `striate score` has the others."""
 CREDITS = ["Pictures: emoji by OpenMoji, CC BY-SA 4.0 (https://openmoji.org), drawn on coloured grounds"]
 
 
@@ -83,8 +81,14 @@ def demo(
             max_new_tokens=8, device="cpu", progress=progress,
         )  # fmt: skip
         run.update(credits=CREDITS)
-    for name in ("backbone", "all"):  # where the model looks before it is tuned and after
-        score(runs[name].path, data=world / "train.json", images=world / "images", metrics=SCORES, device="cpu")
+    for name in ("backbone", "all"):  # before tuning and after; only scores that one forward pass gives
+        score(
+            runs[name].path,
+            data=world / "train.json",
+            images=world / "images",
+            metrics=tuple(states.METRICS),
+            device="cpu",
+        )
     path = report([run.path for run in runs.values()], out=out / "report.html", title="striate demo")
     summary = summarise(runs, seed=seed, seconds=time.monotonic() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

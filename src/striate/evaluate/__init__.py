@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import track
-
 from striate.data import Record, RecordError, Skipped, read
 from striate.errors import UserError, nearest
+from striate.evaluate import harness
 from striate.evaluate.answers import Likelihood, answer, choose, likelihood
 from striate.evaluate.prediction import Prediction, by_task, predict, resolve, summary
-from striate.run import check_place, place
+from striate.evaluate.progress import complete, identity, launched
+from striate.run import Run, check_place, place
 from striate.vlm import load
 
 __all__ = [
@@ -35,11 +34,13 @@ __all__ = [
 
 def evaluate(
     model: str | Path,
-    data: str | Path | Sequence[str | Path],
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
     images: Path | None = None,
+    split: str = "train",
     out: Path | None = None,
     tasks: str | Sequence[str] | None = None,
+    task_path: Path | None = None,
     samples: int | None = None,
     batch: int = 16,
     max_new_tokens: int = 32,
@@ -53,12 +54,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Ask a model about records and score its answers, task by task.
 
+    Stopped half-way, the same call goes on where it was, to the same results: predictions are saved batch by
+    batch. Started by `accelerate launch` or torchrun, each process asks its share on its own GPU, and the first
+    one writes; results are those of a single process.
+
     Args:
         model: a model folder, a run folder or a hub id.
-        data: records with answers, or plain text for perplexity; one file or several.
+        data: records with answers, or plain text for perplexity; one file or several. Default: tasks of the
+            harnesses lm-eval and lmms-eval, which bring their own.
         images: the folder that image paths are relative to; default: the folder of the data.
-        out: the run folder to write; default: the results go into the run that `model` is.
-        tasks: names of tasks, separated by commas; default: all.
+        split: of a hub data set, or of OCR-VQA.
+        out: the run folder to write, or one whose evaluation was stopped; default: the run that `model` is.
+        tasks: names of tasks in the data, separated by commas; default: all. Without data: lm:mmlu,bbh (lm-eval),
+            lmms:gqa,docvqa_val (lmms-eval), paper-visual or paper-text (what both have of the paper's benchmarks);
+            batch, device and dtype count for these, and samples takes the first so many.
+        task_path: a folder of your own YAML tasks for the harnesses.
         samples: most records of one task, drawn at random; default: all.
         batch: records answered together; the results do not depend on it.
         max_new_tokens: most tokens of an answer.
@@ -74,38 +84,49 @@ def evaluate(
         The content of results.json: `summary`, "seconds" it took to ask, "data", number of records "skipped".
 
     Raises:
-        UserError: nowhere to write, an unknown task or metric, a bad record, or no good one.
+        UserError: nowhere to write, `out` holds another evaluation, an unknown task or metric, a bad record, or
+            no good one.
     """
     options = dict(locals())
-    check_place(model, out)  # refused now, not after the work
+    if data is None:
+        if not tasks:
+            raise UserError("on what? give records with --data, or a harness's tasks: --tasks lm:NAME lmms:NAME")
+        return harness.run(
+            model, tasks, out=out, task_path=task_path, samples=samples, batch=batch, device=device, dtype=dtype
+        )
+    if task_path is not None:
+        raise UserError("--task-path is for the harnesses' tasks, which are asked without --data")
+    rank = launched(device)
+    if rank.first:
+        _check(model, out)  # refused now, not after the work
     files = [data] if isinstance(data, str | Path) else list(data)
-    records, skipped = _read(files, images, allow_urls, on_bad_record)
+    records, skipped = _read(files, images, split, allow_urls, on_bad_record)
     records = select(records, tasks=tasks, samples=samples, seed=seed)
+    lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
+    evaluation = identity(model, records, **lengths, dtype=str(dtype), on_bad_record=on_bad_record)
+    if rank.first:
+        _check(model, out, evaluation)
     vlm = load(model, device=device, dtype=dtype)
-    began, predictions = time.monotonic(), dict[int, Prediction]()
-    with place(model, out, verb="eval", options=options) as run:
-        asked = predict(vlm, records, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
-        bar = Console(stderr=True)
-        for index, found in track(asked, "eval", total=len(records), console=bar, disable=not progress):
-            if isinstance(found, Prediction):
-                predictions[index] = found
-            elif on_bad_record == "skip":
-                skipped.append(found)
-            else:
-                raise RecordError(found.source, found.reason)
+    with _place(model, out, options) if rank.first else nullcontext() as run:
+        found, seconds = complete(
+            vlm, records, run, evaluation=evaluation, rank=rank, stop=on_bad_record == "stop",
+            progress=progress and rank.first, batch=batch, **lengths,
+        )  # fmt: skip
+        skipped += [one for one in found if isinstance(one, Skipped)]
+        predictions = [one for one in found if isinstance(one, Prediction)]
         if not predictions:
             why = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
             raise UserError(f"none of the {len(skipped)} records can be asked{why}")
-        in_order = [predictions[index] for index in sorted(predictions)]
-        results = summary(in_order) | {
-            "seconds": round(time.monotonic() - began, 3),
+        results = summary(predictions) | {
+            "seconds": round(seconds, 3),
             "data": ", ".join(map(str, files)),
             "skipped": len(skipped),
         }
-        for one in skipped:
-            run.skip({"source": one.source, "reason": one.reason})
-        run.write_predictions(map(asdict, in_order))
-        run.write_results(results)
+        if run:
+            for one in skipped:
+                run.skip({"source": one.source, "reason": one.reason})
+            run.write_predictions(map(asdict, predictions))
+            run.write_results(results)  # last: a run with results is evaluated
     return results
 
 
@@ -138,13 +159,45 @@ def select(
     return [record for group in groups.values() for record in group]
 
 
+def _stopped(out: Path | None) -> Run | None:
+    """The run in `out` if it is an evaluation that was stopped."""
+    run = Run(Path(out)) if out else None
+    return run if run and run.info.get("verb") == "eval" and run.unfinished else None
+
+
+def _check(model: str | Path, out: Path | None, evaluation: Mapping[str, Any] | None = None) -> None:
+    """Raise `UserError` when `_place` would refuse, or `out` holds the beginning of another evaluation."""
+    run = _stopped(out)
+    if run is None:
+        check_place(model, out)
+        return
+    begun = run.unfinished or {}
+    if evaluation and begun != evaluation:
+        names = [name.replace("_", "-") for name in evaluation if begun.get(name) != evaluation[name]]
+        unlike = f"{run.path} holds an unfinished evaluation with other {', '.join(names)}"
+        raise UserError(f"{unlike}: give the same again to go on with it, or choose another folder")
+
+
+@contextmanager
+def _place(model: str | Path, out: Path | None, options: dict[str, Any]) -> Iterator[Run]:
+    """Where results go: as in `place`, or the run in `out` whose evaluation was stopped."""
+    run = _stopped(out)
+    if run is None:
+        with place(model, out, verb="eval", options=options) as new:
+            yield new
+        return
+    run.update(status="running", options=options)
+    with run.recording():
+        yield run
+
+
 def _read(
-    files: Sequence[str | Path], images: Path | None, allow_urls: bool, on_bad: Literal["stop", "skip"]
+    files: Sequence[str | Path], images: Path | None, split: str, allow_urls: bool, on_bad: Literal["stop", "skip"]
 ) -> tuple[list[Record], list[Skipped]]:
     records: list[Record] = []
     skipped: list[Skipped] = []
     for file in files:
-        found = read(file, images=images, allow_urls=allow_urls, on_bad=on_bad)
+        found = read(file, images=images, split=split, allow_urls=allow_urls, on_bad=on_bad)
         skipped += found.skipped
         for record in found:
             try:

@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 import torch
 
 from striate.data import IGNORED, Batch, Example, Examples, Record, RecordError, Skipped, collate, encode
+from striate.evaluate import prefix
 from striate.train import answer_nll
 from striate.vlm import Vlm
 
 Found = TypeVar("Found")
+Asking = Callable[[Sequence[Record]], list[Found | Skipped]]
+"""Asks a batch of records, and says of each what was found or why it cannot be used."""
 
 MAX_ROWS = 4096
 """Tokens to predict in one forward pass: their logits take 2.5 GB with a vocabulary of 150,000."""
@@ -46,13 +49,7 @@ def answer(
     space are left out. A record that cannot be read, or whose prompt has more than `max_length` tokens, is a
     `Skipped`.
     """
-    ends = end_tokens(vlm)
-
-    def prompts(record: Record) -> list[Example]:
-        return [encode(record, vlm.processor, max_length=max_length, generation=True)]
-
-    for index, found in _ask(vlm, records, prompts, partial(_generate, vlm, ends, max_new_tokens), batch):
-        yield index, found if isinstance(found, Skipped) else found[0]
+    return _each(vlm, records, answering(vlm, max_new_tokens=max_new_tokens, max_length=max_length), batch)
 
 
 def choose(
@@ -64,18 +61,7 @@ def choose(
     summed, not divided by length. The earlier of two equal ones wins. Records that cannot be used are as in
     `answer`.
     """
-
-    def answers(record: Record) -> list[Example]:
-        end = max(turn for turn, message in enumerate(record.messages, 1) if message["role"] == "user")
-        asked = record.messages[:end]
-        answered = [replace(record, messages=(*asked, _turn("assistant", one))) for one in record.choices]
-        return [encode(one, vlm.processor, max_length=max_length) for one in answered]
-
-    for index, found in _ask(vlm, records, answers, partial(_likelihoods, vlm, batch), batch):
-        if isinstance(found, Skipped):
-            yield index, found
-        else:
-            yield index, records[index].choices[max(range(len(found)), key=lambda n: found[n].log_prob)]
+    return _each(vlm, records, choosing(vlm, batch=batch, max_length=max_length), batch)
 
 
 def likelihood(
@@ -89,17 +75,66 @@ def likelihood(
     which makes the very first token the only one that is not predicted. Records that cannot be used are as in
     `answer`.
     """
+    return _each(vlm, records, reading(vlm, batch=batch, max_length=max_length), batch)
+
+
+def answering(vlm: Vlm, *, max_new_tokens: int, max_length: int) -> Asking[str]:
+    """`answer`, of one batch."""
+    ends = end_tokens(vlm)
+
+    def prompts(record: Record) -> list[Example]:
+        return [encode(record, vlm.processor, max_length=max_length, generation=True)]
+
+    def ask(records: Sequence[Record]) -> list[str | Skipped]:
+        found = _together(records, prompts, partial(_generate, vlm, ends, max_new_tokens))
+        return [one if isinstance(one, Skipped) else one[0] for one in found]
+
+    return ask
+
+
+def choosing(vlm: Vlm, *, batch: int, max_length: int) -> Asking[str]:
+    """`choose`, of one batch of records; `batch` bounds the examples of a forward pass."""
+
+    def answers(record: Record) -> list[Example]:
+        end = max(turn for turn, message in enumerate(record.messages, 1) if message["role"] == "user")
+        asked = record.messages[:end]
+        answered = [replace(record, messages=(*asked, _turn("assistant", one))) for one in record.choices]
+        return [encode(one, vlm.processor, max_length=max_length) for one in answered]
+
+    def best(record: Record, found: Sequence[Likelihood]) -> str:
+        return record.choices[max(range(len(found)), key=lambda n: found[n].log_prob)]
+
+    def ask(records: Sequence[Record]) -> list[str | Skipped]:
+        found = _together(records, answers, partial(_choices, vlm, batch))
+        pairs = zip(records, found, strict=True)
+        return [one if isinstance(one, Skipped) else best(record, one) for record, one in pairs]
+
+    return ask
+
+
+def reading(vlm: Vlm, *, batch: int, max_length: int) -> Asking[Likelihood]:
+    """`likelihood`, of one batch of records; `batch` bounds the examples of a forward pass."""
 
     def read(record: Record) -> list[Example]:
         if record.messages:
             return [encode(record, vlm.processor, max_length=max_length)]
         return _windows(vlm, record, max_length)
 
-    for index, found in _ask(vlm, records, read, partial(_likelihoods, vlm, batch), batch):
-        if isinstance(found, Skipped):
-            yield index, found
-        else:
-            yield index, Likelihood(sum(one.log_prob for one in found), sum(one.num_tokens for one in found))
+    def total(found: Sequence[Likelihood]) -> Likelihood:
+        return Likelihood(sum(one.log_prob for one in found), sum(one.num_tokens for one in found))
+
+    def ask(records: Sequence[Record]) -> list[Likelihood | Skipped]:
+        found = _together(records, read, partial(_likelihoods, vlm, batch))
+        return [one if isinstance(one, Skipped) else total(one) for one in found]
+
+    return ask
+
+
+def batches(vlm: Vlm, records: Sequence[Record], batch: int) -> list[list[int]]:
+    """The indices of the records, `batch` at a time, longest first."""
+    lengths = Examples(records, vlm.processor).lengths
+    order = sorted(range(len(records)), key=lengths.__getitem__, reverse=True)
+    return [order[start : start + batch] for start in range(0, len(order), batch)]
 
 
 def end_tokens(vlm: Vlm) -> list[int]:
@@ -120,28 +155,27 @@ def _turn(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _ask(
-    vlm: Vlm,
+def _each(vlm: Vlm, records: Sequence[Record], ask: Asking[Found], batch: int) -> Iterator[tuple[int, Found | Skipped]]:
+    """Ask batch by batch, hand out one by one."""
+    for indices in batches(vlm, records, batch):
+        yield from zip(indices, ask([records[index] for index in indices]), strict=True)
+
+
+def _together(
     records: Sequence[Record],
     expand: Callable[[Record], list[Example]],
-    respond: Callable[[Sequence[Example]], list[Found]],
-    batch: int,
-) -> Iterator[tuple[int, list[Found] | Skipped]]:
-    """Expand `batch` records at a time into examples, respond to these, hand each record its part."""
-    lengths = Examples(records, vlm.processor).lengths
-    order = sorted(range(len(records)), key=lengths.__getitem__, reverse=True)
-    for start in range(0, len(order), batch):
-        expanded: dict[int, list[Example]] = {}
-        for index in order[start : start + batch]:
-            try:
-                expanded[index] = expand(records[index])
-            except RecordError as error:
-                yield index, error.skipped
-        if not expanded:
-            continue
-        found = iter(respond([example for examples in expanded.values() for example in examples]))
-        for index, examples in expanded.items():
-            yield index, [next(found) for _ in examples]
+    respond: Callable[[list[list[Example]]], list[list[Found]]],
+) -> list[list[Found] | Skipped]:
+    """Expand records into examples and respond to all of these at once."""
+    expanded: list[list[Example] | Skipped] = []
+    for record in records:
+        try:
+            expanded.append(expand(record))
+        except RecordError as error:
+            expanded.append(error.skipped)
+    examples = [one for one in expanded if not isinstance(one, Skipped)]
+    found = iter(respond(examples) if examples else [])
+    return [one if isinstance(one, Skipped) else next(found) for one in expanded]
 
 
 def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
@@ -149,24 +183,30 @@ def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
 
 
 @torch.inference_mode()
-def _generate(vlm: Vlm, ends: list[int], max_new_tokens: int, examples: Sequence[Example]) -> list[str]:
-    batch = _collate(vlm, examples, "left")
+def _generate(vlm: Vlm, ends: list[int], max_new_tokens: int, prompts: list[list[Example]]) -> list[list[str]]:
+    batch = _collate(vlm, [prompt for (prompt,) in prompts], "left")
     options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
     tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options)  # type: ignore[operator]
     new = tokens[:, batch.labels.shape[1] :].tolist()
     # A row that ends early is padded, and padding need not be a special token.
     said = [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in new]
-    return [text.strip() for text in vlm.tokenizer.batch_decode(said, skip_special_tokens=True)]
+    return [[text.strip()] for text in vlm.tokenizer.batch_decode(said, skip_special_tokens=True)]
 
 
-def _likelihoods(vlm: Vlm, batch: int, examples: Sequence[Example]) -> list[Likelihood]:
-    """Likelihood of each example's labels, at most `batch` examples and `MAX_ROWS` labels at a time."""
-    found: list[Likelihood] = []
-    while rest := examples[len(found) :]:
-        rows = accumulate(int((example.labels != IGNORED).sum()) for example in rest[:batch])
-        fitting = sum(total <= MAX_ROWS for total in rows)
-        found += _forward(vlm, _collate(vlm, rest[: max(fitting, 1)], "right"))
-    return found
+def _likelihoods(vlm: Vlm, batch: int, records: list[list[Example]]) -> list[list[Likelihood]]:
+    """Likelihood of the labels of each record's examples."""
+    examples = [example for record in records for example in record]
+    found = iter([one for part in _fitting(examples, batch) for one in _forward(vlm, _collate(vlm, part, "right"))])
+    return [[next(found) for _ in record] for record in records]
+
+
+def _fitting(examples: Sequence[Example], batch: int) -> Iterator[Sequence[Example]]:
+    """At most `batch` examples and `MAX_ROWS` labels at a time."""
+    while examples:
+        rows = accumulate(int((example.labels != IGNORED).sum()) for example in examples[:batch])
+        fitting = max(sum(total <= MAX_ROWS for total in rows), 1)
+        yield examples[:fitting]
+        examples = examples[fitting:]
 
 
 @torch.inference_mode()
@@ -174,6 +214,23 @@ def _forward(vlm: Vlm, batch: Batch) -> list[Likelihood]:
     log_probs = -answer_nll(vlm, vlm.model, batch).double()  # N
     counts = (batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist()
     return [Likelihood(float(part.sum()), len(part)) for part in log_probs.split(counts)]
+
+
+def _choices(vlm: Vlm, batch: int, records: list[list[Example]]) -> list[list[Likelihood]]:
+    """Likelihood of each record's choices, their common prompt read once where model and records allow it."""
+    starts = [prefix.shared(choices) for choices in records]
+    parts = [[prefix.split(one, start) for one in choices] for choices, start in zip(records, starts, strict=True)]
+    read = prefix.read(vlm, [choices[0][0] for choices in parts]) if all(starts) else None
+    if read is None:
+        return _likelihoods(vlm, batch, records)
+    rows = [(row, answer) for row, choices in enumerate(parts) for _, answer in choices]
+    log_probs: list[torch.Tensor] = []
+    for part in _fitting([answer for _, answer in rows], batch):
+        own = [row for row, _ in rows[len(log_probs) : len(log_probs) + len(part)]]
+        log_probs += prefix.follow(vlm, read, own, part)
+    found = iter(log_probs)
+    likelihoods = [[next(found) for _ in choices] for choices in records]
+    return [[Likelihood(float(one.sum()), len(one)) for one in choices] for choices in likelihoods]
 
 
 def _windows(vlm: Vlm, record: Record, max_length: int) -> list[Example]:

@@ -1,6 +1,7 @@
 """How good an answer is: the field's metrics as pure functions, and their means with standard errors.
 
 A metric takes what the model said and the answers that count as right, and gives a score from 0 (wrong) to 1.
+Those that look for a choice in what was said take the question's choices as well, in the order of their letters.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from statistics import fmean, stdev
+from string import ascii_uppercase
 
 ARTICLES = frozenset(("a", "an", "the"))
 
@@ -56,7 +58,8 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
 
     The mean over questions is ANLS. NL is the edit distance over the length of the longer string, case and
     the amount of white space ignored. Source: Biten et al. 2019, equation 1, threshold 0.5. A similarity of
-    exactly one half counts, as in the released scorer (in the equation it does not).
+    exactly one half counts, as in the released scorer (in the equation it does not). That scorer takes the length
+    before white space is put in order, which tells only where there is more of it than single spaces.
     """
     best = max(_similarity(prediction, answer) for answer in answers)
     return best if best >= 0.5 else 0.0
@@ -67,7 +70,8 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
     "12 %" is 0.12 and "1,200" is 1200; anything else that is no number is compared with case ignored. Source:
     Methani et al. 2020 (PlotQA), as ChartQA uses it (Masry et al. 2022, section 5.1). The distance is exact
-    (decimal), so 1.05 is within 5 % of 1; an answer of 0 is met by 0 alone.
+    (decimal), so 1.05 is within 5 % of 1; an answer of 0 is met by 0 alone. Two departures from the scorers in
+    use, which compare "1,200" and an answer of 0 as texts: here they are numbers.
     """
     return float(any(_within(prediction, answer) for answer in answers))
 
@@ -82,9 +86,50 @@ def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
     return float(prediction in answers)
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    metric.__name__: metric for metric in (exact_match, contains, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
-}
+def mmmu_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """1 when a generated answer, read as MMMU's scorer reads it, names a right choice or a right value, else 0.
+
+    With `choices`, which the question has to list with their letters: the last "(A)"; else the last " A "; else,
+    of more than five words, the last choice that is quoted. An answer that names none is wrong; the released
+    scorer draws a choice at random, which on average gives 1 / number of choices more for each of these.
+
+    Without: what follows the last "is ", "answer ", "so " and the like in each line, or else all that was said,
+    and every number therein. A number is right when it equals an answer to two decimals, "1,200" being 1200; a
+    text when an answer occurs in it, case ignored. Source: Yue et al. 2024 (MMMU), and its released eval_utils.py.
+    """
+    if choices:
+        return float(_mmmu_choice(prediction, choices) in answers)
+    right = {value for answer in answers for value in _mmmu_values(answer)}
+    texts = [value for value in right if isinstance(value, str)]
+    said = _mmmu_said(prediction)
+    return float(any(any(text in one for text in texts) if isinstance(one, str) else one in right for one in said))
+
+
+def scienceqa_accuracy(prediction: str, answers: Sequence[str], choices: Sequence[str]) -> float:
+    """1 when a generated answer names the letter of a right choice in a form that ScienceQA's scorers read, else 0.
+
+    The forms: "B" alone, "B. " with anything behind it, or "The answer is B." once, in which any character will
+    do for the full stop but none will not. All else is wrong, "B." and "(B)" too. Source: Lu et al. 2022, as
+    LLaVA's released eval_science_qa.py scores it (the data set's own draws a choice at random where this finds none).
+    """
+    letters = ascii_uppercase[: max(5, len(choices))]  # the scorer looks for A to E, however few choices there are
+    stated = re.findall("The answer is ([A-Z]).", prediction)
+    letter = stated[0] if len(stated) == 1 else ""
+    if prediction in tuple(letters) or (prediction[:1] in tuple(letters) and prediction[1:3] == ". "):
+        letter = prediction[0]
+    return float(dict(zip(letters, choices, strict=False)).get(letter) in answers)
+
+
+def _of_answers(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    return lambda prediction, answers, choices=(): metric(prediction, answers)
+
+
+Metric = Callable[..., float]
+METRICS: dict[str, Metric] = {
+    metric.__name__: _of_answers(metric)
+    for metric in (exact_match, contains, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
+} | {metric.__name__: metric for metric in (mmmu_accuracy, scienceqa_accuracy)}
+"""Every metric by its name, to be called with what was said, the answers and the choices."""
 
 
 def mean(scores: Sequence[float]) -> tuple[float, float | None]:
@@ -181,3 +226,54 @@ def _number(text: str) -> Decimal | None:
     if not number.is_finite():  # "nan" and "inf" are words
         return None
     return number / 100 if digits.endswith("%") else number
+
+
+def _mmmu_choice(text: str, choices: Sequence[str]) -> str | None:
+    """The choice that is mentioned last in the first of three ways in which any is."""
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    letters = ascii_uppercase[: len(choices)]
+    ways = [(text, [f"({letter})" for letter in letters]), (text, [f" {letter} " for letter in letters])]
+    if len(text.split()) > 5:
+        ways.append((text.lower(), [choice.lower() for choice in choices]))
+    for said, mentions in ways:
+        places = [said.rfind(mention) for mention in mentions]
+        if max(places) >= 0:
+            return choices[places.index(max(places))]
+    return None
+
+
+_MMMU_CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+_MMMU_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),  # 1,200
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),  # 1.2e3
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),  # 1200.0
+)
+
+
+def _mmmu_said(prediction: str) -> set[str | float]:
+    """What the parts of an open answer that state a result come to."""
+    whole = prediction.strip().strip(".").lower()
+    lines, stated = whole.split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        shortest = ""
+        for cue in (*_MMMU_CUES, *(("=",) if number == len(lines) else ())):
+            tail = line.rpartition(cue)[2].strip()
+            if cue in line and (not shortest or len(tail) < len(shortest)):
+                shortest = tail
+        if shortest and shortest not in tuple(",.!?;:'"):
+            stated.append(shortest)
+    stated = stated or [whole]
+    numbers = [number for part in stated for form in _MMMU_NUMBERS for number in form.findall(part)]
+    return {value for part in (*stated, *numbers) for value in _mmmu_values(part)}
+
+
+def _mmmu_values(text: str) -> list[str | float]:
+    """A number to two decimals; else the text in lower case, a single letter with a space on either side."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        low = text.lower()
+        return [f" {low}", f"{low} "] if len(low) == 1 else [low]

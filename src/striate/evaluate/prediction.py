@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 from striate.data import Record, RecordError, Skipped
 from striate.errors import UserError, nearest
 from striate.evaluate import metrics
-from striate.evaluate.answers import Likelihood, answer, choose, likelihood
+from striate.evaluate.answers import Asking, Likelihood, answering, batches, choosing, reading
 from striate.evaluate.metrics import METRICS
 from striate.vlm import Vlm
 
@@ -46,8 +46,8 @@ def resolve(record: Record) -> Record:
 
     Task: its own, else the name of its file. Metric: its own, else `perplexity` for plain text,
     `multiple_choice` when there are choices, `vqa_accuracy` when there are ten answers, else `exact_match`.
-    Answers: its own, else what the assistant says last. Those of a multiple choice may be letters (A, B, ...)
-    that are not choices themselves.
+    Answers: its own, else what the assistant says last. Where there are choices to answer with, they may be
+    letters (A, B, ...) that are not choices themselves.
 
     Raises:
         UserError: unknown metric.
@@ -66,28 +66,31 @@ def resolve(record: Record) -> Record:
 
 
 def predict(
-    vlm: Vlm, records: Sequence[Record], *, batch: int = 16, max_new_tokens: int = 32, max_length: int = 2048
-) -> Iterator[tuple[int, Prediction | Skipped]]:
-    """Ask about every record and score what the model says: (index of the record, prediction), as they come.
+    vlm: Vlm,
+    records: Sequence[Record],
+    *,
+    batch: int = 16,
+    max_new_tokens: int = 32,
+    max_length: int = 2048,
+    known: Container[int] = (),
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[dict[int, Prediction | Skipped]]:
+    """Ask about every record and score what the model says: predictions by index of the record, batch by batch.
 
-    `records` are as `resolve` gives them. One that cannot be used is a `Skipped`. The model is left in
+    `records` are as `resolve` gives them. One that cannot be used is a `Skipped`. Batches whose records are all
+    `known` are left out, and no other batch changes by that. With a `share` (n, of) only every of-th batch is
+    asked, from the n-th on, and each share yields as often as the others, nothing at last. The model is left in
     evaluation mode.
     """
     vlm.model.eval()
-    choices = [index for index, record in enumerate(records) if record.metric == MULTIPLE_CHOICE]
-    texts = [index for index, record in enumerate(records) if record.metric == PERPLEXITY]
-    questions = sorted({*range(len(records))} - {*choices, *texts})
-    ways: tuple[tuple[list[int], Callable[..., Iterator[tuple[int, Any]]]], ...] = (
-        (questions, partial(answer, max_new_tokens=max_new_tokens)),
-        (choices, choose),
-        (texts, likelihood),
-    )
-    for indices, ask in ways:
-        if not indices:  # a model of plain text alone may lack the chat template that answers need
-            continue
-        asked = [records[index] for index in indices]
-        for place, said in ask(vlm, asked, batch=batch, max_length=max_length):
-            yield indices[place], said if isinstance(said, Skipped) else _scored(asked[place], said)
+    groups = _groups(vlm, records, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
+    wanted = [(group, ask) for group, ask in groups if not all(index in known for index in group)]
+    number, of = share
+    for start in range(number, len(wanted) + number, of):
+        said: dict[int, Any] = {}
+        for group, ask in wanted[start : start + 1]:  # none, where the last round has too few
+            said |= zip(group, ask([records[index] for index in group]), strict=True)
+        yield {index: one if isinstance(one, Skipped) else _scored(records[index], one) for index, one in said.items()}
 
 
 def summary(predictions: Iterable[Prediction]) -> dict[str, Any]:
@@ -133,6 +136,24 @@ def by_task(items: Iterable[Tasked]) -> dict[str, list[Tasked]]:
     return tasks
 
 
+def _groups(
+    vlm: Vlm, records: Sequence[Record], *, batch: int, max_new_tokens: int, max_length: int
+) -> Iterator[tuple[list[int], Asking[Any]]]:
+    """Batches of indices, each of records that are asked in the same way, and that way."""
+    ways: dict[str, Callable[[], Asking[Any]]] = {
+        "": partial(answering, vlm, max_new_tokens=max_new_tokens, max_length=max_length),
+        MULTIPLE_CHOICE: partial(choosing, vlm, batch=batch, max_length=max_length),
+        PERPLEXITY: partial(reading, vlm, batch=batch, max_length=max_length),
+    }
+    for way, make in ways.items():
+        indices = [n for n, record in enumerate(records) if way == (record.metric if record.metric in ways else "")]
+        if not indices:  # a model of plain text alone may lack the chat template that answers need
+            continue
+        ask = make()
+        for places in batches(vlm, [records[index] for index in indices], batch):
+            yield [indices[place] for place in places], ask
+
+
 def _usual_metric(record: Record, answers: Sequence[str]) -> str:
     if not record.messages:
         return PERPLEXITY
@@ -142,7 +163,7 @@ def _usual_metric(record: Record, answers: Sequence[str]) -> str:
 
 
 def _checked(record: Record, metric: str, answers: tuple[str, ...]) -> tuple[str, ...]:
-    """The answers, those of a multiple choice as choices."""
+    """The answers, letters of choices as choices."""
     wanting = ""
     if not record.messages:
         wanting = "a question, found plain text"
@@ -150,7 +171,7 @@ def _checked(record: Record, metric: str, answers: tuple[str, ...]) -> tuple[str
         wanting = "'answers', found none"
     elif metric == "vqa_accuracy" and len(answers) < 4:
         wanting = f"the answers of 4 people or more, found {len(answers)}"
-    elif metric == MULTIPLE_CHOICE:
+    elif metric in (MULTIPLE_CHOICE, "scienceqa_accuracy") or (metric == "mmmu_accuracy" and record.choices):
         letters = dict(zip(ascii_uppercase, record.choices, strict=False))
         answers = tuple(one if one in record.choices else letters.get(one, "") for one in answers)
         if not set(answers) <= {*record.choices}:
@@ -176,7 +197,7 @@ def _scored(record: Record, said: str | Likelihood) -> Prediction:
     if isinstance(said, Likelihood):
         text, score, num_tokens = "", math.exp(-said.log_prob / said.num_tokens), said.num_tokens
     else:
-        text, score, num_tokens = said, METRICS[record.metric](said, record.answers), 0
+        text, score, num_tokens = said, METRICS[record.metric](said, record.answers, record.choices), 0
     asked = [message["content"] for message in record.messages if message["role"] == "user"][-1:]
     question = " ".join(part["text"].strip() for content in asked for part in content if "text" in part)
     return Prediction(

@@ -2,14 +2,16 @@
 
 A run keeps one colour and one shape through all figures (`marks`); the run that others are compared with is
 drawn in the colour of the text. Accuracies are shares of 1 in the data and percent in the figures; whiskers
-are one standard error. Figures are narrow enough for a phone and have no background, to suit dark pages too.
+are one standard error. What is pointed at says its value (`tip`). Figures are narrow enough for a phone and have no
+background, to suit dark pages too.
 """
 
 from matplotlib.figure import Figure
 
+from striate.plot.curves import Curve, Panel, curves
 from striate.plot.layers import Profile, Reverted, blocks, instances, overlay, profiles, reverted
-from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks
-from striate.plot.style import DARK, INK, PALETTE, SHAPES, Estimate, Mark, css, marks, save, svg
+from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks, thinned
+from striate.plot.style import DARK, INK, PALETTE, SHAPES, Estimate, Mark, css, marks, save, svg, tip
 
 __all__ = [
     "DARK",
@@ -18,15 +20,18 @@ __all__ = [
     "POINTS",
     "SHAPES",
     "Cost",
+    "Curve",
     "Estimate",
     "Figure",
     "Mark",
+    "Panel",
     "Profile",
     "Reverted",
     "accuracy",
     "blocks",
     "cost",
     "css",
+    "curves",
     "instances",
     "losses",
     "marks",
@@ -36,4 +41,6 @@ __all__ = [
     "save",
     "svg",
     "tasks",
+    "thinned",
+    "tip",
 ]

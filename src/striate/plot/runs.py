@@ -10,9 +10,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 
-from striate.plot.style import INK, STYLE, WIDTH, Estimate, Mark, label, strip, tidy
+from striate.plot.style import DASHES, INK, STYLE, WIDTH, Estimate, Mark, key, label, percent, strip, tidy, tip
 from striate.region import Region
 
 POINTS = 200  # in a loss curve; more are averaged in equal blocks
@@ -49,7 +48,7 @@ def accuracy(
             strip(strips, regions[name], row, mark.colour)
         for axes, (_, means) in zip(bars, panels, strict=True):
             if name in means:
-                _bar(axes, means[name], row, mark.colour, retention.get(name) if means is visual else None)
+                _bar(axes, name, means[name], row, mark.colour, retention.get(name) if means is visual else None)
     strips.set(xlim=(0, 1), ylim=(len(style) - 0.5, -0.5))
     strips.set_axis_off()
     for axes, (title, _) in zip(bars, panels, strict=True):
@@ -64,11 +63,12 @@ def tasks(values: Mapping[str, Mapping[str, Estimate]], style: Mapping[str, Mark
     """A row for each task with the accuracy of every run; `values` is accuracy by task, then by run."""
     runs = [name for name in style if any(name in task for task in values.values())]
     figure, (axes,) = _figure(0.6 + len(values) * max(0.26, 0.07 * len(runs)), {n: style[n] for n in runs})
-    for row, task in enumerate(values.values()):
+    for row, (title, task) in enumerate(values.items()):
         for i, name in enumerate(runs):
             if name in task:
                 shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)
-                _point(axes, 100 * task[name].value, row + shift, style[name], x_error=100 * task[name].stderr)
+                say = f"{title}, {name}: {percent(task[name])}"
+                _point(axes, 100 * task[name].value, row + shift, style[name], say, x_error=100 * task[name].stderr)
     axes.set_yticks(range(len(values)), [label(task) for task in values])
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %")
@@ -79,17 +79,27 @@ def tasks(values: Mapping[str, Mapping[str, Estimate]], style: Mapping[str, Mark
 
 
 @rc_context(STYLE)
-def losses(curves: Mapping[str, Sequence[tuple[float, float]]], style: Mapping[str, Mark]) -> Figure:
-    """Training loss (cross-entropy of an answer token, in nats) by step; at most `POINTS` block means a run."""
+def losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], style: Mapping[str, Mark]) -> Figure:
+    """Training loss (cross-entropy of an answer token, in nats) by step.
+
+    Each name has the curves of one run or more; every run is a line of at most `POINTS` block means.
+    """
     figure, (axes,) = _figure(2.6, {name: mark for name, mark in style.items() if name in curves}, lines=True)
-    for name, curve in curves.items():
-        size = math.ceil(len(curve) / POINTS)
-        blocks = [list(zip(*curve[i : i + size], strict=True)) for i in range(0, len(curve), size)]
-        steps, means = ([sum(axis) / len(axis) for axis in values] for values in zip(*blocks, strict=True))
-        axes.plot(steps, means, color=style[name].colour, linewidth=1.3)
+    for name, runs in curves.items():
+        for curve in runs:
+            (line,) = axes.plot(*thinned(curve), color=style[name].colour, linewidth=1.3 if len(runs) == 1 else 0.7)
+            tip(line, name)
     axes.set(xlabel="step", ylabel="loss")
     tidy(axes, "y")
     return figure
+
+
+def thinned(curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Steps and losses of a curve; of one with more than `POINTS` points, means of equal blocks."""
+    size = math.ceil(len(curve) / POINTS)
+    blocks = [list(zip(*curve[i : i + size], strict=True)) for i in range(0, len(curve), size)]
+    steps, means = ([sum(axis) / len(axis) for axis in values] for values in zip(*blocks, strict=True))
+    return steps, means
 
 
 @rc_context(STYLE)
@@ -101,8 +111,10 @@ def cost(costs: Mapping[str, Cost], visual: Mapping[str, Estimate], style: Mappi
         for name, mark in shown.items():
             mean = visual[name]
             if mark.colour == INK:
-                axes.axhline(100 * mean.value, color=INK, alpha=0.5, linewidth=0.8, linestyle=(0, (4, 3)))
-            _point(axes, getattr(costs[name], measure), 100 * mean.value, mark, y_error=100 * mean.stderr)
+                axes.axhline(100 * mean.value, color=INK, alpha=0.5, linewidth=0.8, linestyle=DASHES)
+            spent = getattr(costs[name], measure)
+            say = f"{name}: {percent(mean)}, {title} {spent:.3g}"
+            _point(axes, spent, 100 * mean.value, mark, say, y_error=100 * mean.stderr)
         axes.set_xlim(left=0)
         axes.set_xlabel(title)
         tidy(axes, "y")
@@ -114,28 +126,24 @@ def _figure(
     height: float, style: Mapping[str, Mark], *, columns: int = 1, lines: bool = False
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with a key to its runs on top; `height` in inches, without the key."""
-    beside = min(4, 66 // (5 + max((len(label(name)) for name in style), default=0)))  # letters in a line
-    figure = Figure(figsize=(WIDTH, height + 0.21 * math.ceil(len(style) / beside)), layout="constrained")
-    key = [
-        Line2D([], [], color=mark.colour, marker="" if lines else mark.shape, linestyle="-" if lines else "")
-        for mark in style.values()
-    ]
-    figure.legend(key, [label(name) for name in style], loc="outside upper left", ncols=beside, handlelength=1.2)
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    key(figure, style, lines=lines)
     return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0]
 
 
-def _bar(axes: Axes, mean: Estimate, row: float, colour: str, kept: Estimate | None) -> None:
+def _bar(axes: Axes, name: str, mean: Estimate, row: float, colour: str, kept: Estimate | None) -> None:
     """A bar from 0 to 100 with its number above, and the retention at the other end."""
     axes.barh(row + 0.18, 100, 0.26, color=INK, alpha=0.07)
-    axes.barh(row + 0.18, 100 * mean.value, 0.26, color=colour)
+    (bar,) = axes.barh(row + 0.18, 100 * mean.value, 0.26, color=colour)
+    tip(bar, f"{name}: {percent(mean)}")
     axes.errorbar(100 * mean.value, row + 0.18, xerr=100 * mean.stderr, color=INK, linewidth=1.2)
     axes.text(0, row - 0.16, f"{100 * mean.value:.1f}", va="center")
     if kept:
         axes.text(100, row - 0.16, f"{100 * kept.value:.1f} % kept", va="center", ha="right", alpha=0.65)
 
 
-def _point(axes: Axes, x: float, y: float, mark: Mark, *, x_error: float = 0.0, y_error: float = 0.0) -> None:
-    axes.errorbar(
+def _point(axes: Axes, x: float, y: float, mark: Mark, say: str, *, x_error: float = 0.0, y_error: float = 0.0) -> None:
+    drawn = axes.errorbar(
         x,
         y,
         xerr=x_error,
@@ -145,3 +153,4 @@ def _point(axes: Axes, x: float, y: float, mark: Mark, *, x_error: float = 0.0, 
         markeredgewidth=0,
         elinewidth=1.2,
     )
+    tip(drawn.lines[0], say)

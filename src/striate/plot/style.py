@@ -6,14 +6,16 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -27,6 +29,8 @@ DARK = ("#58aee8", "#f28e4c", "#3fc4a0", "#dd8fcb", "#dcb04a", "#93b4d9", "#f08a
 SHAPES = "sD^vPX"  # one less than colours, so that 42 runs differ; the reference is round
 WIDTH = 4.8  # inches
 NAME = 28  # letters of a run's or task's name that fit
+DASHES = (0, (4, 3))
+TIP = "tip: "  # begins the id of what says something when pointed at
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -57,6 +61,7 @@ class Mark(NamedTuple):
 
     colour: str
     shape: str
+    dashed: bool = False
 
 
 def marks(names: Sequence[str], reference: str | None = None) -> dict[str, Mark]:
@@ -72,12 +77,7 @@ def svg(figure: Figure, salt: str) -> str:
     Words and axes take the colour and the font of the page, runs the colours that `css` says. `salt` keeps
     the ids of several figures in one page apart.
     """
-    buffer = io.StringIO()
-    settings = STYLE | {"svg.fonttype": "none", "svg.hashsalt": salt, "font.sans-serif": ["DejaVu Sans"]}
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")  # the page's fonts will have it
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = _svg(figure, {"svg.hashsalt": salt, "font.sans-serif": ["DejaVu Sans"]}, transparent=True)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
@@ -91,15 +91,31 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
     Raises `UserError` when the folder cannot be written.
     """
-    settings = STYLE | {"svg.fonttype": "none", "svg.hashsalt": name, "pdf.fonttype": 42}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with rc_context(settings), warnings.catch_warnings():
+        (folder / f"{name}.svg").write_text(_svg(figure, {"svg.hashsalt": name}), encoding="utf-8")
+        with rc_context(STYLE | {"pdf.fonttype": 42}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
-            for kind, about in (("svg", {"Date": None}), ("png", {}), ("pdf", {"CreationDate": None})):
+            for kind, about in (("png", {}), ("pdf", {"CreationDate": None})):
                 figure.savefig(folder / f"{name}.{kind}", dpi=200, metadata=about)
     except OSError as error:
         raise UserError(f"{folder / name} cannot be written: {error.strerror}") from None
+
+
+def tip(artist: Artist, text: str) -> None:
+    """What a browser shows when somebody points at a part of a figure that became SVG."""
+    artist.set_gid(TIP + " ".join("".join(c if c.isprintable() else " " for c in text).split()))
+
+
+def _svg(figure: Figure, settings: Mapping[str, Any], *, transparent: bool = False) -> str:
+    """The figure as a file of SVG, with words as words, and tips as titles."""
+    buffer = io.StringIO()
+    with rc_context(STYLE | {"svg.fonttype": "none", **settings}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")  # the reader's fonts will have it
+        figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
+    # A layout takes as long as the drawing; the next file keeps the one that was found.
+    figure.set_layout_engine("none")
+    return re.sub(f'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", buffer.getvalue())
 
 
 def css(colour: str) -> str:
@@ -117,6 +133,32 @@ def strip(axes: Axes, region: Region, row: float, colour: str) -> None:
         axes.add_collection(
             PatchCollection(cells, color=colour if filled else INK, alpha=1 if filled else 0.13, linewidth=0)
         )
+
+
+def key(figure: Figure, style: Mapping[str, Mark], *, lines: bool = False) -> None:
+    """A key to the runs above a figure, which grows by its height."""
+    longest = max((len(label(name)) for name in style), default=0)
+    beside = min(4, 66 // (5 + longest))  # letters in a line
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.21 * math.ceil(len(style) / beside))
+    handles = [
+        Line2D(
+            [], [], color=mark.colour, marker="" if lines else mark.shape,
+            linestyle=DASHES if mark.dashed else "-" if lines else "",
+        )
+        for mark in style.values()
+    ]  # fmt: skip
+    names = [label(name) for name in style]
+    size = 8 if longest > NAME - 8 else None
+    figure.legend(
+        handles, names, loc="outside upper left", ncols=beside, handlelength=2.2 if lines else 1.2, fontsize=size
+    )
+
+
+def percent(mean: Estimate) -> str:
+    """A share of 1 as "81.2 ± 1.1 %"."""
+    error = "" if math.isnan(mean.stderr) else f" ± {100 * mean.stderr:.1f}"
+    return f"{100 * mean.value:.1f}{error} %"
 
 
 def tidy(axes: Axes, grid: Literal["x", "y"]) -> None:

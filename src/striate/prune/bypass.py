@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from striate.prune.numbering import Numbering
-from striate.score.replay import replaced
+from striate.score.replay import replaced, shaped
+from striate.trace import entering_state
 from striate.vlm import Vlm
 
 
@@ -30,9 +31,7 @@ def _idle(layer: nn.Module) -> Callable[..., Any]:
     own: Callable[..., Any] = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        entering = args[0] if args else kwargs["hidden_states"]
-        given = own(*args, **kwargs)
-        return (entering, *given[1:]) if isinstance(given, tuple) else entering
+        return shaped(own(*args, **kwargs), entering_state(args, kwargs))
 
     return forward
 

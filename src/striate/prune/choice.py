@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
+from striate.data import Batch
 from striate.errors import UserError, nearest
 from striate.prune.bypass import bypass
 from striate.score import causal, gradient, states
@@ -95,9 +94,8 @@ class Calibration:
                 counts += answers.counts
         return float(perplexity(torch.cat(losses), torch.tensor(counts))[0])
 
-    def _batches(self, title: str) -> Any:
-        batches, total = self.sampling.batches(self.vlm, self.sample), self.sampling.num_batches(self.sample)
-        return track(batches, title, total=total, console=Console(stderr=True), disable=not self.progress)
+    def _batches(self, title: str) -> Iterable[Batch]:
+        return self.sampling.shown(self.vlm, self.sample, title, progress=self.progress)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Literal
 
 from striate.prune.card import healed_note
 from striate.prune.plan import Pruning
-from striate.prune.surgery import WEIGHT_FILES
+from striate.prune.surgery import MAP, WEIGHT_FILES
+from striate.region import FILE as REGION_FILE
 from striate.run import Run
 from striate.train import TrainOptions, tune
 
@@ -28,7 +29,7 @@ def healed(
     )  # fmt: skip
     for file in run.checkpoint.iterdir():  # whatever else came with the model, and what says how it was cut
         if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):
-            own = file.name in (CARD, "prune.json", "region.json")
+            own = file.name in (CARD, MAP, REGION_FILE)
             if own or not (tuned.checkpoint / file.name).exists():
                 shutil.copyfile(file, tuned.checkpoint / file.name)
     with (tuned.checkpoint / CARD).open("a", encoding="utf-8") as card:

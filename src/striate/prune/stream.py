@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from striate.errors import UserError
+from striate.score.weights import INDEX
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 CHUNK = 1 << 20
 """Bytes at a time: they stay in the processor's cache on their way."""
 

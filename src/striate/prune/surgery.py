@@ -21,6 +21,7 @@ from striate.errors import UserError
 from striate.prune.bypass import depth_name
 from striate.prune.numbering import Numbering
 from striate.prune.stream import copy_weights, stored
+from striate.region import FILE as REGION_FILE
 from striate.vlm import Vlm
 
 CONFIG = "config.json"
@@ -29,7 +30,7 @@ MAP = "prune.json"
 WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|ot)(\.index\.json)?")
 FOLDERS = ("additional_chat_templates",)
 # Files that say where a region is: the caller writes them in the new numbers.
-STALE = (CONFIG, MAP, "region.json")
+STALE = (CONFIG, MAP, REGION_FILE)
 
 
 @dataclass(frozen=True)

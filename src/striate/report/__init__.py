@@ -9,15 +9,21 @@ from rich.table import Table
 from rich.text import Text
 
 from striate.region import Region
-from striate.report.comparison import NOTHING, Comparison, Row, compare, percent
+from striate.report.arms import Arm
+from striate.report.comparison import NOTHING, Comparison, Row, compare, interval, percent
 from striate.report.page import report
+from striate.report.tables import cost_cells
 
 __all__ = ["Comparison", "Row", "compare", "report", "table"]
 
 
 def table(runs: Sequence[Path], reference: Path | None = None) -> Table:
-    """The summary of `runs` for a terminal: regions, accuracy with standard errors, retention and cost."""
-    rows = compare(runs, reference).rows
+    """The summary of `runs` for a terminal: regions, accuracy with standard errors, retention and cost.
+
+    Retention stands before its 95 % interval.
+    """
+    comparison = compare(runs, reference)
+    rows = comparison.rows
     noted = any(row.notes for row in rows)
     summary = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     summary.add_column("run", no_wrap=True)
@@ -27,11 +33,19 @@ def table(runs: Sequence[Path], reference: Path | None = None) -> Table:
     if noted:
         summary.add_column("", overflow="fold")
     for row in rows:
-        shares = (percent(share).replace(" ± ", "±") for share in (row.visual, row.kept, row.text))
-        trained, seconds, _, memory = row.cells
+        visual, text = (percent(share).replace(" ± ", "±") for share in (row.visual, row.text))
+        kept = "100.0" if row is comparison.reference and row.visual else _kept(row)
+        trained, seconds, _, memory = (cell.text for cell in cost_cells(Arm(row.name, (row,))))
         notes = [Text("; ".join(row.notes), style="dim")] if noted else []
-        summary.add_row(Text(row.name), _strip(row.region), *shares, trained, seconds, memory, *notes)
+        summary.add_row(Text(row.name), _strip(row.region), visual, kept, text, trained, seconds, memory, *notes)
     return summary
+
+
+def _kept(row: Row) -> str:
+    if row.kept is None:
+        return NOTHING
+    share = row.kept.share
+    return f"{100 * share.value:.1f} {interval(share, digits=0).replace(' to ', '-')}"
 
 
 def _strip(region: Region | None) -> Text:

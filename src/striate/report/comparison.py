@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,16 @@ from striate import plot
 from striate.errors import UserError
 from striate.plot import Estimate, Mark
 from striate.region import Region
-from striate.run import Run
+from striate.report.arms import Arm, arms, treatment
+from striate.report.folders import Found, found
+from striate.report.pairing import PERPLEXITY, Answers, Kept, paired, processor, unpaired
+from striate.run import INFO, Run
 
 if TYPE_CHECKING:
+    from striate.evaluate.statistics import Interval
     from striate.score.table import Scores
 
-MODALITIES, PERPLEXITY = ("visual", "text"), "perplexity"
+MODALITIES = ("visual", "text")
 NOTHING = "–"  # what was not measured
 # Verbs that look at layers and leave no accuracy.
 LAYERWISE = {"score": "layer scores only", "revert": "layers put back only"}
@@ -25,7 +30,11 @@ LAYERWISE = {"score": "layer scores only", "revert": "layers put back only"}
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One run as it is compared. What was not measured is None; accuracies are shares of 1."""
+    """One run as it is compared. What was not measured is None; accuracies are shares of 1.
+
+    `records` is the same for runs that were asked the same questions; `treatment` for runs that differ only in the
+    seed. `reference` is the name of the run that `kept` is about. `values` is the place in the grid of a sweep.
+    """
 
     name: str
     run: Run
@@ -33,9 +42,15 @@ class Row:
     region: Region | None = None
     tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: str = ""
+    answers: Answers = field(default_factory=lambda: Answers({}))
+    records: str = ""
+    processor: str = ""
+    treatment: str = ""
     visual: Estimate | None = None
     text: Estimate | None = None
-    kept: Estimate | None = None
+    kept: Kept | None = None
+    reference: str = ""
+    values: tuple[tuple[str, str], ...] = ()
     curve: tuple[tuple[float, float], ...] = ()
     scores: Scores | None = None
     reverted: Mapping[str, plot.Reverted] = field(default_factory=dict)
@@ -47,16 +62,13 @@ class Row:
         return value if isinstance(value, int | float) and math.isfinite(value) else None
 
     @property
-    def cells(self) -> tuple[str, str, str, str]:
-        """The cost as text: trainable parameters, training seconds, samples per second, peak memory in GB."""
-        number, seconds = self.training("trainable_parameters"), self.training("seconds")
-        speed, memory = self.training("samples_per_second"), self.training("peak_memory_gb")
-        return (
-            NOTHING if number is None else count(number),
-            NOTHING if seconds is None else f"{seconds:,.1f}" if seconds < 10 else f"{seconds:,.0f}",
-            NOTHING if speed is None else f"{speed:,.1f}",
-            NOTHING if memory is None else f"{memory:.2f}",
-        )
+    def pruned(self) -> Mapping[str, Any]:
+        """What a pruning did, as run.json has it; empty for other runs."""
+        return self.info.get("prune") or {}
+
+    def names(self, modality: str) -> list[str]:
+        """The tasks of a modality that have an accuracy."""
+        return [n for n, task in self.tasks.items() if task["modality"] == modality and task["metric"] != PERPLEXITY]
 
 
 @dataclass(frozen=True)
@@ -66,47 +78,75 @@ class Comparison:
     rows: tuple[Row, ...]
     reference: Row
 
-    @property
-    def comparable(self) -> tuple[Row, ...]:
-        """The runs with results on the reference's records, or on the first run's while it has no results."""
-        measured = [row for row in self.rows if row.tasks]
-        first = self.reference if self.reference.tasks else next(iter(measured), self.reference)
-        return tuple(row for row in measured if not _difference(row, first))
+    @cached_property
+    def arms(self) -> tuple[Arm, ...]:
+        """The runs, those that differ only in the seed put together."""
+        return arms(self.rows)
 
     @property
+    def whole(self) -> Arm:
+        """The arm of the reference."""
+        return next(arm for arm in self.arms if self.reference in arm.rows)
+
+    @cached_property
+    def comparable(self) -> tuple[Row, ...]:
+        """The runs with results that are set against the reference, or against its twin of another seed.
+
+        While the reference has no results: those on the first run's records.
+        """
+        measured = [row for row in self.rows if row.tasks]
+        if self.reference.tasks:
+            names = {row.name for row in self.whole.rows}
+            return tuple(row for row in measured if row.reference in names)
+        first = next(iter(measured), self.reference)
+        return tuple(row for row in measured if not difference(row, first))
+
+    @property
+    def comparable_arms(self) -> tuple[Arm, ...]:
+        """The arms of which every run with results is comparable."""
+        return tuple(arm for arm in self.arms if arm.measured and set(arm.measured) <= {*self.comparable})
+
+    @cached_property
     def style(self) -> dict[str, Mark]:
-        """How each run is drawn."""
-        return plot.marks([row.name for row in self.rows], self.reference.name)
+        """How each arm is drawn; the runs of an arm are drawn alike."""
+        return plot.marks([arm.name for arm in self.arms], self.whole.name)
 
 
 def compare(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
-    """Read runs and set them against `reference`: by default the first that tuned all layers, else the first.
+    """Read runs, and folders of runs, and set them against `reference`.
 
-    Retention is the ratio r = v / v0 of the visual means of a run and of the reference. With the standard
-    errors s and s0, its own is r * sqrt((s / v)^2 + (s0 / v0)^2). That takes the two as independent; on the
-    same questions they rise and fall together, so it is on the cautious side. The mean of T tasks has the
-    standard error sqrt(sum of s_t^2) / T. Raises `UserError` when there is no run, or a folder holds none.
+    By default that is the first that tuned all layers, else the first. Runs on other records are set against the
+    run on those records that differs from the reference in the seed alone, where there is one. Retention is that of the
+    mean over visual tasks; see `Kept`. The mean of T tasks has the standard error sqrt(sum of s_t^2) / T.
+    Raises `UserError` when there is no run, or a folder holds none.
     """
-    paths = {Path(path).resolve(): Path(path) for path in ([*runs, reference] if reference else runs)}
-    if not paths:
+    if not runs:
         raise UserError("a report needs at least one run folder")
-    rows = _distinct([_read(Run.open(path)) for path in paths.values()])
-    chosen = next((row for row in rows if str(row.region) == "all"), rows[0])
+    listed = found([*runs, *([reference] if reference else [])])
+    rows = _distinct([_read(one) for one in listed])
+    chosen = next((row for row in rows if str(row.region) == "all" and not row.pruned), rows[0])
     if reference:
-        chosen = rows[list(paths).index(Path(reference).resolve())]
-    compared = tuple(_against(row, chosen) for row in rows)
+        place = Path(reference).resolve()
+        chosen = next((row for row in rows if row.run.path.resolve() == place), None) or _refuse(reference)
+    compared = tuple(_against(row, _counterpart(row, chosen, rows)) for row in rows)
     return Comparison(compared, compared[rows.index(chosen)])
 
 
-def _read(run: Run) -> Row:
+def _refuse(reference: Path) -> Row:
+    raise UserError(f"{reference} is a folder of runs: name one run as the reference")
+
+
+def _read(one: Found) -> Row:
     """A run as far as it can be read: one that is broken gets a note, and the report goes on."""
-    name = run.path.resolve().name
+    run, name = Run(one.path), one.path.resolve().name
+    if one.status and not (run.path / INFO).is_file():  # a sweep has not come to it
+        return Row(name, run, {}, values=one.values, notes=(one.status or "not started",))
     try:
-        return _row(name, run)
+        return replace(_row(name, run), values=one.values)
     except UserError as error:
-        return Row(name, run, {}, notes=("broken", str(error)))
-    except (LookupError, TypeError, AttributeError) as error:  # JSON, but not what striate writes
-        return Row(name, run, {}, notes=("broken", f"its files are not as expected: {error!r}"))
+        return Row(name, run, {}, values=one.values, notes=("broken", str(error)))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # JSON, but not what striate writes
+        return Row(name, run, {}, values=one.values, notes=("broken", f"its files are not as expected: {error!r}"))
 
 
 def _row(name: str, run: Run) -> Row:
@@ -115,13 +155,19 @@ def _row(name: str, run: Run) -> Row:
     notes = [str(info["status"])] if info["status"] != "finished" else []
     notes += [LAYERWISE.get(info["verb"], "not evaluated")] if not tasks else []
     notes += [f"{skipped} record{'s' * (skipped > 1)} left out"] if skipped else []
+    name, region = str(info.get("name") or name), run.region
+    answers = Answers.of(run.predictions())
     return Row(
-        str(info.get("name") or name),
+        name,
         run,
         info,
-        region=run.region,
+        region=region,
         tasks=tasks,
         data=str(results.get("data", "")),
+        answers=answers,
+        records=answers.fingerprint() if answers.complete(tasks) else "",
+        processor=processor(run),
+        treatment=treatment(name, info, region),
         visual=_mean(tasks, "visual"),
         text=_mean(tasks, "text"),
         scores=_scores(run),
@@ -138,6 +184,33 @@ def _scores(run: Run) -> Scores | None:
     from striate.score.table import Scores  # late: brings in torch
 
     return Scores.from_json(saved)
+
+
+def visual(row: Row) -> Estimate | None:
+    """The mean over visual tasks."""
+    return row.visual
+
+
+def text(row: Row) -> Estimate | None:
+    """The mean over text tasks."""
+    return row.text
+
+
+def share(row: Row) -> float | None:
+    """What a run keeps of its reference's visual accuracy, 1 for all."""
+    if row.visual and row.reference == row.name:
+        return 1.0
+    return row.kept.share.value if row.kept else None
+
+
+def of_task(name: str) -> Callable[[Row], Estimate | None]:
+    """A function that tells what a run measured in a task."""
+    return lambda row: estimate(row.tasks[name]) if name in row.tasks else None
+
+
+def of_training(name: str) -> Callable[[Row], float | None]:
+    """A function that tells a number from the account of a run's training."""
+    return lambda row: row.training(name)
 
 
 def estimate(task: Mapping[str, Any]) -> Estimate:
@@ -165,12 +238,20 @@ def _distinct(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _difference(row: Row, other: Row) -> str:
-    """Why the results of two runs cannot be compared; empty when they can."""
-    if row.data != other.data:
-        return f"evaluated on {row.data}, {other.name} on {other.data}: not compared"
+def difference(row: Row, other: Row) -> str:
+    """Why the results of two runs cannot be compared; empty when they can.
+
+    The records themselves decide where predictions.jsonl has all of them, else the name of the data.
+    """
     if _questions(row) != _questions(other):
         return f"evaluated on other tasks or another number of records than {other.name}: not compared"
+    named = f"evaluated on {row.data}, {other.name} on {other.data}: not compared"
+    if not (row.records and other.records):
+        return named if row.data != other.data else ""
+    if row.records != other.records:
+        return named if row.data != other.data else f"evaluated on other records than {other.name}: not compared"
+    if row.processor and other.processor and row.processor != other.processor:
+        return f"its processor prepares pictures or prompts in another way than that of {other.name}: not compared"
     return ""
 
 
@@ -178,20 +259,38 @@ def _questions(row: Row) -> dict[str, tuple[str, int]]:
     return {name: (task["metric"], task["n"]) for name, task in row.tasks.items()}
 
 
+def _counterpart(row: Row, reference: Row, rows: Sequence[Row]) -> Row:
+    """What the run is set against: the reference, or on other records its twin of another seed."""
+    if not row.tasks or not reference.tasks or not difference(row, reference):
+        return reference
+    twins = (other for other in rows if other.tasks and other.treatment == reference.treatment)
+    return next((twin for twin in twins if twin.records and not difference(row, twin)), reference)
+
+
 def _against(row: Row, reference: Row) -> Row:
     """The run with its retention, or with a note why it has none."""
     if not row.tasks or not reference.tasks:
         return row
-    if difference := _difference(row, reference):
-        return replace(row, notes=(*row.notes, difference))
-    if not row.visual or not reference.visual or not reference.visual.value:
-        return row
+    if why := difference(row, reference):
+        return replace(row, notes=(*row.notes, why))
     if row is reference:
-        return replace(row, kept=Estimate(1.0))
-    (value, error), (whole, whole_error) = row.visual, reference.visual
-    ratio = value / whole
-    # error / whole is ratio * error / value, and holds for a value of zero as well
-    return replace(row, kept=Estimate(ratio, math.hypot(error / whole, ratio * whole_error / whole)))
+        return replace(row, reference=row.name)
+    return replace(row, reference=reference.name, kept=_kept(row, reference))
+
+
+def _kept(row: Row, reference: Row) -> Kept | None:
+    tasks = row.names("visual")
+    if row.visual is None or reference.visual is None:
+        return None
+    if row.records and row.records == reference.records:
+        return paired(row.answers.scores(tasks), reference.answers.scores(tasks))
+    return unpaired(row.visual, reference.visual)
+
+
+def interval(found: Interval, digits: int = 1) -> str:
+    """The ends of an interval of shares of 1 in percent, as "95.1 to 99.8"."""
+    low, high = (f"{100 * end:.{digits}f}" if math.isfinite(end) else "∞" for end in (found.low, found.high))
+    return f"{low} to {high}"
 
 
 def percent(share: Estimate | None) -> str:

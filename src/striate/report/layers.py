@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from striate import plot
 from striate.region import Region
@@ -70,16 +70,46 @@ def correlations(scores: Scores) -> Correlations:
     )
 
 
-def figures(row: Row) -> Iterator[tuple[str, plot.Figure, str]]:
-    """Title, figure and caption of what a run found out about layers."""
+def figures(row: Row) -> Iterator[tuple[str, plot.Figure, str, list[dict[str, Any]]]]:
+    """Title, figure, caption and numbers of what a run found out about layers."""
     if row.scores:
         from striate.score.figures import figures as drawn  # late: brings in torch
 
         for figure in drawn(row.scores, row.region):
-            yield f"{figure.title}: {row.name}", figure.figure, figure.caption
+            yield f"{figure.title}: {row.name}", figure.figure, figure.caption, _numbers(figure.name, row.scores)
     if row.reverted:
         caption = "Perplexity with layers put back to the backbone: to the left is better."
-        yield f"Layers put back: {row.name}", plot.reverted(row.reverted), caption
+        numbers = [
+            {"data": data, "layers put back": name, "perplexity": mean.value, "±": _known(mean.stderr)}
+            for data, found in row.reverted.items()
+            for name, mean in {"none": found.tuned, "all": found.backbone, **found.groups}.items()
+        ]
+        yield f"Layers put back: {row.name}", plot.reverted(row.reverted), caption, numbers
+
+
+def _numbers(figure: str, scores: Scores) -> list[dict[str, Any]]:
+    """What a figure of layer scores was drawn from."""
+    if figure == "scores":
+        return [
+            {"score": name, "layer": layer, "value": _known(value), "±": _known(error)}
+            for name, score in scores.scores.items()
+            for layer, (value, error) in enumerate(
+                zip(score.values, score.stderr or [math.nan] * len(score.values), strict=True)
+            )
+        ]
+    score = scores.scores[figure]
+    rows = score.samples if figure == "image_attention" else score.table
+    names = ("sample", "layer") if figure == "image_attention" else ("first layer", "layers")
+    return [
+        {names[0]: i, names[1]: j if figure == "image_attention" else j + 1, "value": value}
+        for i, row in enumerate(rows or ())
+        for j, value in enumerate(row)
+        if math.isfinite(value)
+    ]
+
+
+def _known(value: float) -> float | str:
+    return value if math.isfinite(value) else ""
 
 
 def _strip(score: Score) -> Strip:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from striate.errors import UserError
-from striate.report.comparison import PERPLEXITY, Comparison
+from striate.report.comparison import Comparison, difference
+from striate.report.pairing import Key
 
 PER_TASK = 2
 MOST = 24
@@ -31,33 +32,30 @@ def samples(comparison: Comparison) -> list[Sample]:
 
     Nothing is chosen by its result. Replies are those of the comparable runs. Perplexity has no replies.
     """
-    predictions = {row.name: row.run.predictions() for row in comparison.comparable}
-    order = predictions.get(comparison.reference.name) or next(filter(None, predictions.values()), [])
-    firsts: dict[str, list[Mapping[str, Any]]] = {}
-    for record in order:
+    reference = comparison.reference
+    answered = [row for row in comparison.comparable if row.answers.lines]
+    own = reference if reference.answers.lines else next(iter(answered), reference)
+    # Runs of another seed may have answered other questions under the same ids.
+    alike = [row for row in answered if not difference(row, own)]
+    firsts: dict[str, list[Key]] = {}
+    for key, record in own.answers.lines.items():
         shown = firsts.setdefault(record["task"], [])
-        if record["images"] and record["metric"] != PERPLEXITY and len(shown) < PER_TASK:
-            shown.append(record)
-    chosen = {(r["task"], r["id"]): r for records in firsts.values() for r in records}
-    found = {
-        name: {key: line for line in lines if (key := (line["task"], line["id"])) in chosen}
-        for name, lines in predictions.items()
-    }
+        if record["images"] and len(shown) < PER_TASK:
+            shown.append(key)
+    chosen = [key for keys in firsts.values() for key in keys]
     return [
         Sample(
-            record,
-            tuple(thumbnail(Path(image)) for image in record["images"][:PICTURES]),
-            {name: lines[key] for name, lines in found.items() if key in lines},
+            own.answers.lines[key],
+            tuple(thumbnail(Path(image)) for image in own.answers.lines[key]["images"][:PICTURES]),
+            {row.name: row.answers.lines[key] for row in alike if key in row.answers.lines},
         )
-        for key, record in list(chosen.items())[:MOST]
+        for key in chosen[:MOST]
     ]
 
 
-def thumbnail(path: Path) -> str:
+def thumbnail(path: Path, side: int = THUMBNAIL) -> str:
     """A small copy of a picture as a `data:` address, the shorter of PNG and JPEG; empty when unreadable."""
-    from striate.data import (
-        open_image,
-    )  # late: brings in torch
+    from striate.data import open_image  # late: brings in torch
 
     try:
         picture = open_image(path) if os.path.isfile(path) else None
@@ -65,7 +63,7 @@ def thumbnail(path: Path) -> str:
         picture = None
     if picture is None:
         return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((side, side))
     addresses = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
         buffer = io.BytesIO()

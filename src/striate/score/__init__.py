@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import track
-
 from striate import plot
-from striate.data import Batch
 from striate.errors import UserError
 from striate.run import Run, check_place, place
 from striate.score import weights
@@ -25,7 +22,7 @@ from striate.score.revert import Perplexity, Reversion, parse_groups
 from striate.score.revert import revert as reverted
 from striate.score.sampling import Sample, Sampling
 from striate.score.table import Metric, Score, Scores, order, rank_correlation
-from striate.vlm import Vlm, load
+from striate.vlm import load
 
 __all__ = [
     "METRICS",
@@ -98,7 +95,7 @@ def score(
                 _keep(weights.weight_scores(model, backbone, names=of_weights), found, run, model)
             if len(of_weights) < len(names):
                 vlm = load(model, device=device, dtype=dtype)
-                batches = _Batches(vlm, sampling, sample, progress)
+                batches = partial(sampling.shown, vlm, sample, progress=progress)
                 for scores in measure(vlm, names, batches, backbone=backbone):
                     _keep(scores, found, run, model)
                 if "image_attention" in names and (picture := looks(vlm, sample.records, max_length=max_length)):
@@ -169,7 +166,7 @@ def revert(
     layers = parse_groups(groups, vlm.depth)
     with place(model, out, verb="revert", options=options) as run:
         with ExitStack() as stack:
-            streams = ((kind, _Batches(vlm, sampling, sample, progress)(kind)) for kind, sample in drawn.items())
+            streams = ((kind, sampling.shown(vlm, sample, kind, progress=progress)) for kind, sample in drawn.items())
             sets = {kind: stack.enter_context(closing(stream)) for kind, stream in streams}
             found = reverted(vlm, layers, backbone=backbone, sets=sets)
         for sample in drawn.values():
@@ -179,18 +176,6 @@ def revert(
         figure = plot.reverted({kind: plot.Reverted.from_json(one) for kind, one in results.items()})
         plot.save(figure, run.figures, "reverted")
     return run
-
-
-class _Batches:
-    """The batches of a sample, as often as they are asked for, under a progress bar with a title."""
-
-    def __init__(self, vlm: Vlm, sampling: Sampling, sample: Sample, progress: bool) -> None:
-        self.vlm, self.sampling, self.sample, self.progress = vlm, sampling, sample, progress
-
-    def __call__(self, title: str) -> Generator[Batch]:
-        """All batches, from the first."""
-        batches, total = self.sampling.batches(self.vlm, self.sample), self.sampling.num_batches(self.sample)
-        yield from track(batches, title, total=total, console=Console(stderr=True), disable=not self.progress)
 
 
 def _keep(scores: Iterable[Score], found: dict[str, Score], run: Run, model: str | Path) -> None:

@@ -26,19 +26,19 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(
             "layer_contribution",
-            needs="losses",
+            needs=("records", "images"),
             range="0.. nats",
             source="ShortV (Yuan et al. 2025, arXiv 2504.00502): KL(p || p with the image tokens frozen in layer l)",
         ),
         Metric(
             "bypass_perplexity",
-            needs="losses",
+            needs=("records",),
             range="1..",
             source="exp(mean answer-token loss) with layer l skipped",
         ),
         Metric(
             "revert_perplexity",
-            needs="losses",
+            needs=("records", "backbone"),
             range="1..",
             source="arXiv 2412.12785, Figure 1: exp(mean answer-token loss) with layer l put back to the backbone",
         ),
@@ -98,11 +98,6 @@ class Causal:
             self.found[kind].append(torch.stack([found[kind] for found in layers], dim=1).cpu())
         self.found["clean"].append(clean.cpu())
         self.counts += answers.counts
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples measured so far."""
-        return len(self.counts)
 
     def perplexity(self) -> tuple[float, float]:
         """Perplexity of the unchanged model over the same samples, and its standard error."""

@@ -17,7 +17,7 @@ from striate.vlm import Vlm
 METRICS: dict[str, Metric] = {
     "gradient": Metric(
         "gradient",
-        needs="gradients",
+        needs=("records",),
         range="0.. (nats per unit of weight)",
         source="root mean square, over a layer's parameters, of the gradient of a sample's mean answer loss",
     )

@@ -13,8 +13,6 @@ from striate.score.table import Metric, Score
 from striate.vlm import Vlm
 
 METRICS: dict[str, Metric] = {**states.METRICS, **causal.METRICS, **gradient.METRICS, **weights.METRICS}
-WITH_BACKBONE = (*weights.METRICS, "revert_perplexity")
-WITH_IMAGES = ("multimodal_block_influence", "image_attention", "layer_contribution")
 
 
 class Measure(Protocol):
@@ -83,10 +81,11 @@ def _measures(vlm: Vlm, names: Sequence[str], backbone: str | None) -> Iterator[
 
 def _lacking(name: str, *, backbone: bool, data: bool, images: bool) -> str:
     """What a score is made from and is not there; empty when all is."""
-    if name in WITH_BACKBONE and not backbone:
-        return "the language model before visual training: --backbone"
-    if name not in weights.METRICS and not data:
-        return "records to be measured on: --data"
-    if name in WITH_IMAGES and not images:
-        return "images, and none of the records has one"
-    return ""
+    given = {"backbone": backbone, "records": data, "images": images}
+    asked = {
+        "backbone": "the language model before visual training: --backbone",
+        "records": "records to be measured on: --data",
+        "images": "images, and none of the records has one",
+    }
+    needs = METRICS[name].needs
+    return next((words for what, words in asked.items() if what in needs and not given[what]), "")

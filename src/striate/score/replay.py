@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from striate.data import Batch
 from striate.score.likelihood import Answers
+from striate.trace import entering_state
 from striate.vlm import Vlm
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -86,7 +87,7 @@ class Replay:
         def forward(*args: Any, **kwargs: Any) -> Any:
             # What else a layer hands on, it hands on by running.
             leaving = given if self._resumes else own(*args, **kwargs)
-            return _shaped(leaving, change(_entering(args, kwargs), _hidden(leaving)))
+            return shaped(leaving, change(entering_state(args, kwargs), _hidden(leaving)))
 
         with replaced({self.layers[layer]: forward}):
             return self.run(layer)
@@ -98,7 +99,7 @@ class Replay:
         *others, uppermost = self.layers[:start]
         below = self._given[start - 1]
         idle: dict[nn.Module, Forward] = {
-            layer: lambda *args, **kwargs: _shaped(below, _entering(args, kwargs)) for layer in others
+            layer: lambda *args, **kwargs: shaped(below, entering_state(args, kwargs)) for layer in others
         }
         # A copy: the model may write into what it gets, as it adds features between layers.
         return idle | {uppermost: lambda *args, **kwargs: _cloned(below)}
@@ -135,20 +136,17 @@ def _player(outputs: list[Any]) -> Forward:
     return lambda *args, **kwargs: copy(next(left))
 
 
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
 def _hidden(given: Any) -> Tensor:
     """The hidden state in what a layer gave: some families' layers give a tuple."""
     return given[0] if isinstance(given, tuple) else given
 
 
 def _cloned(given: Any) -> Any:
-    return _shaped(given, _hidden(given).clone())
+    return shaped(given, _hidden(given).clone())
 
 
-def _shaped(like: Any, hidden: Tensor) -> Any:
+def shaped(like: Any, hidden: Tensor) -> Any:
+    """A hidden state in the form in which a layer gives it: some give a tuple, with more behind it."""
     return (hidden, *like[1:]) if isinstance(like, tuple) else hidden
 
 

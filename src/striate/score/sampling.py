@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from rich.console import Console
+from rich.progress import track
 
 from striate.data import Batch, Examples, Record, RecordError, Skipped, collate, read
 from striate.errors import UserError
@@ -75,6 +78,11 @@ class Sampling:
         if not usable:
             bad = sample.skipped[-1]
             raise UserError(f"none of the {len(order)} records can be used: {bad.source}: {bad.reason}")
+
+    def shown(self, vlm: Vlm, sample: Sample, title: str, *, progress: bool) -> Generator[Batch, None, None]:
+        """The same batches, under a progress bar with a title."""
+        batches, total = self.batches(vlm, sample), self.num_batches(sample)
+        yield from track(batches, title, total=total, console=Console(stderr=True), disable=not progress)
 
     def num_batches(self, sample: Sample) -> int:
         """How many batches there will be, empty ones included."""

@@ -19,15 +19,20 @@ from striate.score.table import Metric, Score
 from striate.trace import Attention, forward, watch_attention, watch_layers
 from striate.vlm import Vlm
 
+CACHED = 1 << 17
+"""Numbers of a hidden state taken at a time on a CPU: 0.5 MB."""
+
 _WANG = "Wang et al. 2025 (arXiv 2412.12785)"
+
+_ANY, _SIGHT = ("records",), ("records", "images")
 
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("block_influence", needs="states", range="0..2", source="Men et al. 2024 (arXiv 2403.03853), BI"),
-        Metric("multimodal_block_influence", needs="states", range="0..2", source=f"{_WANG}, multimodal BI"),
-        Metric("angular_distance", needs="states", range="0..1", source="Gromov et al. 2024 (arXiv 2403.17887), eq. 7"),
-        Metric("image_attention", needs="states", range="0..1", source=f"{_WANG}, figure 5"),
+        Metric("block_influence", needs=_ANY, range="0..2", source="Men et al. 2024 (arXiv 2403.03853), BI"),
+        Metric("multimodal_block_influence", needs=_SIGHT, range="0..2", source=f"{_WANG}, multimodal BI"),
+        Metric("angular_distance", needs=_ANY, range="0..1", source="Gromov et al. 2024 (arXiv 2403.17887), eq. 7"),
+        Metric("image_attention", needs=_SIGHT, range="0..1", source=f"{_WANG}, figure 5"),
     )
 }
 
@@ -38,6 +43,14 @@ def cosine(entering: Tensor, leaving: Tensor) -> Tensor:
     `entering` and `leaving` [..., D] -> [...], float64, in [-1, 1]; exactly 1 where they are the same, 0 where either
     is all zeros, NaN where either is not finite. Sums run in float32 at least, whatever the model's type.
     """
+    dim = entering.shape[-1]
+    # A processor is twice as fast on pieces that stay in its cache; a GPU is not.
+    size = max(1, CACHED // dim) if entering.device.type == "cpu" else max(1, entering.numel())
+    pairs = zip(entering.reshape(-1, dim).split(size), leaving.reshape(-1, dim).split(size), strict=True)
+    return torch.cat([_cosine(*pair) for pair in pairs]).view(entering.shape[:-1])
+
+
+def _cosine(entering: Tensor, leaving: Tensor) -> Tensor:
     a, b = (states if states.dtype == torch.float64 else states.float() for states in (entering, leaving))
     dot, aa, bb = (torch.linalg.vecdot(*pair).double() for pair in ((a, b), (a, a), (b, b)))
     return (dot / (aa * bb).sqrt().clamp(min=torch.finfo(torch.float32).tiny)).clamp(-1, 1)

@@ -26,12 +26,12 @@ MOST_SAMPLES = 200
 class Metric:
     """What is to be known of a score before it is measured.
 
-    `needs` is what it is made from: "states" (one forward pass), "losses" (many), "gradients", or "backbone" (the
-    weights of the language model before it was taught to see). `direction` "high": high values mean important.
+    `needs` names what must be given: "records", "images" in some of them, "backbone" (the weights of the language
+    model before it was taught to see). `direction` "high": high values mean important.
     """
 
     name: str
-    needs: str
+    needs: tuple[str, ...]
     range: str
     source: str
     direction: str = "high"

@@ -22,13 +22,13 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric(
             "parameter_change",
-            needs="backbone",
+            needs=("backbone",),
             range="0.. (sum over the layer's weight matrices)",
             source="Activating Distributed Visual Region within LLMs (arXiv 2412.12785): sum of ||W'-W|| / ||W||",
         ),
         Metric(
             "weight_angle",
-            needs="backbone",
+            needs=("backbone",),
             range="0.. (sum over the layer's weight matrices, each 0..1)",
             source="released code of arXiv 2412.12785: sum of arccos(cos(W', W)) / pi",
         ),

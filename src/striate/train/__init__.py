@@ -21,7 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from striate.data import Example, Examples, Records, collate, read
 from striate.errors import UserError
@@ -31,10 +33,11 @@ from striate.run import Run
 from striate.train.adapter import adapt, lora_config
 from striate.train.card import model_card
 from striate.train.memory import PeakMemory, full_tuning_fits
+from striate.train.selection import drawn, num_drawn
 from striate.train.trainer import MOST_SKIPPED, Audit, Group, Interrupt, Named, RegionTrainer, RunLog, answer_nll
 from striate.vlm import Plan, Vlm, load
 
-__all__ = ["ALIGN", "TUNE", "TrainOptions", "align", "answer_nll", "lora_config", "tune"]
+__all__ = ["ALIGN", "TUNE", "TrainOptions", "align", "answer_nll", "last_saved", "lora_config", "num_drawn", "tune"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def align(
     region = Region((), vlm.depth, "none")
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     with _stage("align", out, asked, options, resume) as run:
+        _check_records(records, run)
         named = _in_full(vlm, vlm.train_only(region, tower=tower))
         rate = options.learning_rate or 1e-3
         groups = {"projector": Group(named["projector"], options.projector_learning_rate or rate)}
@@ -142,6 +146,7 @@ def tune(
     images: Path | None = None,
     allow_urls: bool = False,
     region: str = "uniform:25%",
+    samples: int | str | None = None,
     method: Literal["auto", "full", "lora"] = "auto",
     projector: Literal["train", "freeze"] = "train",
     rank: int = 128,
@@ -160,6 +165,8 @@ def tune(
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: fetch images given as URLs.
         region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
+        samples: how many of the records to train on, 500 or 25%, drawn by the seed whatever the region; the records
+            of a smaller draw are among those of a larger one; default: all.
         method: full weights, LoRA, or auto: full where its optimiser states fit into memory, else LoRA.
         projector: train it or leave it.
         rank: of LoRA.
@@ -174,14 +181,16 @@ def tune(
     """
     lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
     asked: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
-    asked |= {"region": region, "method": method, "projector": projector, **lora}
+    asked |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector, **lora}
     if not resume:
         Run.check_free(out)
     vlm, saved_as = _open_model(model, options)
     chosen = Region.parse(region, vlm.depth)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+    part = drawn(records, samples, seed=options.seed)
     with _stage("tune", out, asked, options, resume) as run:
         run.write_region(chosen)
+        _check_records(records, run)
         plan = vlm.train_only(chosen, projector=projector == "train")
         if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device)):
             network: Any = vlm.model
@@ -191,7 +200,7 @@ def tune(
             rate = 2e-4
         rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate or 2e-5}
         groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-        _fit(vlm, network, run, records, groups, options, progress=progress)
+        _fit(vlm, network, run, part, groups, options, progress=progress)
         if network is not vlm.model:
             network.merge_and_unload()
         _save(vlm, run, chosen, saved_as)
@@ -266,7 +275,6 @@ def _fit(
 ) -> None:
     """Train `network` (the model, or its adapted form) in place, and note in the run what it took."""
     skip = options.on_bad_record == "skip"
-    _check_records(records, run)
     examples = Examples(
         records.records, vlm.processor, max_length=options.max_length, truncate_text=options.truncate_text
     )
@@ -284,7 +292,7 @@ def _fit(
     memory = PeakMemory(vlm.device)
     memory.start()
     began = time.monotonic()
-    saved = get_last_checkpoint(run.state) if run.state.is_dir() else None
+    saved = last_saved(run.state)
     try:
         trainer.train(resume_from_checkpoint=saved)
     finally:
@@ -307,6 +315,21 @@ def _fit(
     if interrupt.asked:
         step, last = trainer.state.global_step, trainer.state.max_steps
         raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
+
+
+def last_saved(state: Path) -> str | None:
+    """The last saved state of a training that is whole: a kill can tear one that was being written."""
+    for folder in sorted(state.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True):
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # written last
+        except (OSError, ValueError, TypeError):
+            continue
+        return str(folder)
+    return None
+
+
+def _step(saved: Path) -> int:
+    return int(saved.name.rpartition("-")[2])
 
 
 def _check_records(records: Records, run: Run) -> None:

@@ -1,0 +1,56 @@
+"""The paper's experiments in small, on the demo's world: strategies, number of layers by data size, pruning.
+
+    python examples/paper_mini/run.py          # or: make paper-mini
+
+Makes the world and the untuned model, scores its layers, and does three sweeps, the YAML files beside this script. It
+can be stopped and killed at any time: the same command goes on. Leaves `runs/paper-mini/report.html`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from striate.assemble import assemble
+from striate.cli import main
+from striate.demo import FULL, MODELS
+from striate.demo.world import write_world
+from striate.run import Run
+from striate.score import score
+
+OUT = Path("runs/paper-mini")
+SHEETS = ("strategies", "sizes", "pruning")
+
+
+def prepare() -> None:
+    """The world, the untuned model, and its scores, as far as they are not there."""
+    world, start, scores = OUT / "world", OUT / "backbone", OUT / "scores"
+    if not (world / "text.json").is_file():  # the last file written
+        write_world(world, seed=0, train=FULL.train, test=FULL.test, text=FULL.text)
+    if not finished(start):
+        shutil.rmtree(start, ignore_errors=True)
+        assemble(
+            vision=str(MODELS / "tower"), llm=str(MODELS / "backbone"), feature_layer=-1, dtype="float32",
+            projector=MODELS / "projector" / "projector.safetensors", out=start,
+        )  # fmt: skip
+    if not finished(scores):
+        shutil.rmtree(scores, ignore_errors=True)
+        score(start, data=world / "train.json", images=world / "images", out=scores, device="cpu")
+
+
+def finished(run: Path) -> bool:
+    """Whether there is a run that came to its end."""
+    return (run / "run.json").is_file() and Run.open(run).info["status"] == "finished"
+
+
+def paper_mini() -> int:
+    """Do what is left to do, and write the report; returns the exit status."""
+    prepare()
+    for sheet in SHEETS:
+        if status := main(["sweep", str(Path(__file__).parent / f"{sheet}.yaml")]):
+            return status
+    return main(["report", *(str(OUT / sheet) for sheet in SHEETS), "--out", str(OUT / "report.html")])
+
+
+if __name__ == "__main__":
+    raise SystemExit(paper_mini())

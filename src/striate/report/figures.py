@@ -1,0 +1,246 @@
+"""The figures of the page, each with the numbers that it was drawn from."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from striate import plot
+from striate.errors import UserError
+from striate.plot import Estimate
+from striate.report import layers
+from striate.report.arms import Arm
+from striate.report.comparison import MODALITIES, Comparison, Row, of_task, of_training, share
+from striate.report.comparison import text as text_of
+from striate.report.comparison import visual as visual_of
+from striate.report.lines import Line, removed, style, trained
+
+COSTS = ("seconds", "peak_memory_gb")
+ALMOST = 0.98  # of the accuracy with all layers trained: the paper's dashed line
+WHISKERS = "Whiskers: one standard error each way, over several seeds one standard deviation."
+BANDS = "Several seeds: their mean, a band of one standard deviation, and a thin line each."
+KINDS = ("svg", "png", "pdf", "csv")
+
+Numbers = Sequence[Mapping[str, Any]]
+
+
+class Drawn(NamedTuple):
+    """A figure with its words and its numbers; `name` is that of its files."""
+
+    name: str
+    title: str
+    figure: plot.Figure
+    caption: str
+    numbers: Numbers
+
+
+def figures(comparison: Comparison) -> Iterator[Drawn]:
+    """All that there is data for."""
+    arms = comparison.comparable_arms
+    whole = [arm for arm in arms if not arm.first.pruned] or arms
+    yield from _accuracy(comparison, whole)
+    yield from _trained(trained(comparison))
+    yield from _removed(removed(comparison))
+    yield from _cost(comparison, whole)
+    yield from _losses(comparison)
+    for arm in comparison.arms:  # of several seeds one is shown: the others look alike
+        for row in [row for row in arm.rows if row.scores or row.reverted][:1]:
+            for title, figure, caption, numbers in layers.figures(row):
+                yield Drawn(slug(title), title, figure, caption, numbers)
+
+
+def save(drawn: Sequence[Drawn], folder: Path) -> None:
+    """Write every figure as SVG, PNG and PDF, and its numbers as CSV.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    for one in drawn:
+        plot.save(one.figure, folder, one.name)
+        write_csv(folder / f"{one.name}.csv", one.numbers)
+
+
+def write_csv(file: Path, numbers: Numbers) -> None:
+    """A line of names, then a line an entry; what an entry lacks stays empty.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    columns = list(dict.fromkeys(key for entry in numbers for key in entry))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8", errors="replace", newline="") as out:
+            writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(numbers)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def slug(title: str) -> str:
+    """A title as the name of a file: letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60] or "figure"
+
+
+def _accuracy(comparison: Comparison, arms: Sequence[Arm]) -> Iterator[Drawn]:
+    shown = {arm.name: comparison.style[arm.name] for arm in arms}
+    visual = {arm.name: mean for arm in arms if (mean := arm.mean(visual_of))}
+    text = {arm.name: mean for arm in arms if (mean := arm.mean(text_of))}
+    if not visual and not text:
+        return
+    kept = {arm.name: mean for arm in arms if arm is not comparison.whole and (mean := arm.mean(share))}
+    regions = {arm.name: arm.region for arm in arms if arm.region is not None}
+    numbers = [
+        {
+            "run": name, **_both("visual, %", visual.get(name)), **_both("kept, %", kept.get(name)),
+            **_both("text, %", text.get(name)),
+        }
+        for name in shown
+    ]  # fmt: skip
+    figure = plot.accuracy(visual, text, retention=kept, regions=regions, style=shown)
+    caption = f"The tuned layers, and means over tasks, each task with the same weight. {WHISKERS}"
+    yield Drawn("accuracy", "Accuracy", figure, caption, numbers)
+    tasks = {name: found for name, found in _tasks(arms).items() if found}
+    numbers = [
+        {"task": task, "run": name, **_both("accuracy, %", mean)}
+        for task, means in tasks.items()
+        for name, mean in means.items()
+    ]
+    yield Drawn("accuracy-by-task", "Accuracy by task", plot.tasks(tasks, shown), WHISKERS, numbers)
+
+
+def _tasks(arms: Sequence[Arm]) -> dict[str, dict[str, Estimate]]:
+    """Means by task, then by arm; text tasks say so in their names."""
+    found: dict[str, dict[str, Estimate]] = {}
+    for modality in MODALITIES:
+        for arm in arms:
+            for name in arm.measured[0].names(modality):
+                mean = arm.mean(of_task(name))
+                if mean:
+                    found.setdefault(f"{name} (text)" if modality == "text" else name, {})[arm.name] = mean
+    return found
+
+
+def _trained(lines: Sequence[Line]) -> Iterator[Drawn]:
+    """The paper's figures 2 and 3."""
+    if not lines:
+        return
+    marks = style(lines)
+    accuracy = {line.name: line.curve(_visual, ALMOST) for line in lines}
+    panel = plot.Panel(accuracy, ylabel="visual accuracy, %", unit="%")
+    caption = (
+        f"Visual accuracy against the number of trained layers. Dashed: 98 % of that with all layers trained. {BANDS}"
+    )
+    figure = plot.curves([panel], marks, across="trained layers")
+    yield Drawn("layers", "Number of trained layers", figure, caption, _points([panel], "trained layers"))
+    costs = [
+        plot.Panel({line.name: line.curve(of_training(name)) for line in lines}, "", title, unit, digits)
+        for name, title, unit, digits in (
+            ("seconds", "training, s", "s", 0),
+            ("peak_memory_gb", "peak memory, GB", "GB", 2),
+        )
+    ]
+    costs = [panel for panel in costs if any(curve.seeds for curve in panel.curves.values())]
+    if costs:
+        figure = plot.curves(costs, marks, across="trained layers", shared=False)
+        numbers = _points(costs, "trained layers")
+        yield Drawn(
+            "cost-by-layers", "Cost by trained layers", figure, f"Training time and peak memory. {BANDS}", numbers
+        )
+
+
+def _removed(lines: Sequence[Line]) -> Iterator[Drawn]:
+    """The paper's figure 1, right, and figure 4."""
+    if not lines:
+        return
+    marks = style(lines)
+    mean = plot.Panel({line.name: line.curve(_visual) for line in lines}, ylabel="visual accuracy, %", unit="%")
+    dashed = " Dashed: before healing." if any(line.dashed for line in lines) else ""
+    caption = f"Visual accuracy against the number of removed layers.{dashed} {BANDS}"
+    figure = plot.curves([mean], marks, across="removed layers")
+    yield Drawn("pruning", "Pruning", figure, caption, _points([mean], "removed layers"))
+    arms = [arm for line in lines for group in line.arms.values() for arm in group]
+    names = list(dict.fromkeys(name for arm in arms for name in arm.measured[0].names("visual")))
+    if len(names) > 1:
+        panels = [
+            plot.Panel({line.name: line.curve(_of_task(name)) for line in lines}, name, "accuracy, %", "%")
+            for name in names
+        ]
+        figure = plot.curves(panels, marks, across="removed layers")
+        numbers = _points(panels, "removed layers")
+        caption = f"Accuracy of each visual task against the number of removed layers.{dashed}"
+        yield Drawn("pruning-by-task", "Pruning by task", figure, caption, numbers)
+
+
+def _cost(comparison: Comparison, arms: Sequence[Arm]) -> Iterator[Drawn]:
+    visual = {arm.name: mean for arm in arms if (mean := arm.mean(visual_of))}
+    costs = {}
+    for arm in arms:
+        means = [arm.mean(of_training(name)) for name in COSTS]
+        if arm.name in visual and means[0]:
+            costs[arm.name] = plot.Cost(*(mean.value if mean else math.nan for mean in means))
+    if costs:
+        shown = {name: mark for name, mark in comparison.style.items() if name in costs}
+        numbers = [
+            {
+                "run": name, "training, s": cost.seconds, "peak memory, GB": _known(cost.memory),
+                **_both("visual, %", visual[name]),
+            }
+            for name, cost in costs.items()
+        ]  # fmt: skip
+        caption = f"The dashed line is the accuracy of the reference. {WHISKERS}"
+        yield Drawn("cost", "Cost", plot.cost(costs, visual, shown), caption, numbers)
+
+
+def _losses(comparison: Comparison) -> Iterator[Drawn]:
+    curves = {
+        a.name: [row.curve for row in a.rows if row.curve] for a in comparison.arms if any(r.curve for r in a.rows)
+    }
+    if not curves:
+        return
+    numbers = [
+        {"run": row.name, "step": step, "loss": _known(loss)}
+        for arm in comparison.arms
+        for row in arm.rows
+        if row.curve
+        for step, loss in zip(*plot.thinned(row.curve), strict=True)
+    ]
+    caption = f"Training loss by step; more than {plot.POINTS} steps are averaged in equal blocks. A line a run."
+    yield Drawn("loss", "Loss", plot.losses(curves, comparison.style), caption, numbers)
+
+
+def _points(panels: Sequence[plot.Panel], across: str) -> Numbers:
+    """Every value that curves are drawn from, by number of layers, with the mean that is drawn thick."""
+    return [
+        {
+            "line": name, "panel": panel.title or panel.ylabel, across: number,
+            "mean": math.fsum(values) / len(values), "n": len(values),
+            **{f"value {i}": value for i, value in enumerate(values, start=1)},
+        }
+        for panel in panels
+        for name, curve in panel.curves.items()
+        for number, values in curve.points().items()
+    ]  # fmt: skip
+
+
+def _visual(row: Row) -> float | None:
+    return None if row.visual is None else 100 * row.visual.value
+
+
+def _of_task(name: str) -> Callable[[Row], float | None]:
+    return lambda row: 100 * row.tasks[name]["value"] if name in row.tasks else None
+
+
+def _both(name: str, mean: Estimate | None) -> dict[str, Any]:
+    return {
+        name: "" if mean is None else 100 * mean.value,
+        f"{name} ±": "" if mean is None else _known(100 * mean.stderr),
+    }
+
+
+def _known(value: float) -> float | str:
+    return value if math.isfinite(value) else ""

@@ -1,0 +1,159 @@
+"""How a sweep is told: while it runs, as a plan, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from striate.run import Run
+from striate.sweep.cell import FAILED, FINISHED, NOT_STARTED, RUNNING, Cell, last_step
+
+NOTHING = "–"
+STYLES = {FINISHED: "green", FAILED: "red", RUNNING: "cyan"}
+FRAME = 5  # lines of a terminal that are not rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a sweep: its cells as they ended."""
+
+    file: Path
+    cells: tuple[Cell, ...]
+
+    @property
+    def unfinished(self) -> tuple[Cell, ...]:
+        """Cells that failed or were stopped."""
+        return tuple(cell for cell in self.cells if cell.status != FINISHED)
+
+    def __rich__(self) -> Table:
+        """One row a run."""
+        return table(self.cells, {})
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The plan of a sweep, one row a cell: name, status, layers, trainable parameters, seconds still to come."""
+
+    rows: tuple[tuple[str, str, str, int, float | None], ...]
+
+    def __rich__(self) -> Table:
+        """The rows, and their sum."""
+        shown = _table("cell", "state", "layers", trains="right", time="right")
+        for name, status, layers, trainable, seconds in self.rows:
+            shown.add_row(Text(name), _state(status), layers, f"{trainable:,}", duration(seconds))
+        known = [seconds for *_, seconds in self.rows if seconds is not None]
+        left = f"{duration(sum(known))}" if len(known) == len(self.rows) else ""
+        shown.caption = f"{len(self.rows)} cells{', ' + left + ' one after the other' if left and sum(known) else ''}"
+        return shown
+
+
+class Watch:
+    """Shows cells while they run: a table that moves on a terminal, a line for every change elsewhere."""
+
+    def __init__(self, cells: Sequence[Cell], steps: Mapping[str, int | None], *, on: bool) -> None:
+        self.cells, self.steps, self.on = cells, steps, on
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.told = {cell.name: cell.as_it_is().status for cell in cells}
+
+    def __enter__(self) -> Watch:
+        if self.on and self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.live.stop()
+
+    def show(self) -> None:
+        """Bring what is shown up to date."""
+        if not self.on:
+            return
+        now = [cell.as_it_is() for cell in self.cells]
+        if self.console.is_terminal:
+            self.live.update(table(now, self.steps, room=self.console.height - FRAME), refresh=True)
+            return
+        for cell in now:
+            if cell.status != self.told[cell.name]:
+                self.told[cell.name] = cell.status
+                if cell.status != NOT_STARTED:
+                    self.say(f"{cell.name}: {cell.status}{_ending(cell)}")
+
+    def say(self, line: str) -> None:
+        """One line, above what moves."""
+        if self.on:
+            self.console.print(line, markup=False)
+
+
+def table(cells: Sequence[Cell], steps: Mapping[str, int | None], *, room: int | None = None) -> Table:
+    """One row a run; of more than `room` rows, those of the cells that run or failed."""
+    rows = [(cell, index) for cell in cells for index in range(len(cell.runs))]
+    hidden = room is not None and len(rows) > room
+    if hidden:
+        rows = [(cell, index) for cell, index in rows if cell.status in (RUNNING, FAILED)][: max(1, room or 0)]
+    pruned = " of a cell" * any(len(cell.runs) > 1 for cell in cells)
+    shown = _table(f"run{pruned}", "state", step="right", loss="right", **{"visual %": "right", "text %": "right"})
+    for cell, index in rows:
+        shown.add_row(*_row(cell, index, steps.get(cell.name)))
+    if hidden:
+        counts = {status: sum(cell.status == status for cell in cells) for status in {cell.status for cell in cells}}
+        shown.caption = ", ".join(f"{number} {status}" for status, number in sorted(counts.items()))
+    return shown
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "1:02:03"; nothing where they are not known."""
+    return "" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def _row(cell: Cell, index: int, total: int | None) -> tuple[Text, Text, str, str, str, str]:
+    folder = cell.runs[index]
+    results = Run(folder).results or {}
+    step = last_step(folder)
+    state = cell.status
+    if state == RUNNING:
+        stage, at = cell.stage
+        state = stage if at == folder else FINISHED if results else NOTHING
+    elif index:
+        state = FINISHED if results else NOTHING
+    done = f"{step['step']}/{total}" if step and total and not index else str(step.get("step", NOTHING))
+    loss = f"{step['loss']:.3f}" if isinstance(step.get("loss"), float) else NOTHING
+    return Text(folder.name), _state(state), done, loss, _percent(results, "visual"), _percent(results, "text")
+
+
+def _state(status: str) -> Text:
+    return Text(status, style=STYLES.get(status, "cyan" if status in ("tune", "eval", "prune") else ""))
+
+
+def _ending(cell: Cell) -> str:
+    """What there is to say at the end of a cell."""
+    if cell.status != FINISHED:
+        return ""
+    shares = []
+    for folder in cell.runs:
+        results = Run(folder).results or {}
+        found = [f"{side} {_percent(results, side)} %" for side in ("visual", "text") if results.get(side) is not None]
+        shares.append(", ".join(found))
+    return f": {'; pruned: '.join(shares)}" if any(shares) else ""
+
+
+def _percent(results: Mapping[str, Any], side: str) -> str:
+    value = results.get(side)
+    return NOTHING if value is None else f"{100 * value:.1f}"
+
+
+def _table(*left: str, **justified: Any) -> Table:
+    shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), caption_justify="left")
+    for title in left:
+        shown.add_column(title, overflow="fold")
+    for title, side in justified.items():
+        shown.add_column(title, justify=side, no_wrap=True)
+    return shown
