@@ -19,8 +19,8 @@ from striate.score.table import Metric, Score
 from striate.trace import Attention, forward, watch_attention, watch_layers
 from striate.vlm import Vlm
 
-CACHED = 1 << 17
-"""Numbers of a hidden state taken at a time on a CPU: 0.5 MB."""
+CACHED = 1 << 18
+"""Numbers of a hidden state taken at a time on a CPU: 1 MB."""
 
 _WANG = "Wang et al. 2025 (arXiv 2412.12785)"
 
