@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import striate
 from striate.cli import main
+from striate.data import Examples, collate, read
 from striate.errors import UserError
 from striate.prune import Numbering, Pruning, Surgery, bypass, cut, cut_checkpoint, prune, stream
 from striate.prune.choice import Calibration, blocks
@@ -29,6 +30,7 @@ from striate.region import Region
 from striate.run import Run
 from striate.score.sampling import Sampling
 from striate.train import TrainOptions
+from striate.train.trainer import answer_logits, distilled
 from striate.vlm import Vlm, load
 
 OPTIONS = TrainOptions(batch=4, micro_batch=4, steps=2, device="cpu", dtype="float32")
@@ -441,7 +443,26 @@ def test_healing_is_a_short_tune(model: Path, data: Path, tmp_path: Path, what: 
     assert any("projector" in name for name in moved)
 
 
+def test_healing_can_learn_from_the_uncut_model(model: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=20, learning_rate=3e-3)
+    bare = pruned(model, tmp_path / "bare")
+    healed = pruned(model, tmp_path / "healed", heal=data, heal_distillation=1.0, options=options)
+    assert healed.info["healed"]["distillation"] == 1.0
+    uncut = load(model)
+    examples = Examples(list(read(data)), uncut.processor)
+    batch = collate([examples[i] for i in range(4)], pad_id=uncut.pad_token_id)
+
+    def divergence(run: Run) -> float:
+        with torch.no_grad():
+            own, taught = (answer_logits(vlm, vlm.model.eval(), batch) for vlm in (load(run.path), uncut))
+        return float(distilled(torch.zeros(len(own)), own, taught, share=1.0).mean())
+
+    assert divergence(healed) < 0.5 * divergence(bare)
+
+
 BAD = [
+    ({"heal_distillation": 0.5}, "--heal-distillation says how to heal: give records with --heal"),
+    ({"heal_distillation": 2.0}, "--heal-distillation 2.0: a share from 0 to 1"),
     ({"remove": "3", "layers": None, "by": "random"}, "only 2 layers can go: of 4, 2 are in the region 0,3"),
     ({"remove": "2"}, "either how many layers go .* or which"),
     ({"layers": None}, "either how many layers go .* or which"),

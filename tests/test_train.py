@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +16,14 @@ import pytest
 import torch
 from pico import pico_llava
 from PIL import Image
+from transformers import AutoProcessor
 
 import striate
 from striate.data import Batch, Examples, collate, read
 from striate.train import TrainOptions, answer_nll, last_saved, num_drawn
 from striate.train.adapter import adapt
 from striate.train.selection import drawn
-from striate.train.trainer import LengthGrouped, RegionTrainer, RunLog
+from striate.train.trainer import LengthGrouped, RegionTrainer, RunLog, distilled
 
 
 def write_data(folder: Path, *, records: int = 8) -> Path:
@@ -121,6 +124,38 @@ def test_loss_is_the_models_own(model: Path, data: Path) -> None:
     ours = answer_nll(vlm, vlm.model, batch).mean()
     theirs = vlm.model(**batch.inputs, labels=batch.labels).loss
     torch.testing.assert_close(ours, theirs)
+
+
+def test_distillation_by_hand() -> None:
+    logits, taught = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    losses = distilled(torch.tensor([math.log(2)]), logits, taught, share=0.25)
+    torch.testing.assert_close(losses, torch.tensor([0.75 * math.log(2) + 0.25 * divergence]))
+
+
+def test_a_model_has_nothing_to_learn_from_itself(model: Path, data: Path, tmp_path: Path) -> None:
+    losses = {
+        name: tune(model, data, tmp_path / name, OPTIONS, **settings).history()[0]["loss"]
+        for name, settings in {
+            "alone": {},
+            "half": {"teacher": str(model), "distillation": 0.5},
+            "whole": {"teacher": str(model), "distillation": 1.0},
+        }.items()
+    }
+    assert losses["half"] == pytest.approx(losses["alone"] / 2, rel=1e-5)
+    assert losses["whole"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_teacher_reads_the_same_tokens(model: Path, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    processor = AutoProcessor.from_pretrained(other)
+    processor.tokenizer.add_tokens(["elephant"])
+    processor.save_pretrained(other)
+    with pytest.raises(striate.UserError, match="cannot teach this model: its tokenizer has other tokens"):
+        tune(model, data, tmp_path / "run", OPTIONS, teacher=str(other))
+    with pytest.raises(striate.UserError, match="distillation 0: the teacher's share"):
+        tune(model, data, tmp_path / "none", OPTIONS, teacher=str(model), distillation=0)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])

@@ -73,6 +73,7 @@ def prune(
     dry_run: bool = False,
     heal: Path | None = None,
     heal_layers: What = "region",
+    heal_distillation: float = 0.0,
     allow_urls: bool = False,
     progress: bool = False,
     options: TrainOptions = TUNE,
@@ -99,6 +100,8 @@ def prune(
         dry_run: write nothing, show the plan and what it is expected to do.
         heal: records to tune what is left on, for a short while after the cut.
         heal_layers: what heals: the region, the neighbours of the cuts, or the projector alone; with it the projector.
+        heal_distillation: share of the healing loss, up to 1, that is learnt from the uncut model's probabilities
+            instead of the records' answers; above 0 both models are in memory.
         allow_urls: fetch images given as URLs.
         progress: show a progress bar.
         options: how to heal; measuring too takes its seed, micro_batch, max_length, on_bad_record, device and attn.
@@ -114,6 +117,10 @@ def prune(
     wish = Wish(region, remove, layers)
     if not dry_run:
         _check_out(out)
+    if not 0 <= heal_distillation <= 1:
+        raise UserError(f"--heal-distillation {heal_distillation}: a share from 0 to 1 was expected")
+    if heal_distillation and heal is None:
+        raise UserError("--heal-distillation says how to heal: give records with --heal")
     if heal is not None:
         read(heal, images=images, allow_urls=allow_urls, on_bad=settings.on_bad_record)
     source = _checkpoint(model)
@@ -136,7 +143,7 @@ def prune(
         with run.recording():
             healed(
                 run, pruning, data=heal, images=images, allow_urls=allow_urls, what=heal_layers, progress=progress,
-                options=settings,
+                teacher=source if heal_distillation else None, distillation=heal_distillation, options=settings,
             )  # fmt: skip
     return run
 

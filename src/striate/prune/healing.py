@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from striate.prune.card import healed_note
 from striate.prune.plan import Pruning
@@ -19,13 +19,14 @@ What = Literal["region", "neighbours", "projector"]
 
 def healed(
     run: Run, pruning: Pruning, *, data: Path, images: Path | None, allow_urls: bool, what: What, progress: bool,
-    options: TrainOptions,
+    teacher: Path | None, distillation: float, options: TrainOptions,
 ) -> None:  # fmt: skip
     """Tune the run's checkpoint in place; until that is done, the unhealed one stays where it is."""
     regions = {"region": str(pruning.region), "neighbours": str(pruning.numbers.neighbours), "projector": "none"}
+    taught: dict[str, Any] = {} if teacher is None else {"teacher": str(teacher), "distillation": distillation}
     tuned = tune(
         run.checkpoint, data=data, out=run.path / "heal", images=images, allow_urls=allow_urls, region=regions[what],
-        progress=progress, options=options,
+        progress=progress, options=options, **taught,
     )  # fmt: skip
     for file in run.checkpoint.iterdir():  # whatever else came with the model, and what says how it was cut
         if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):

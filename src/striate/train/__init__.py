@@ -34,7 +34,17 @@ from striate.train.adapter import adapt, lora_config
 from striate.train.card import model_card
 from striate.train.memory import PeakMemory, full_tuning_fits
 from striate.train.selection import drawn, num_drawn
-from striate.train.trainer import MOST_SKIPPED, Audit, Group, Interrupt, Named, RegionTrainer, RunLog, answer_nll
+from striate.train.trainer import (
+    MOST_SKIPPED,
+    Audit,
+    Group,
+    Interrupt,
+    Named,
+    RegionTrainer,
+    RunLog,
+    Teacher,
+    answer_nll,
+)
 from striate.vlm import Plan, Vlm, load
 
 __all__ = ["ALIGN", "TUNE", "TrainOptions", "align", "answer_nll", "last_saved", "lora_config", "num_drawn", "tune"]
@@ -152,6 +162,8 @@ def tune(
     rank: int = 128,
     alpha: int = 256,
     dropout: float = 0.05,
+    teacher: str | None = None,
+    distillation: float = 0.5,
     resume: bool = False,
     progress: bool = False,
     options: TrainOptions = TUNE,
@@ -172,6 +184,8 @@ def tune(
         rank: of LoRA.
         alpha: of LoRA; its updates are scaled by alpha / rank.
         dropout: of LoRA.
+        teacher: a model whose probabilities of the answers' tokens are learnt as well; it stays in memory.
+        distillation: the teacher's share of the loss, above 0 and up to 1.
         resume: go on with the interrupted run in `out`.
         progress: show a progress bar.
         options: how to train.
@@ -182,6 +196,7 @@ def tune(
     lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
     asked: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
     asked |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector, **lora}
+    asked |= {"teacher": teacher, "distillation": distillation if teacher else None}
     if not resume:
         Run.check_free(out)
     vlm, saved_as = _open_model(model, options)
@@ -200,7 +215,8 @@ def tune(
             rate = 2e-4
         rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate or 2e-5}
         groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-        _fit(vlm, network, run, part, groups, options, progress=progress)
+        taught = None if teacher is None else _teacher(teacher, vlm, distillation, options)
+        _fit(vlm, network, run, part, groups, options, progress=progress, teacher=taught)
         if network is not vlm.model:
             network.merge_and_unload()
         _save(vlm, run, chosen, saved_as)
@@ -235,6 +251,17 @@ def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dt
     if options.dtype == "float32":
         vlm.model.float()
     return vlm, saved_as
+
+
+def _teacher(model: str, student: Vlm, share: float, options: TrainOptions) -> Teacher:
+    """The teacher, which has to read the same tokens as the student."""
+    if not 0 < share <= 1:
+        raise UserError(f"distillation {share}: the teacher's share of the loss was expected, above 0 and up to 1")
+    vlm = load(model, device=options.device, attn=options.attn)
+    vlm.model.eval()
+    if vlm.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise UserError(f"{model} cannot teach this model: its tokenizer has other tokens")
+    return Teacher(vlm, share)
 
 
 def _in_full(vlm: Vlm, plan: Plan) -> dict[str, Named]:
@@ -272,6 +299,7 @@ def _fit(
     options: TrainOptions,
     *,
     progress: bool,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train `network` (the model, or its adapted form) in place, and note in the run what it took."""
     skip = options.on_bad_record == "skip"
@@ -283,7 +311,7 @@ def _fit(
     trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
     interrupt, log = Interrupt(), RunLog(run, bar=progress)
     trainer = RegionTrainer(
-        vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if skip else 0.0,
+        vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if skip else 0.0, teacher=teacher,
         model=network, args=_arguments(run, options, vlm.device), train_dataset=examples,
         data_collator=partial(collate, pad_id=vlm.pad_token_id),
         callbacks=[Audit(network, trained), log, interrupt],

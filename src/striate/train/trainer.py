@@ -39,10 +39,19 @@ class Group:
     rate: float
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A model in evaluation mode whose answers are learnt as well, and its `share` of the loss, in (0, 1]."""
+
+    vlm: Vlm
+    share: float
+
+
 class RegionTrainer(Trainer):
     """`Trainer` on `Batch`es. The loss is the mean over the answer tokens of one optimiser step, on all devices.
 
     `groups` are what trains; `most_skipped` is the share of records that may turn out to be bad before the run stops.
+    With a `teacher` the loss is `distilled`.
     """
 
     model: PreTrainedModel
@@ -55,10 +64,11 @@ class RegionTrainer(Trainer):
         run: Run,
         groups: dict[str, Group],
         most_skipped: float,
+        teacher: Teacher | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.vlm, self.run = vlm, run
+        self.vlm, self.run, self.teacher = vlm, run, teacher
         self.groups, self.most_skipped = groups, most_skipped
         self.model_accepts_loss_kwargs = True  # the loss below is already a mean over the whole optimiser step
         self.samples = 0
@@ -86,9 +96,15 @@ class RegionTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Negative log-likelihood of the answer tokens over their number in the optimiser step."""
+        """Loss of the answer tokens over their number in the optimiser step."""
         batch: Batch = inputs.to(self.args.device)
-        loss = answer_nll(self.vlm, model, batch).sum() / num_items_in_batch
+        logits = answer_logits(self.vlm, model, batch)
+        losses = F.cross_entropy(logits, batch.targets()[1], reduction="none")
+        if self.teacher:
+            with torch.no_grad():
+                taught = answer_logits(self.teacher.vlm, self.teacher.vlm.model, batch)
+            losses = distilled(losses, logits, taught, share=self.teacher.share)
+        loss = losses.sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # devices average their gradients; the mean is over all tokens
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -154,15 +170,32 @@ class RegionTrainer(Trainer):
 
 
 def answer_nll(vlm: Vlm, model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Negative log-likelihood of each of the batch's N labelled tokens [N], in nats, row after row.
+    """Negative log-likelihood of each of the batch's N labelled tokens [N], in nats, from `answer_logits`."""
+    return F.cross_entropy(answer_logits(vlm, model, batch), batch.targets()[1], reduction="none")
+
+
+def answer_logits(vlm: Vlm, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits, in float32, from which each of the batch's N labelled tokens is predicted [N, V], row after row.
 
     `model` is what runs (the plain model, or a wrapper of it for LoRA or many devices), `vlm` knows its head.
     Logits exist at labelled positions only.
     """
-    positions, tokens = batch.targets()
+    positions, _ = batch.targets()
     with vlm.head_at(positions):
         logits = model(**batch.inputs, use_cache=False).logits[0]  # N V
-    return F.cross_entropy(logits.float(), tokens, reduction="none")
+    return logits.float()
+
+
+def distilled(losses: torch.Tensor, logits: torch.Tensor, taught: torch.Tensor, *, share: float) -> torch.Tensor:
+    """(1 - share) * negative log-likelihood + share * KL(teacher || student) of each token [N], in nats.
+
+    `losses` [N] are the negative log-likelihoods, `logits` and `taught` [N, V] the student's and the teacher's.
+
+    Hinton et al. 2015, "Distilling the knowledge in a neural network" (arXiv 1503.02531), at temperature 1.
+    """
+    student, teacher = logits.log_softmax(dim=-1), taught.log_softmax(dim=-1)
+    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+    return (1 - share) * losses + share * divergence
 
 
 class LengthGrouped(Sampler[int]):
