@@ -27,7 +27,6 @@ from striate.demo import FULL, tuning
 from striate.evaluate import evaluate
 from striate.prune import prune
 from striate.run import Run
-from striate.train import TrainOptions
 
 MODELS = {"all layers": "tuned-all", "region": "tuned-0-4-8"}
 # Which layers must stay: a model of which all layers were tuned has no region.
@@ -62,8 +61,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/regions"), help="the folder of bench/regions.py")
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--remove", type=int, nargs="+", default=[1, 2, 3, 4, 6])
+    parser.add_argument("--remove", type=int, nargs="+", default=[1, 2, 4, 6])
     parser.add_argument("--heal-steps", type=int, default=40)
+    parser.add_argument(
+        "--distillation", type=float, default=0.0, help="share of the healing that the uncut model teaches"
+    )
     parser.add_argument("--samples", type=int, default=64, help="training records that angular distance is measured on")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -75,13 +77,14 @@ def main() -> None:
     for point in points(args.remove):
         for seed in args.seeds:
             options = replace(tuning(FULL, seed), steps=args.heal_steps)
-            run = pruned(args.out / f"seed-{seed}", args.runs / f"seed-{seed}", point, args.samples, options)
+            healing = {"options": options, "heal_distillation": args.distillation if point.healed else 0.0}
+            run = pruned(args.out / f"seed-{seed}", args.runs / f"seed-{seed}", point, args.samples, healing)
             found[seed][point.name] = told(run)
         (args.out / "curves.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tell(found)
 
 
-def pruned(out: Path, runs: Path, point: Point, samples: int, options: TrainOptions) -> Run:
+def pruned(out: Path, runs: Path, point: Point, samples: int, healing: dict[str, Any]) -> Run:
     """The evaluated run of a pruned model; made when there is none."""
     run, world = out / point.name, runs / "world"
     if not finished(run):
@@ -89,7 +92,7 @@ def pruned(out: Path, runs: Path, point: Point, samples: int, options: TrainOpti
         prune(
             runs / MODELS[point.model], out=run, region=KEEP[point.model], remove=str(point.remove), by=point.by,
             data=world / "train.json", images=world / "images", samples=samples,
-            heal=world / "train.json" if point.healed else None, heal_layers="neighbours", options=options,
+            heal=world / "train.json" if point.healed else None, heal_layers="neighbours", **healing,
         )  # fmt: skip
     if Run.open(run).results is None:
         evaluate(

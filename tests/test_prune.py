@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pico as pico_module
 import pytest
 import torch
 from pico import DEPTH, pico, pico_llava, pico_more, pico_prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import write_data
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import striate
 from striate.cli import main
@@ -179,6 +180,23 @@ def test_a_sharded_checkpoint_is_proved_and_cut(tmp_path: Path) -> None:
     prompts = pico_prompts("llava_qwen2")
     cut_checkpoint(tmp_path / "source", tmp_path / "cut", numbering(0, 2), prompts=prompts, options=OPTIONS)
     assert load(tmp_path / "cut").depth == 2
+
+
+def test_a_checkpoint_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "intermediate_size": 128}  # its blocks have 64 numbers in 32 rows
+    monkeypatch.setattr(pico_module, "_TEXT", {**pico_module._TEXT, **wide, "head_dim": 16})
+    monkeypatch.setitem(pico_module.FAMILIES["llava"], "vision_config", {**pico_module._SIGLIP, **wide})
+    source, packed = pico_llava(tmp_path / "source"), tmp_path / "packed"
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    whole = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config, device_map="cpu")
+    whole.save_pretrained(packed)
+    AutoProcessor.from_pretrained(source).save_pretrained(packed)
+    smaller = load(pruned(packed, tmp_path / "run").path).model
+    kept = smaller.model.language_model.layers[1].mlp.up_proj.weight
+    before = whole.model.language_model.layers[2].mlp.up_proj.weight
+    assert kept.dtype == torch.uint8
+    assert torch.equal(kept, before)
 
 
 def test_packed_weights_keep_their_companions(model: Path, tmp_path: Path) -> None:
