@@ -124,3 +124,12 @@ def test_layers_put_back_from_the_command_line(model: Path, tmp_path: Path, caps
 def test_the_program_starts_fast_without_its_heavy_libraries() -> None:
     code = "import sys; from striate.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_line_is_all_that_is_said(tmp_path: Path) -> None:
+    # Libraries have notes of their own when they are imported, which only a new process shows.
+    command = [sys.executable, "-m", "striate", "sweep", str(tmp_path / "nowhere.yaml")]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (2, "")
+    nowhere = tmp_path / "nowhere.yaml"
+    assert said.stderr.splitlines() == [f"striate sweep: {nowhere} cannot be read: No such file or directory"]
