@@ -21,10 +21,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from regions import finished
+from regions import evaluated, finished
 
 from striate.demo import FULL, tuning
-from striate.evaluate import evaluate
 from striate.prune import prune
 from striate.run import Run
 
@@ -94,13 +93,7 @@ def pruned(out: Path, runs: Path, point: Point, samples: int, healing: dict[str,
             data=world / "train.json", images=world / "images", samples=samples,
             heal=world / "train.json" if point.healed else None, heal_layers="neighbours", **healing,
         )  # fmt: skip
-    if Run.open(run).results is None:
-        evaluate(
-            run, [world / "test.json", world / "text.json"], images=world / "images", batch=64, max_new_tokens=8,
-            device="cpu",
-        )  # fmt: skip
-        shutil.rmtree(run / "checkpoint")
-        print(run, Run.open(run).results["visual"], flush=True)
+    evaluated(run, world, keep=False)
     return Run.open(run)
 
 

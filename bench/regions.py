@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from striate.assemble import assemble
-from striate.demo import FULL, MODELS, Size, tuning
+from striate.demo import FULL, MODELS, Size, tuning, untuned
 from striate.demo.world import write_world
 from striate.evaluate import evaluate
 from striate.region import Region
@@ -66,10 +65,8 @@ def started(out: Path, seed: int, size: Size, samples: int) -> dict[str, str]:
     if not (world / "text.json").is_file():
         write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
     if not finished(start):
-        assemble(
-            vision=str(MODELS / "tower"), llm=str(MODELS / "backbone"), feature_layer=-1, dtype="float32",
-            projector=MODELS / "projector" / "projector.safetensors", out=start,
-        )  # fmt: skip
+        shutil.rmtree(start, ignore_errors=True)
+        untuned(start)
     everything = tuned(out, Region.parse("all", DEPTH), seed, size)
     picked: dict[str, dict[str, str]] = {"top": {}, "bottom": {}}
     for when, run in (("before", start), ("after", everything)):
@@ -106,16 +103,20 @@ def tuned(out: Path, region: Region, seed: int, size: Size) -> Path:
             out / "backbone", data=world / "train.json", images=world / "images", out=run, method="full",
             region=",".join(map(str, region)), options=tuning(size, seed),
         )  # fmt: skip
+    evaluated(run, world, keep=spelt(region) in KEPT)
+    return run
+
+
+def evaluated(run: Path, world: Path, *, keep: bool) -> None:
+    """Evaluate a run that is not yet; the weights of dozens of models are not kept."""
     if Run.open(run).results is None:
         evaluate(
             run, [world / "test.json", world / "text.json"], images=world / "images", batch=64, max_new_tokens=8,
             device="cpu",
         )  # fmt: skip
-        # Thousands of predictions and the weights of dozens of models are not needed any more.
-        if spelt(region) not in KEPT:
+        if not keep:
             shutil.rmtree(run / "checkpoint")
         print(run, Run.open(run).results["visual"], flush=True)
-    return run
 
 
 def scored(run: Path, world: Path, *, after: bool, seed: int, samples: int) -> list[str]:

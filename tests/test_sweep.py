@@ -284,7 +284,7 @@ def test_a_cell_that_fails_stops_no_other(here: Path, capsys: pytest.CaptureFixt
 
 
 def started(*words: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-c", PROGRAM, "sweep", "sweep.yaml", *words]
+    line = [*PROGRAM, "sweep", "sweep.yaml", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would hand on that it is ignored
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -371,7 +371,7 @@ def test_without_ray_one_line_says_what_to_install(here: Path) -> None:
 def test_two_cells_on_ray(here: Path) -> None:
     file = sheet(grid={"schedule": ["nonsense", "linear", "cosine"]})
     ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "sweep", str(file), "--executor", "ray", "--workers", "2"],
+        [*PROGRAM, "sweep", str(file), "--executor", "ray", "--workers", "2"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 1, ended.stderr

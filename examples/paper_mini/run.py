@@ -11,9 +11,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from striate.assemble import assemble
 from striate.cli import main
-from striate.demo import FULL, MODELS
+from striate.demo import FULL, untuned
 from striate.demo.world import write_world
 from striate.run import Run
 from striate.score import score
@@ -29,10 +28,7 @@ def prepare() -> None:
         write_world(world, seed=0, train=FULL.train, test=FULL.test, text=FULL.text)
     if not finished(start):
         shutil.rmtree(start, ignore_errors=True)
-        assemble(
-            vision=str(MODELS / "tower"), llm=str(MODELS / "backbone"), feature_layer=-1, dtype="float32",
-            projector=MODELS / "projector" / "projector.safetensors", out=start,
-        )  # fmt: skip
+        untuned(start)
     if not finished(scores):
         shutil.rmtree(scores, ignore_errors=True)
         score(start, data=world / "train.json", images=world / "images", out=scores, device="cpu")

@@ -71,13 +71,15 @@ class Run:
         with _writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         cls.check_free(path)
+        script = Path(sys.argv[0])  # of `python -m striate` it is striate/__main__.py
+        program = script.parent.name if script.name == "__main__.py" else script.name
         run._write(
             INFO,
             {
                 "verb": verb,
                 "status": "running",
                 "name": run.path.resolve().name,
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "command": shlex.join([program, *sys.argv[1:]]),
                 "options": options,
                 "seed": seed,
                 "parent": parent,

@@ -8,7 +8,7 @@ when the watch ends, also by an error, the model is as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,14 +62,10 @@ def watch_layers(vlm: Vlm, see: Callable[[int, Tensor, Tensor], None]) -> Iterat
     def call(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         see(layer, entering_state(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
-    handles = [
-        module.register_forward_hook(partial(call, layer), with_kwargs=True) for layer, module in enumerate(vlm.layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer, module in enumerate(vlm.layers):
+            hooks.enter_context(module.register_forward_hook(partial(call, layer), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -136,12 +132,10 @@ def _maps_made(modules: Iterable[nn.Module], report: Callable[[nn.Module, Rows],
         if isinstance(maps, Tensor) and maps.dim() == 4 and maps.shape[2] == maps.shape[3]:
             report(module, partial(_picked, maps))
 
-    handles = [module.register_forward_hook(call) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(call))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -64,11 +64,7 @@ def demo(
     size = QUICK if quick else FULL
     world = out / "world"
     write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
-    start = assemble(
-        vision=str(MODELS / "tower"), llm=str(MODELS / "backbone"), feature_layer=-1,
-        # A residual stream in bfloat16 is too coarse for a model this small: it learns nothing new to see.
-        projector=MODELS / "projector" / "projector.safetensors", out=out / "backbone", dtype="float32",
-    )  # fmt: skip
+    start = untuned(out / "backbone")
     runs = {"backbone": start}
     for name, region in REGIONS.items():
         runs[name] = tune(
@@ -93,6 +89,15 @@ def demo(
     summary = summarise(runs, seed=seed, seconds=time.monotonic() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def untuned(out: Path) -> Run:
+    """The model that every region is tuned from: it reads, and its eyes are in their place."""
+    return assemble(
+        vision=str(MODELS / "tower"), llm=str(MODELS / "backbone"), feature_layer=-1,
+        # A residual stream in bfloat16 is too coarse for a model this small: it learns nothing new to see.
+        projector=MODELS / "projector" / "projector.safetensors", out=out, dtype="float32",
+    )  # fmt: skip
 
 
 def tuning(size: Size, seed: int) -> TrainOptions:

@@ -40,7 +40,9 @@ class Kept:
     @property
     def noise(self) -> bool:
         """Whether the difference may be chance: its interval contains 0."""
-        return self.lead.low <= 0 <= self.lead.high
+        from striate.evaluate.statistics import within_noise  # late: brings in torch
+
+        return within_noise(self.lead)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,7 @@ from striate.errors import UserError
 from striate.run import machine
 from striate.sweep.cell import Cell
 
-# The console script, whatever folder it is installed in: `run.json` notes the command as a user would type it.
-PROGRAM = "import sys; from striate.cli import main; sys.argv[0] = 'striate'; sys.exit(main())"
+PROGRAM = (sys.executable, "-m", "striate")  # the console script, whatever folder it is installed in
 STOPPED, CRASHED = 130, -1
 
 
@@ -63,7 +62,7 @@ class Local:
     def start(self, cell: Cell) -> None:
         """Start a cell's process, in a session of its own: a terminal's Ctrl-C is for the sweep alone."""
         slot = min(set(range(self.workers)) - {slot for _, slot in self.running.values()})
-        line = [sys.executable, "-c", PROGRAM, *words(self.file, cell.name, redo=self.redo)]
+        line = [*PROGRAM, *words(self.file, cell.name, redo=self.redo)]
         with _log(cell).open("ab") as log:
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(slot),
@@ -214,7 +213,7 @@ def _process(line: list[str], log: str, folder: str) -> int:
     """One cell in a process of its own, on whatever machine this is; passes Ctrl-C on and waits for its end."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *line], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            [*PROGRAM, *line], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
         try:
             status = process.wait()
