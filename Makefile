@@ -13,7 +13,7 @@ quick: .venv/ready  ## the demo, smaller: under 90 s
 	$(BIN)/striate demo --out runs/quick --quick
 
 paper-mini: .venv/ready  ## the paper's experiments in small: hours, can be stopped; runs/paper-mini/report.html
-	$(BIN)/python examples/paper_mini/run.py
+	$(BIN)/python examples/paper_mini/run.py --workers 2
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest

@@ -3,12 +3,14 @@
     python examples/paper_mini/run.py          # or: make paper-mini
 
 Makes the world and the untuned model, scores its layers, and does three sweeps, the YAML files beside this script. It
-can be stopped and killed at any time: the same command goes on. Leaves `runs/paper-mini/report.html`.
+can be stopped and killed at any time: the same command goes on. Options of `striate sweep` may follow (`--workers 2`:
+two cells side by side). Leaves `runs/paper-mini/report.html`.
 """
 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 from striate.cli import main
@@ -39,14 +41,14 @@ def finished(run: Path) -> bool:
     return (run / "run.json").is_file() and Run.open(run).info["status"] == "finished"
 
 
-def paper_mini() -> int:
+def paper_mini(*options: str) -> int:
     """Do what is left to do, and write the report; returns the exit status."""
     prepare()
     for sheet in SHEETS:
-        if status := main(["sweep", str(Path(__file__).parent / f"{sheet}.yaml")]):
+        if status := main(["sweep", str(Path(__file__).parent / f"{sheet}.yaml"), *options]):
             return status
     return main(["report", *(str(OUT / sheet) for sheet in SHEETS), "--out", str(OUT / "report.html")])
 
 
 if __name__ == "__main__":
-    raise SystemExit(paper_mini())
+    raise SystemExit(paper_mini(*sys.argv[1:]))

@@ -1,14 +1,21 @@
-"""Peak memory of a piece of work, and whether full tuning of a region fits."""
+"""Peak memory of a piece of work, what a forward pass keeps for its backward pass, whether full tuning fits."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from striate.vlm import Vlm
 
 # float32 weight and gradient, and the two moments of Adam
 BYTES_A_TRAINED_PARAMETER = 16
@@ -54,3 +61,54 @@ def full_tuning_fits(trainable: int, device: torch.device) -> bool:
     memory of the device, the model being loaded already."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return trainable * BYTES_A_TRAINED_PARAMETER <= SHARE_FOR_STATES * free
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that a forward pass keeps for its backward pass: those of each decoder layer [L], and all others (tower,
+    projector, head, loss). Weights are not among them."""
+
+    layers: tuple[int, ...]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """All bytes kept."""
+        return sum(self.layers) + self.rest
+
+
+def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
+    """What `forward`, which calls the model once, keeps for the backward pass; also on the `meta` device.
+
+    A storage that several layers save counts once, for the first of them.
+    """
+    kept, where = [0] * vlm.depth, -1
+    seen = {parameter.untyped_storage()._cdata for parameter in vlm.model.parameters()}
+    alive, rest = [], 0  # a storage given back could come again under the same address
+
+    def enter(layer: int, *_: Any) -> None:
+        nonlocal where
+        where = layer
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal rest
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            alive.append(storage)
+            if where < 0:
+                rest += storage.nbytes()
+            else:
+                kept[where] += storage.nbytes()
+        return tensor
+
+    hooks = [layer.register_forward_pre_hook(partial(enter, index)) for index, layer in enumerate(vlm.layers)]
+    hooks += [layer.register_forward_hook(partial(enter, -1)) for layer in vlm.layers]
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del result
+    return Activations(tuple(kept), rest)
