@@ -31,7 +31,7 @@ from striate.region import Region
 from striate.run import Run
 from striate.score.sampling import Sampling
 from striate.train import TrainOptions
-from striate.train.trainer import answer_logits, distilled
+from striate.train.loss import answer_logits, distilled
 from striate.vlm import Vlm, load
 
 OPTIONS = TrainOptions(batch=4, micro_batch=4, steps=2, device="cpu", dtype="float32")

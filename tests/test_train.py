@@ -22,8 +22,11 @@ import striate
 from striate.data import Batch, Examples, collate, read
 from striate.train import TrainOptions, answer_nll, last_saved, num_drawn
 from striate.train.adapter import adapt
+from striate.train.callbacks import RunLog
+from striate.train.loss import distilled
+from striate.train.order import LengthGrouped
 from striate.train.selection import drawn
-from striate.train.trainer import LengthGrouped, RegionTrainer, RunLog, distilled
+from striate.train.trainer import RegionTrainer
 
 
 def write_data(folder: Path, *, records: int = 8) -> Path:
@@ -185,7 +188,7 @@ def test_resumed_run_equals_uninterrupted_run(
             if state.global_step == 3:
                 raise RuntimeError("power cut")
 
-    monkeypatch.setattr("striate.train.RunLog", Crash)
+    monkeypatch.setattr("striate.train.fitting.RunLog", Crash)
     with pytest.raises(RuntimeError, match="power cut"):
         tune(model, data, tmp_path / "cut", options, method=method)
     assert striate.Run.open(tmp_path / "cut").info["status"] == "failed"
@@ -205,7 +208,7 @@ def test_a_torn_state_is_passed_over(model: Path, data: Path, tmp_path: Path) ->
                 raise RuntimeError("killed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.train.RunLog", Kill)
+        patch.setattr("striate.train.fitting.RunLog", Kill)
         with pytest.raises(RuntimeError, match="killed"):
             tune(model, data, tmp_path / "cut", options)
     state = tmp_path / "cut" / "state"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,36 @@ class Plan:
     def trainable(self) -> int:
         """Number of parameters that train."""
         return sum(self.counts.values())
+
+
+@dataclass
+class Tail:
+    """What a model does behind its body: the head, and whatever its family puts after it (soft caps, scales).
+
+    `holder` is the module that holds `body` and head; `states` [N, D] left the body in the last forward pass.
+    """
+
+    holder: nn.Module
+    body: nn.Module
+    states: torch.Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    output: Any = None
+
+    def with_states(self, states: torch.Tensor) -> Any:
+        """The body's last output with other states [1, N, D] in it."""
+        return type(self.output)(**{**self.output, "last_hidden_state": states})
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of states [N, D]: the holder's own forward pass, in which the body gives these states."""
+        inputs = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        output = self.with_states(states.unsqueeze(0))
+        own = vars(self.body).get("forward")
+        vars(self.body)["forward"] = lambda *_, **__: output
+        try:
+            return self.holder(input_ids=inputs, use_cache=False).logits[0]
+        finally:
+            del vars(self.body)["forward"]
+            if own is not None:  # accelerate wraps it so
+                vars(self.body)["forward"] = own
 
 
 @dataclass(frozen=True)
@@ -220,6 +250,33 @@ class Vlm:
         finally:
             handle.remove()
 
+    @contextmanager
+    def short_of_head(self, positions: torch.Tensor) -> Iterator[Tail]:
+        """Within it, the model stops short of its head: it makes no logits.
+
+        `positions` [B, T] bool. After the forward pass the `Tail` holds the N states at its true entries, in row-major
+        order, and turns any of them into logits.
+
+        Raises:
+            UserError: the module that holds the head has no body of its own whose output could be held back.
+        """
+        holder = self.model.get_submodule(self.parts.head.rpartition(".")[0])
+        body = getattr(holder, "base_model", holder)
+        if body is holder:
+            raise UserError(f"{type(holder).__name__} has no body apart from its head")
+        tail = Tail(holder, body)
+
+        def hold_back(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            hidden = output["last_hidden_state"]  # B T D
+            tail.states, tail.output = hidden[positions], output
+            return tail.with_states(hidden[:, :0])
+
+        handle = body.register_forward_hook(hold_back)
+        try:
+            yield tail
+        finally:
+            handle.remove()
+
     def _below(self, *prefixes: str) -> tuple[str, ...]:
         dotted = tuple(f"{prefix}." for prefix in prefixes)
         return tuple(name for name, _ in self.model.named_parameters() if name in prefixes or name.startswith(dotted))
@@ -266,6 +323,15 @@ def default_device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for products of bfloat16 matrices. A CPU without them takes ten times as long as in
+    float32."""
+    if device.type == "cpu":
+        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(known.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_config(source: str) -> None:

@@ -1,13 +1,14 @@
 """From records on disk to batches: read both spellings, open images safely, encode, collate."""
 
 from striate.data.batch import Batch, Examples, collate
-from striate.data.example import IGNORED, Example, encode, image_token_id
+from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode, image_token_id
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError, Skipped
 from striate.data.records import Records, read
 
 __all__ = [
     "IGNORED",
+    "TOKEN_KEYS",
     "Batch",
     "Example",
     "Examples",

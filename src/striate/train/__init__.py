@@ -1,29 +1,21 @@
 """The two stages of visual training, `align` and `tune`: two presets of one function on the Hugging Face `Trainer`.
 
 Full tuning keeps the trained weights in float32 while everything frozen stays in the checkpoint's own type; matrix
-products run in bfloat16 unless `dtype` says float32. LoRA is merged before saving. Either way the result is a plain
-checkpoint in the type that the model came in.
+products run in bfloat16 where the device has units for it. LoRA is merged before saving. Either way the result is a
+plain checkpoint in the type that the model came in.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import PrinterCallback, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import set_seed
 
 from striate.data import Example, Examples, Records, collate, read
 from striate.errors import UserError
@@ -32,74 +24,15 @@ from striate.region import Region
 from striate.run import Run
 from striate.train.adapter import adapt, lora_config
 from striate.train.card import model_card
-from striate.train.memory import PeakMemory, full_tuning_fits
+from striate.train.fitting import fit, in_bfloat16, last_saved
+from striate.train.loss import Teacher, answer_nll
+from striate.train.memory import full_tuning_fits
+from striate.train.options import ALIGN, TUNE, TrainOptions
 from striate.train.selection import drawn, num_drawn
-from striate.train.trainer import (
-    MOST_SKIPPED,
-    Audit,
-    Group,
-    Interrupt,
-    Named,
-    RegionTrainer,
-    RunLog,
-    Teacher,
-    answer_nll,
-)
+from striate.train.trainer import MOST_SKIPPED, Group, Named
 from striate.vlm import Plan, Vlm, load
 
 __all__ = ["ALIGN", "TUNE", "TrainOptions", "align", "answer_nll", "last_saved", "lora_config", "num_drawn", "tune"]
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train. Defaults of `tune` are the paper's, those of `align` LLaVA's first stage."""
-
-    epochs: float = 1.0
-    """passes over the data"""
-    steps: int | None = None
-    """optimiser steps, instead of epochs"""
-    batch: int = 128
-    """records an optimiser step, over all devices"""
-    micro_batch: int = 16
-    """most records a forward pass on one device; smaller needs less memory and changes nothing else"""
-    learning_rate: float | None = None
-    """peak; default: 2e-5 for full tuning, 2e-4 for LoRA, 1e-3 for align"""
-    projector_learning_rate: float | None = None
-    """peak, for the projector; default: 2e-5 in tune, the learning rate in align"""
-    warmup: float = 0.03
-    """share of the steps over which the learning rate rises"""
-    schedule: str = "cosine"
-    """how it falls afterwards: any scheduler of transformers"""
-    weight_decay: float = 0.0
-    """AdamW's, not on norms and biases"""
-    max_length: int = 2048
-    """tokens a record, image tokens included; longer ones are dropped and listed"""
-    truncate_text: bool = False
-    """cut the text of longer records at its end instead (never an image)"""
-    on_bad_record: Literal["skip", "stop"] = "skip"
-    """list it in skipped.jsonl and go on (up to 1 % of the data), or stop"""
-    checkpointing: bool = False
-    """recompute activations in the backward pass: slower, less memory"""
-    save_steps: int = 500
-    """steps between saved states, for --resume"""
-    workers: int = 0
-    """processes that read and encode records ahead"""
-    seed: int = 0
-    """of fresh weights, dropout and data order"""
-    device: str | None = None
-    """cpu to stay off a GPU"""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """of the matrix products"""
-    attn: str | None = None
-    """attention implementation of transformers: sdpa, eager, flash_attention_2; default: its choice"""
-    report_to: str = "none"
-    """tensorboard, wandb, ... as in transformers"""
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """any field of transformers.TrainingArguments; wins over the options above"""
-
-
-TUNE = TrainOptions()
-ALIGN = TrainOptions(batch=256)
 
 
 def align(
@@ -138,12 +71,12 @@ def align(
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     with _stage("align", out, asked, options, resume) as run:
         _check_records(records, run)
-        named = _in_full(vlm, vlm.train_only(region, tower=tower))
+        named = in_full(vlm, vlm.train_only(region, tower=tower))
         rate = options.learning_rate or 1e-3
         groups = {"projector": Group(named["projector"], options.projector_learning_rate or rate)}
         if tower:
             groups["tower"] = Group(_reached(vlm, records, named["tower"]), rate)
-        _fit(vlm, vlm.model, run, records, groups, options, progress=progress)
+        fit(vlm, vlm.model, run, records, groups, options, progress=progress)
         _save(vlm, run, region, saved_as)
     return run
 
@@ -209,14 +142,14 @@ def tune(
         plan = vlm.train_only(chosen, projector=projector == "train")
         if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device)):
             network: Any = vlm.model
-            named, rate = _in_full(vlm, plan), 2e-5
+            named, rate = in_full(vlm, plan), 2e-5
         else:
             network, named = adapt(vlm, chosen, projector=projector == "train", **lora)
             rate = 2e-4
         rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate or 2e-5}
         groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
         taught = None if teacher is None else _teacher(teacher, vlm, distillation, options)
-        _fit(vlm, network, run, part, groups, options, progress=progress, teacher=taught)
+        fit(vlm, network, run, part, groups, options, progress=progress, teacher=taught)
         if network is not vlm.model:
             network.merge_and_unload()
         _save(vlm, run, chosen, saved_as)
@@ -248,7 +181,7 @@ def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dt
     set_seed(options.seed)
     vlm = load(model, device=options.device, attn=options.attn)
     saved_as = vlm.model.dtype
-    if options.dtype == "float32":
+    if not in_bfloat16(options, vlm.device):
         vlm.model.float()
     return vlm, saved_as
 
@@ -264,7 +197,7 @@ def _teacher(model: str, student: Vlm, share: float, options: TrainOptions) -> T
     return Teacher(vlm, share)
 
 
-def _in_full(vlm: Vlm, plan: Plan) -> dict[str, Named]:
+def in_full(vlm: Vlm, plan: Plan) -> dict[str, Named]:
     """The parameters of a plan, by part, in float32: bfloat16 would round small updates away."""
     parameters = dict(vlm.model.named_parameters())
     for name in plan.names:
@@ -290,76 +223,6 @@ def _reached(vlm: Vlm, records: Records, tower: Named) -> Named:
     return reached
 
 
-def _fit(
-    vlm: Vlm,
-    network: nn.Module,
-    run: Run,
-    records: Records,
-    groups: dict[str, Group],
-    options: TrainOptions,
-    *,
-    progress: bool,
-    teacher: Teacher | None = None,
-) -> None:
-    """Train `network` (the model, or its adapted form) in place, and note in the run what it took."""
-    skip = options.on_bad_record == "skip"
-    examples = Examples(
-        records.records, vlm.processor, max_length=options.max_length, truncate_text=options.truncate_text
-    )
-    if options.checkpointing:  # the reentrant kind gives no gradient to layers behind a frozen first layer
-        vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
-    interrupt, log = Interrupt(), RunLog(run, bar=progress)
-    trainer = RegionTrainer(
-        vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if skip else 0.0, teacher=teacher,
-        model=network, args=_arguments(run, options, vlm.device), train_dataset=examples,
-        data_collator=partial(collate, pad_id=vlm.pad_token_id),
-        callbacks=[Audit(network, trained), log, interrupt],
-    )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
-    memory = PeakMemory(vlm.device)
-    memory.start()
-    began = time.monotonic()
-    saved = last_saved(run.state)
-    try:
-        trainer.train(resume_from_checkpoint=saved)
-    finally:
-        interrupt.restore()
-        log.bar.stop()
-    seconds = time.monotonic() - began
-    run.update(
-        training={
-            "method": "full" if network is vlm.model else "lora",
-            "seconds": round(seconds, 3),
-            "steps": trainer.state.global_step,
-            "samples": trainer.samples,
-            "samples_per_second": round(trainer.samples / seconds, 3),
-            "peak_memory_gb": round(memory.gigabytes(), 4),
-            "trainable_parameters": sum(p.numel() for p in trained.values()),
-            "total_parameters": sum(p.numel() for p in network.parameters()),
-            "groups": {part: sum(p.numel() for p in group.parameters.values()) for part, group in groups.items()},
-        }
-    )
-    if interrupt.asked:
-        step, last = trainer.state.global_step, trainer.state.max_steps
-        raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
-
-
-def last_saved(state: Path) -> str | None:
-    """The last saved state of a training that is whole: a kill can tear one that was being written."""
-    for folder in sorted(state.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True):
-        try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # written last
-        except (OSError, ValueError, TypeError):
-            continue
-        return str(folder)
-    return None
-
-
-def _step(saved: Path) -> int:
-    return int(saved.name.rpartition("-")[2])
-
-
 def _check_records(records: Records, run: Run) -> None:
     """List what was left out, and stop when that is too much or all."""
     for record in records.skipped:
@@ -371,41 +234,6 @@ def _check_records(records: Records, run: Run) -> None:
             f"{len(records.skipped)} of {total} records are bad, more than {MOST_SKIPPED:.0%}; "
             f"the first is {first.source}: {first.reason}"
         )
-
-
-def _arguments(run: Run, options: TrainOptions, device: torch.device) -> TrainingArguments:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    share = options.batch // world
-    micro = min(options.micro_batch, share)
-    if not micro or options.batch % (micro * world):
-        raise UserError(f"batch {options.batch} is no multiple of micro_batch {micro} x {world} devices")
-    settings: dict[str, Any] = {
-        "output_dir": str(run.state),
-        "num_train_epochs": options.epochs,
-        "max_steps": options.steps or -1,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": share // micro,
-        "warmup_steps": options.warmup,
-        "lr_scheduler_type": options.schedule,
-        "weight_decay": options.weight_decay,
-        "bf16": options.dtype == "bfloat16",
-        "use_cpu": device.type == "cpu",
-        "seed": options.seed,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_steps": options.save_steps,
-        "save_total_limit": 2,
-        "report_to": [options.report_to],
-        "dataloader_num_workers": options.workers,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-    }
-    try:
-        arguments = TrainingArguments(**{**settings, **options.trainer})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"trainer: {error}; see transformers.TrainingArguments for its fields") from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun; DataParallel cannot split a Batch
-    return arguments
 
 
 def _save(vlm: Vlm, run: Run, region: Region, dtype: torch.dtype) -> None:

@@ -56,11 +56,19 @@ class PeakMemory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody holds."""
+    if device.type == "cuda":
+        # What PyTorch holds in reserve is as good as free.
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    return psutil.virtual_memory().available
+
+
 def full_tuning_fits(trainable: int, device: torch.device) -> bool:
     """Whether weights, gradients and Adam moments of `trainable` parameters in float32 take at most 60 % of the free
     memory of the device, the model being loaded already."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return trainable * BYTES_A_TRAINED_PARAMETER <= SHARE_FOR_STATES * free
+    return trainable * BYTES_A_TRAINED_PARAMETER <= SHARE_FOR_STATES * free_bytes(device)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,10 @@ class Activations:
     def total(self) -> int:
         """All bytes kept."""
         return sum(self.layers) + self.rest
+
+    def scaled(self, factor: float) -> Activations:
+        """The same of a batch with so many times the tokens."""
+        return Activations(tuple(round(kept * factor) for kept in self.layers), round(self.rest * factor))
 
 
 def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:

@@ -1,0 +1,123 @@
+"""What watches a training: the step-1 audit, the run's log, Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress, TimeElapsedColumn
+from torch import nn
+from transformers import TrainerCallback
+
+from striate.errors import UserError
+from striate.run import Run
+
+
+class Audit(TrainerCallback):
+    """Fails the run after its first step if a parameter that should train got no gradient, or a frozen one changed."""
+
+    def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter]) -> None:
+        chosen = {id(parameter) for parameter in trained.values()}
+        self.trained = trained
+        self.frozen = {name: p for name, p in model.named_parameters() if id(p) not in chosen}
+        self.before: dict[str, int] | None = None
+        self.stepped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the frozen weights."""
+        self.before = {name: checksum(p) for name, p in self.frozen.items()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look for missing gradients, once; a step whose records were all left out has none to look for."""
+        self.stepped = any(parameter.grad is not None for parameter in self.trained.values())
+        if self.before is None or not self.stepped:
+            return
+        idle = [name for name, parameter in self.trained.items() if parameter.grad is None]
+        if idle:
+            raise UserError(f"{len(idle)} parameters should train but got no gradient, {idle[0]} among them")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look for frozen weights that changed, once."""
+        if self.before is None or not self.stepped:
+            return
+        moved = [name for name, p in self.frozen.items() if checksum(p) != self.before[name]]
+        self.before = None
+        if moved:
+            raise UserError(f"{len(moved)} frozen parameters changed in the first step, {moved[0]} among them")
+
+
+def checksum(parameter: torch.Tensor) -> int:
+    """The sum of a tensor's bit patterns as integers: any single changed value changes it."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return int(parameter.detach().contiguous().view(bits).sum(dtype=torch.int64))
+
+
+class RunLog(TrainerCallback):
+    """Writes one line a step into the run; when asked to, shows a bar, and above it the notes."""
+
+    def __init__(self, run: Run, *, bar: bool, notes: Sequence[str] = ()) -> None:
+        self.run, self.began, self.notes = run, 0.0, notes
+        self.bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True, disable=not bar)
+        self.task = self.bar.add_task("", start=False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.began = time.monotonic()
+        self.bar.start()
+        if not self.bar.disable:
+            for note in self.notes:
+                self.bar.console.print(note, style="dim", markup=False, highlight=False)
+        self.bar.start_task(self.task)
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step, description=self.run.path.name)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the bar away."""
+        self.bar.stop()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Keep the step's loss, gradient norm and learning rate."""
+        if not logs or "loss" not in logs:
+            return
+        seconds = round(time.monotonic() - self.began, 3)
+        entry: dict[str, Any] = {"step": state.global_step, "loss": logs["loss"], "lr": logs.get("learning_rate")}
+        self.run.log(entry | {"grad_norm": logs.get("grad_norm"), "seconds": seconds})
+        self.bar.update(self.task, completed=state.global_step, description=f"loss {logs['loss']:.3f}")
+
+
+class Interrupt(TrainerCallback):
+    """On Ctrl-C: finish the step, save what a resumed run needs, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over Ctrl-C, where a handler can be set (in the main thread)."""
+        try:
+            self.previous = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:
+            self.previous = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop when asked."""
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give Ctrl-C back."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the previous handler back."""
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+            self.previous = None
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            self.restore()
+            raise KeyboardInterrupt
+        self.asked = True

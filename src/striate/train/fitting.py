@@ -1,0 +1,224 @@
+"""One training, from the plan of what trains to its end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from striate.data import Batch, Example, Examples, Records, Skipped, collate
+from striate.errors import UserError
+from striate.run import Run
+from striate.train.callbacks import Audit, Interrupt, RunLog
+from striate.train.checkpointing import ADAM_BYTES, SHARE, Checkpointing
+from striate.train.loss import Shortcuts, Teacher, answer_losses
+from striate.train.memory import PeakMemory, activations, free_bytes
+from striate.train.options import TrainOptions
+from striate.train.packing import record_by_record
+from striate.train.shortcuts import proven
+from striate.train.trainer import MOST_SKIPPED, Group, Named, RegionTrainer
+from striate.vlm import Vlm, multiplies_bfloat16
+
+
+def fit(
+    vlm: Vlm,
+    network: nn.Module,
+    run: Run,
+    records: Records,
+    groups: dict[str, Group],
+    options: TrainOptions,
+    *,
+    progress: bool,
+    teacher: Teacher | None = None,
+) -> None:
+    """Train `network` (the model, or its adapted form) in place, and note in the run what it took.
+
+    Raises:
+        UserError: the step-1 audit failed, too many records are bad, memory does not suffice, an option cannot be had.
+        KeyboardInterrupt: stopped and saved.
+    """
+    examples = Examples(
+        records.records, vlm.processor, max_length=options.max_length, truncate_text=options.truncate_text
+    )
+    trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
+    memory = PeakMemory(vlm.device)
+    memory.start()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        arguments = _arguments(run, options, vlm.device)
+        autocast = partial(torch.autocast, vlm.device.type, torch.bfloat16, enabled=arguments.bf16)
+        probe = _probe(examples, vlm, arguments.per_device_train_batch_size)
+        shortcuts, notes = proven(
+            vlm, probe.batch.to(vlm.device), packing=options.packing, sharded=_sharded(arguments), autocast=autocast
+        )
+        if shortcuts.packing:
+            for model in (vlm, *([teacher.vlm] if teacher else [])):
+                stack.enter_context(record_by_record(model))
+        checkpointing = _plan(vlm, network, probe, shortcuts, autocast, trained, options.checkpointing)
+        interrupt, log = Interrupt(), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
+        trainer = RegionTrainer(
+            vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
+            shortcuts=shortcuts, checkpointing=checkpointing, teacher=teacher,
+            model=network, args=arguments, train_dataset=examples,
+            data_collator=partial(collate, pad_id=vlm.pad_token_id),
+            callbacks=[Audit(network, trained), log, interrupt],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        stack.callback(log.bar.stop)
+        stack.callback(interrupt.restore)
+        trainer.train(resume_from_checkpoint=last_saved(run.state))
+    seconds = time.monotonic() - began
+    run.update(
+        training={
+            "method": "full" if network is vlm.model else "lora",
+            "dtype": "bfloat16" if arguments.bf16 else "float32",
+            "packing": shortcuts.packing,
+            "recomputed_layers": list(checkpointing.layers),
+            "seconds": round(seconds, 3),
+            "data_wait": round(trainer.clock.share, 4),
+            "steps": trainer.state.global_step,
+            "samples": trainer.samples,
+            "samples_per_second": round(trainer.samples / seconds, 3),
+            "peak_memory_gb": round(memory.gigabytes(), 4),
+            "trainable_parameters": sum(p.numel() for p in trained.values()),
+            "total_parameters": sum(p.numel() for p in network.parameters()),
+            "groups": {part: sum(p.numel() for p in group.parameters.values()) for part, group in groups.items()},
+        }
+    )
+    if interrupt.asked:
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
+
+
+def in_bfloat16(options: TrainOptions, device: torch.device) -> bool:
+    """Whether matrix products are in bfloat16, else in float32."""
+    return options.dtype == "bfloat16" or (options.dtype == "auto" and multiplies_bfloat16(device))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Two records to try a training on, as a batch, and how much longer the largest micro-batch is about to be."""
+
+    batch: Batch
+    scale: float
+
+
+def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
+    """The first two readable records, those with images first.
+
+    Raises:
+        UserError: not one of the records can be read.
+    """
+    with_images_first = sorted(range(len(examples)), key=lambda index: not examples.records[index].images)
+    read = ((index, examples[index]) for index in with_images_first)
+    found = list(islice(((index, example) for index, example in read if isinstance(example, Example)), 2))
+    if not found:
+        last = examples[with_images_first[-1]]
+        assert isinstance(last, Skipped)
+        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
+    (first, one), (second, other) = found[0], found[-1]
+    lengths = examples.lengths
+    largest = sum(sorted(lengths)[-micro:])
+    return Probe(collate([one, other], pad_id=vlm.pad_token_id), largest / max(1, lengths[first] + lengths[second]))
+
+
+def _plan(
+    vlm: Vlm,
+    network: nn.Module,
+    probe: Probe,
+    shortcuts: Shortcuts,
+    autocast: Callable[[], AbstractContextManager[None]],
+    trained: Named,
+    wish: Literal["auto", "none", "all"],
+) -> Checkpointing:
+    """Which layers to compute again: by what two records keep, and the size of the largest micro-batch."""
+    batch = probe.batch.to(vlm.device)
+    with autocast():
+        kept = activations(vlm, lambda: answer_losses(vlm, network, batch, shortcuts=shortcuts))
+    hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
+    width = torch.finfo(vlm.model.dtype).bits // 8
+    tokens = int(batch.inputs["attention_mask"].sum())
+    checkpointing = Checkpointing(
+        vlm,
+        kept=kept.scaled(probe.scale),
+        free=SHARE * free_bytes(vlm.device) - ADAM_BYTES * sum(p.numel() for p in trained.values()),
+        inputs=probe.scale * tokens * hidden * width,
+        fixed=wish != "auto",
+    )
+    checkpointing.choose(wish)
+    return checkpointing
+
+
+def _sharded(arguments: TrainingArguments) -> bool:
+    """Whether parameters are spread over processes, by the trainer's arguments or by `accelerate launch`."""
+    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    return launched or bool(arguments.fsdp) or bool(arguments.deepspeed)
+
+
+def _num_workers(options: TrainOptions, device: torch.device, world: int) -> int:
+    if options.workers is not None:
+        return options.workers
+    return 0 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) // world - 1))
+
+
+def last_saved(state: Path) -> str | None:
+    """The last saved state of a training that is whole: a kill can tear one that was being written."""
+    for folder in sorted(state.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True):
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # written last
+        except (OSError, ValueError, TypeError):
+            continue
+        return str(folder)
+    return None
+
+
+def _step(saved: Path) -> int:
+    return int(saved.name.rpartition("-")[2])
+
+
+def _arguments(run: Run, options: TrainOptions, device: torch.device) -> TrainingArguments:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    share = options.batch // world
+    micro = min(options.micro_batch, share)
+    if not micro or options.batch % (micro * world):
+        raise UserError(f"batch {options.batch} is no multiple of micro_batch {micro} x {world} devices")
+    settings: dict[str, Any] = {
+        "output_dir": str(run.state),
+        "num_train_epochs": options.epochs,
+        "max_steps": options.steps or -1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": share // micro,
+        "warmup_steps": options.warmup,
+        "lr_scheduler_type": options.schedule,
+        "weight_decay": options.weight_decay,
+        "bf16": in_bfloat16(options, device),
+        "use_cpu": device.type == "cpu",
+        "seed": options.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_steps": options.save_steps,
+        "save_total_limit": 2,
+        "report_to": [options.report_to],
+        "dataloader_num_workers": _num_workers(options, device, world),
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = TrainingArguments(**{**settings, **options.trainer})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer: {error}; see transformers.TrainingArguments for its fields") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun; DataParallel cannot split a Batch
+    return arguments
