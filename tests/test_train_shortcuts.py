@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import pico
 import pytest
 import templates
 import torch
@@ -11,9 +12,10 @@ from test_evaluate import in_family, loud
 from test_score_causal import family_batch
 
 import striate
-from striate.data import Batch
+from striate.data import IGNORED, TOKEN_KEYS, Batch, Example, collate
 from striate.train.loss import Shortcuts, answer_losses
-from striate.train.packing import record_by_record
+from striate.train.packing import Row, record_by_record
+from striate.train.shortcuts import proven
 from striate.vlm import Vlm
 
 PLAIN, CHUNKED = Shortcuts(), Shortcuts(chunking=True)
@@ -49,3 +51,82 @@ def test_losses_and_gradients_are_those_of_the_plain_way(
     for parameter, gradient in gradients.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(others[parameter], gradient, rtol=1e-3, atol=1e-5 * max(scale, 1e-3), msg=parameter)
+
+
+def example(inputs: dict[str, torch.Tensor]) -> Example:
+    """One of `pico_prompts` with its last four tokens as the answer."""
+    tokens = {name: value[0] for name, value in inputs.items() if name in TOKEN_KEYS}
+    labels = tokens["input_ids"].clone()
+    labels[:-4] = IGNORED
+    vision = {name: value for name, value in inputs.items() if name not in TOKEN_KEYS}
+    return Example(tokens | vision, labels, tokens["input_ids"] == 6, "", "")
+
+
+def two_records(name: str) -> tuple[Vlm, Batch]:
+    vlm, prompts = Vlm.of(pico.pico_more(name)), pico.pico_prompts(name)
+    second = "image" if name == "mllama" else "text"  # which takes no batch of both
+    return vlm, collate([example(prompts["image"]), example(prompts[second])], pad_id=0)
+
+
+@pytest.mark.parametrize("name", sorted(set(pico.MORE) - {"lfm2_vl", "mllama"}))
+def test_more_families_take_both_short_cuts(name: str) -> None:
+    vlm, probe = two_records(name)
+    assert proven(vlm, probe, packing="on", sharded=False, autocast=nullcontext) == (BOTH, ())
+    assert proven(vlm, probe, packing="off", sharded=True, autocast=nullcontext) == (PLAIN, ())
+
+
+@pytest.mark.parametrize(("name", "reason"), [("lfm2_vl", "a record sees the one before it"), ("mllama", "")])
+def test_a_family_that_mixes_records_in_a_row_is_found_out(name: str, reason: str) -> None:
+    # LFM2 has convolutions over the row, Mllama attends across to the images of a whole row.
+    vlm, probe = two_records(name)
+    found, notes = proven(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
+    assert found == CHUNKED
+    assert len(notes) == 1
+    assert notes[0].startswith(f"no packing for {name}: {reason}")
+    with pytest.raises(striate.UserError, match=f"no packing for {name}: .*leave --packing at auto"):
+        proven(vlm, probe, packing="on", sharded=False, autocast=nullcontext)
+
+
+def test_attention_goes_back_to_what_it_was() -> None:
+    vlm, batch = family("llava")
+    config = vlm.model.config.text_config
+    before = config._attn_implementation
+    with record_by_record(vlm), record_by_record(vlm):
+        assert config._attn_implementation != before
+        # A padded batch is attended to as ever.
+        torch.testing.assert_close(
+            answer_losses(vlm, vlm.model, batch), losses_and_gradients(vlm, batch, PACKED)[0], rtol=1e-4, atol=1e-5
+        )
+    assert config._attn_implementation == before
+
+
+def test_a_packed_row_has_no_padding_and_keeps_its_order() -> None:
+    vlm, batch = family("llava")
+    there = batch.inputs["attention_mask"].bool()
+    row = Row.packed(vlm, batch)
+    assert row.inputs["input_ids"].tolist() == [batch.inputs["input_ids"][there].tolist()]
+    assert row.inputs["input_ids"][row.positions].tolist() == batch.inputs["input_ids"][batch.targets()[0]].tolist()
+    assert row.lengths == tuple(there.sum(1).tolist())
+    starts = [place for length in row.lengths for place in range(length)]
+    assert row.inputs["position_ids"].tolist() == [starts]
+
+
+def test_logits_exist_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, batch = family("llava")
+    vocabulary = vlm.model.config.text_config.vocab_size
+    monkeypatch.setattr("striate.train.loss.CHUNK_BYTES", 4 * vocabulary * 5)
+    sizes: list[int] = []
+    vlm.head.register_forward_hook(lambda _, __, logits: sizes.append(logits.shape[1]))
+    losses = answer_losses(vlm, vlm.model, batch, shortcuts=CHUNKED)
+    assert max(sizes) == 5
+    assert sum(sizes) == len(losses)
+
+
+def test_soft_caps_and_scales_behind_the_head_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Gemma caps logits behind the head, Cohere scales them: the head alone would give another loss.
+    monkeypatch.setattr("striate.train.loss.CHUNK_BYTES", 1)
+    for name in ("llava_gemma2", "cohere2_vision"):
+        vlm, batch = two_records(name)
+        theirs = vlm.model(**batch.inputs, labels=batch.labels).loss
+        ours = answer_losses(vlm, vlm.model, batch, shortcuts=CHUNKED).mean()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

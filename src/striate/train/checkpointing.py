@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
+
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from striate.errors import UserError
 from striate.train.memory import Activations
 from striate.vlm import Vlm
 
 SHARE = 0.8  # of the free memory; the rest is for what kernels take while they run, and for gaps
-FLAG = "gradient_checkpointing"  # of a layer of transformers
 ADAM_BYTES = 12  # a trained parameter, still to come when training starts: gradient and two moments in float32
 
 
@@ -42,10 +45,17 @@ class Checkpointing:
         return sorted(savers, key=lambda layer: (-self.kept.layers[layer], layer))
 
     def needed(self, number: int) -> float:
-        """Bytes of activations with that many layers computed again, one of which is there in full at a time."""
-        chosen = self.order[:number]
-        saved = sum(self.kept.layers[layer] - self.inputs for layer in chosen)
-        return self.kept.total - saved + max((self.kept.layers[layer] for layer in chosen), default=0)
+        """Bytes of activations at their height with that many layers computed again.
+
+        That is where the forward pass ends, or where a layer is there in full again and those above it have gone.
+        """
+        chosen, height = self.order[:number], float(self.kept.rest)
+        heights = []
+        for layer, kept in enumerate(self.kept.layers):
+            if layer in chosen:
+                heights.append(height + kept)
+            height += self.inputs if layer in chosen else kept
+        return max([height, *heights])
 
     def choose(self, wish: Literal["auto", "none", "all"]) -> None:
         """Set the model up as wished; auto takes the fewest layers that let the activations fit."""
@@ -63,17 +73,13 @@ class Checkpointing:
 
     def _take(self, number: int) -> None:
         self.layers = tuple(sorted(self.order[:number]))
-        if not self.layers:
-            return
-        try:
-            # The reentrant kind gives no gradient to layers behind a frozen first layer.
-            self.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(
-                f"--checkpointing: {self.vlm.model.config.model_type} cannot compute layers again"
-            ) from error
-        for module in self.vlm.model.modules():
-            if FLAG in vars(module):
-                setattr(module, FLAG, False)
         for layer in self.layers:
-            setattr(self.vlm.layers[layer], FLAG, True)
+            module = self.vlm.layers[layer]
+            if not isinstance(module, GradientCheckpointingLayer):
+                kind = self.vlm.model.config.model_type
+                raise UserError(
+                    f"{kind} cannot compute layers again: use --checkpointing none, and a smaller --micro-batch"
+                )
+            # The reentrant kind gives no gradient to layers behind a frozen first layer.
+            vars(module)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+            module.gradient_checkpointing = True
