@@ -23,8 +23,9 @@ lint: .venv/ready  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/ready  ## what scores and pruning cost, as ratios: bench/results/*.json
+bench: .venv/ready  ## what training, scores and pruning cost, as ratios: bench/results/*.json
 	mkdir -p bench/results
+	$(BIN)/python bench/train.py --out bench/results/train.json
 	$(BIN)/python bench/score.py --out bench/results/score.json
 	$(BIN)/python bench/prune.py --out bench/results/prune.json
 

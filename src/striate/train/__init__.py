@@ -140,7 +140,7 @@ def tune(
         run.write_region(chosen)
         _check_records(records, run)
         plan = vlm.train_only(chosen, projector=projector == "train")
-        if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device)):
+        if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device, options.optimizer)):
             network: Any = vlm.model
             named, rate = in_full(vlm, plan), 2e-5
         else:

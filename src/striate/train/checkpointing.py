@@ -14,7 +14,6 @@ from striate.train.memory import Activations
 from striate.vlm import Vlm
 
 SHARE = 0.8  # of the free memory; the rest is for what kernels take while they run, and for gaps
-ADAM_BYTES = 12  # a trained parameter, still to come when training starts: gradient and two moments in float32
 
 
 @dataclass

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +24,11 @@ from striate.data import Batch, Example, Examples, Records, Skipped, collate
 from striate.errors import UserError
 from striate.run import Run
 from striate.train.callbacks import Audit, Interrupt, RunLog
-from striate.train.checkpointing import ADAM_BYTES, SHARE, Checkpointing
+from striate.train.checkpointing import SHARE, Checkpointing
 from striate.train.loss import Shortcuts, Teacher, answer_losses
-from striate.train.memory import PeakMemory, activations, free_bytes
+from striate.train.memory import MOMENT_BYTES, PeakMemory, activations, free_bytes
 from striate.train.options import TrainOptions
-from striate.train.packing import record_by_record
+from striate.train.packing import compiled, record_by_record
 from striate.train.shortcuts import proven
 from striate.train.trainer import MOST_SKIPPED, Group, Named, RegionTrainer
 from striate.vlm import Vlm, multiplies_bfloat16
@@ -67,7 +68,9 @@ def fit(
         if shortcuts.packing:
             for model in (vlm, *([teacher.vlm] if teacher else [])):
                 stack.enter_context(record_by_record(model))
-        checkpointing = _plan(vlm, network, probe, shortcuts, autocast, trained, options.checkpointing)
+        checkpointing = _plan(vlm, network, probe, shortcuts, autocast, trained, options)
+        if options.compile:
+            stack.enter_context(compiled(vlm))
         interrupt, log = Interrupt(), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
         trainer = RegionTrainer(
             vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
@@ -142,7 +145,7 @@ def _plan(
     shortcuts: Shortcuts,
     autocast: Callable[[], AbstractContextManager[None]],
     trained: Named,
-    wish: Literal["auto", "none", "all"],
+    options: TrainOptions,
 ) -> Checkpointing:
     """Which layers to compute again: by what two records keep, and the size of the largest micro-batch."""
     batch = probe.batch.to(vlm.device)
@@ -151,14 +154,15 @@ def _plan(
     hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
     width = torch.finfo(vlm.model.dtype).bits // 8
     tokens = int(batch.inputs["attention_mask"].sum())
+    to_come = (4 + MOMENT_BYTES[options.optimizer]) * sum(p.numel() for p in trained.values())  # gradient and moments
     checkpointing = Checkpointing(
         vlm,
         kept=kept.scaled(probe.scale),
-        free=SHARE * free_bytes(vlm.device) - ADAM_BYTES * sum(p.numel() for p in trained.values()),
+        free=SHARE * free_bytes(vlm.device) - to_come,
         inputs=probe.scale * tokens * hidden * width,
-        fixed=wish != "auto",
+        fixed=options.checkpointing != "auto",
     )
-    checkpointing.choose(wish)
+    checkpointing.choose(options.checkpointing)
     return checkpointing
 
 
@@ -190,6 +194,8 @@ def _step(saved: Path) -> int:
 
 
 def _arguments(run: Run, options: TrainOptions, device: torch.device) -> TrainingArguments:
+    if options.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise UserError("--optimizer adamw_8bit needs a package that is not installed: pip install bitsandbytes")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = options.batch // world
     micro = min(options.micro_batch, share)
@@ -204,6 +210,7 @@ def _arguments(run: Run, options: TrainOptions, device: torch.device) -> Trainin
         "warmup_steps": options.warmup,
         "lr_scheduler_type": options.schedule,
         "weight_decay": options.weight_decay,
+        **({"optim": "adamw_bnb_8bit"} if options.optimizer == "adamw_8bit" else {}),
         "bf16": in_bfloat16(options, device),
         "use_cpu": device.type == "cpu",
         "seed": options.seed,

@@ -17,8 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from striate.vlm import Vlm
 
-# float32 weight and gradient, and the two moments of Adam
-BYTES_A_TRAINED_PARAMETER = 16
+# What AdamW holds beside weight and gradient, a parameter: its two moments, in float32 or in 8 bits.
+MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
 # of the free memory; the rest is for activations, which depend on the data
 SHARE_FOR_STATES = 0.6
 
@@ -65,10 +65,10 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def full_tuning_fits(trainable: int, device: torch.device) -> bool:
-    """Whether weights, gradients and Adam moments of `trainable` parameters in float32 take at most 60 % of the free
-    memory of the device, the model being loaded already."""
-    return trainable * BYTES_A_TRAINED_PARAMETER <= SHARE_FOR_STATES * free_bytes(device)
+def full_tuning_fits(trainable: int, device: torch.device, optimizer: str = "adamw") -> bool:
+    """Whether weights and gradients of `trainable` parameters in float32, and Adam's moments, take at most 60 % of the
+    free memory of the device, the model being loaded already."""
+    return trainable * (8 + MOMENT_BYTES[optimizer]) <= SHARE_FOR_STATES * free_bytes(device)
 
 
 @dataclass(frozen=True)

@@ -161,5 +161,19 @@ def _eager(module: torch.nn.Module) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
+@contextmanager
+def compiled(vlm: Vlm) -> Iterator[None]:
+    """Within it, every decoder layer is compiled; attention is not, since every row has other lengths."""
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, torch.compiler.disable(_attend))
+    for layer in vlm.layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in vlm.layers:
+            vars(layer)["_compiled_call_impl"] = None
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
+
+
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, _blocks)
