@@ -14,7 +14,6 @@ from striate.cost.outline import Outline, calls
 from striate.cost.section import Section, Trained, head_section, layer_section, vision_section
 from striate.cost.tally import Work, total
 from striate.region import Region
-from striate.vlm import Plan, Vlm
 
 STATES = 8  # bytes of AdamW's two moments of a trained parameter, in float32
 FLOAT = 4  # bytes of a trained weight, and of its gradient
@@ -152,17 +151,20 @@ class Counts:
         ]
         sections = [vision, *layers, self.head]
         trainable = sum(section.trained for section in sections)
-        in_full = plan.trainable if setup.method == "full" else vision.trained
+        adapters = trainable - vision.trained if setup.method == "lora" else 0
+        # peft keeps the projector that it started from beside the one that it trains.
+        replaced = 0 if setup.method == "lora" else trainable
+        weights = (plan.total - replaced) * vlm.model.dtype.itemsize + FLOAT * trainable
         optimiser = (0, trainable * (STEP_TRAFFIC + ADDING_TRAFFIC * (setup.passes - 1)))
         return Step(
             region,
             setup,
             trainable,
-            plan.total + trainable - in_full,
+            plan.total + adapters,
             total(section.forward for section in sections),
             total(section.backward for section in sections),
             Work(Counter([optimiser])),
-            self._memory(sections, trainable, weights=_frozen_bytes(vlm, plan, in_full) + FLOAT * trainable),
+            self._memory(sections, trainable, weights=weights),
         )
 
     def _memory(self, sections: list[Section], trainable: int, *, weights: int) -> Memory:
@@ -184,12 +186,6 @@ class Counts:
             temporary=max(max(section.rise, section.fall) - section.kept for section in sections[:-1]),
             peak=weights + states + most,
         )
-
-
-def _frozen_bytes(vlm: Vlm, plan: Plan, in_full: int) -> int:
-    """Weights in the checkpoint's own type, without those that train in float32."""
-    size = vlm.model.dtype.itemsize
-    return (plan.total - in_full) * size
 
 
 def _settings(layer: nn.Module) -> tuple[Any, ...]:
