@@ -93,8 +93,8 @@ def cost(
         efficiency: share of its rates that is reached, above 0 and up to 1; default: 0.6 of a GPU's peak rates, all of
             what was measured.
         fit: a memory (24GB): propose the largest region of this kind that fits, micro-batch and checkpointing with it.
-        plot: a file name for the figure, written as .svg, .png and .pdf: cost against how many layers train, and against
-            where a quarter of them starts.
+        plot: a file name for the figure, written as .svg, .png and .pdf: cost against how many layers train, and
+            against where a quarter of them starts.
 
     Raises:
         UserError: no such model, region or GPU, not a vision-language model, a number out of range, nothing fits.
@@ -129,7 +129,9 @@ def with_pictures(sketch: Outline, setup: Setup) -> Setup:
     """
     if sketch.picture_tokens is None:
         kind = sketch.vlm.model.config.model_type
-        raise UserError(f"{kind} makes as many tokens of a picture as its size wants: say how many (--image-tokens 256)")
+        raise UserError(
+            f"{kind} makes as many tokens of a picture as its size wants: say how many (--image-tokens 256)"
+        )
     return replace(setup, image_tokens=sketch.picture_tokens)
 
 

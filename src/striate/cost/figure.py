@@ -13,7 +13,7 @@ from striate.cost.step import Counts, Setup, Step
 from striate.plot import Curve, Mark, Panel, grid, marks
 from striate.region import Region
 
-ACROSS = ("layers trained, evenly spread", "first of a quarter of the layers,\nprojector frozen")
+ACROSS = ("layers trained,\nevenly spread", "first of a quarter,\nprojector frozen")
 POINTS = 8  # steps along the depth
 
 

@@ -51,8 +51,10 @@ class Outline:
 
     def features(self, pictures: int) -> torch.Tensor:
         """What the decoder gets to see of some pictures [N, D]; to be called while `running`."""
-        pixels = torch.empty(pictures, 3, *_picture_size(self.vlm), dtype=self.vlm.model.dtype)
-        found: Any = self.vlm.model.get_image_features(pixel_values=pixels)
+        model: Any = self.vlm.model
+        found = model.get_image_features(
+            pixel_values=torch.empty(pictures, 3, *_picture_size(self.vlm), dtype=model.dtype)
+        )
         found = getattr(found, "pooler_output", found)
         found = found if isinstance(found, torch.Tensor) else torch.cat(list(found))
         return found.flatten(end_dim=-2)
@@ -110,9 +112,8 @@ def calls(outline: Outline, records: int, tokens: int) -> list[tuple[torch.Tenso
 
     def note(index: int) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = {name: None if name == "attention_mask" else value for name, value in kwargs.items()}
-            hidden = args[0] if args else named.pop("hidden_states")
-            seen[index] = (hidden, named)
+            named: dict[str, Any] = {**kwargs, "attention_mask": None} if "attention_mask" in kwargs else dict(kwargs)
+            seen[index] = (args[0] if args else named.pop("hidden_states"), named)
 
         return hook
 

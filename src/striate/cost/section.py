@@ -63,8 +63,8 @@ def layer_section(
 ) -> Section:
     """A decoder layer that trains or not, with something below it that needs a gradient (`upstream`) or nothing."""
     given, others = call
+    layer = _copied(outline, layer)
     with outline.mode:
-        layer = copy.deepcopy(layer, {id(outline.mode): outline.mode})  # a copy of fake tensors would copy their mode, too
         if trains == "full":
             _train(layer.parameters())
         hidden = torch.empty_like(given, requires_grad=upstream)
@@ -79,6 +79,15 @@ def layer_section(
         return result if isinstance(result, torch.Tensor) else result[0]
 
     return measured(outline, forward, trained=_num_trained(layer))
+
+
+def _copied(outline: Outline, layer: nn.Module) -> nn.Module:
+    """The layer with tensors of its own, of the same shapes and types: fake ones cannot be copied."""
+    with outline.mode:
+        fresh: dict[int, Any] = {id(buffer): torch.empty_like(buffer) for buffer in layer.buffers()}
+        for parameter in layer.parameters():
+            fresh[id(parameter)] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+        return copy.deepcopy(layer, fresh)
 
 
 def _adapt(outline: Outline, layer: nn.Module, rank: int) -> None:

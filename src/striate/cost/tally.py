@@ -10,21 +10,17 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 _ATEN: Any = torch.ops.aten
-# PyTorch has formulas for the attention of GPUs only, and that of a CPU would pass for free. The arithmetic is the same.
-ATTENTION: dict[Any, Any] = {
+# PyTorch has formulas for the attention of GPUs only; that of a CPU, with the same arithmetic, would pass for free.
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
     _ATEN._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
-_FORMULAS = {**flop_registry}
-
-
-def formula(operation: Any) -> Any:
-    """The formula for an operation's FLOPs that `FlopCounterMode` uses, or None where it is free."""
-    return ATTENTION.get(operation) or _FORMULAS.get(operation)
+"""FLOPs of an operation from its arguments and result, as `FlopCounterMode` counts them; all others are free."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Tally(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        count = formula(func.overloadpacket)
+        count = FORMULAS.get(func.overloadpacket)
         flops = int(count(*args, **kwargs, out_val=result)) if count else 0
         if func._schema.is_mutable or not _is_view(inputs, outputs):
             self.work.operations[flops, sum(map(_size, inputs)) + sum(map(_size, outputs))] += 1
