@@ -381,8 +381,9 @@ def test_two_cells_on_ray(here: Path) -> None:
 
 
 def test_before_any_cell_has_finished_time_and_memory_are_counted(here: Path) -> None:
-    planned = sweep(sheet(grid={"region": ["all", "last:25%"], "method": ["full", "lora"]}, tune={key: value for key, value in SHEET["tune"].items() if key != "method"}
-                          ), dry_run=True)  # fmt: skip
+    shared = {key: value for key, value in SHEET["tune"].items() if key != "method"}
+    grid = {"region": ["all", "last:25%"], "method": ["full", "lora"]}
+    planned = sweep(sheet(grid=grid, tune=shared), dry_run=True)
     assert isinstance(planned, Forecast)
     everything, _, quarter, adapters = planned.rows
     assert all(row.counted and row.seconds and row.memory for row in planned.rows)

@@ -144,7 +144,7 @@ class Counts:
         vlm, setup = self.outline.vlm, self.setup
         plan = vlm.train_only(region, projector=setup.projector)
         vision = self.vision
-        lowest = 0 if setup.projector else min(region)
+        lowest = min(region, default=0)
         layers = [
             self.layer(index, setup.method if index in region else None, setup.projector or index > lowest)
             for index in range(vlm.depth)
