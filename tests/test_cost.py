@@ -210,9 +210,8 @@ def test_kept_bytes_are_those_that_autograd_saves() -> None:
     outline = sketch(SMALL["llama"])
     section = Counts(outline, setup).layer(3, "full", True)
     real = Real(SMALL["llama"], "3-4", setup)
-    saved = activations(real.vlm, real.forward).layers[4]  # what it is given counts for the layer before
-    result = setup.micro_batch * setup.tokens * 128 * 4
-    assert section.kept - result == pytest.approx(saved, rel=0.01)
+    # Autograd saves what the layer is given; the section has its result instead, of the same size.
+    assert section.kept == activations(real.vlm, real.forward).layers[4]
 
 
 def test_a_frozen_projector_ends_the_backward_pass_at_the_first_trained_layer() -> None:
@@ -230,8 +229,10 @@ def test_fit_takes_the_largest_region_that_fits() -> None:
     assert ample.region.layers == tuple(range(8))
     assert ample.setup.micro_batch == SETUP.batch
     assert not ample.setup.checkpointing
-    tight = fit(outline, SETUP, "last:2", 0.6 * ample.memory.peak / ROOM, machine)
-    assert tight.memory.peak <= 0.6 * ample.memory.peak
+    least = Counts(outline, Setup(**{**vars(SETUP), "micro_batch": 1, "checkpointing": True}))
+    room = 0.8 * least.step(Region.parse("all", 8)).memory.peak
+    tight = fit(outline, SETUP, "last:2", room / ROOM, machine)
+    assert tight.memory.peak <= room
     assert 0 < len(tight.region) < 8
     assert max(tight.region) == 7
     with pytest.raises(UserError, match=r"too small: one layer of 8, with a micro-batch of 1, takes .* GB; --method"):
@@ -278,7 +279,7 @@ def test_the_verb_needs_no_more_than_a_config(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     for word in ("trained parameters", "TFLOP/s", "memory: peak", "records a second", "36 image"):
         assert word in said
-    assert max(map(len, said.splitlines())) < 100
+    assert max(len(line.rstrip()) for line in said.splitlines() if str(tmp_path) not in line) <= 80
     assert {found.suffix for found in tmp_path.glob("cost.*")} == {".svg", ".png", ".pdf"}
 
 

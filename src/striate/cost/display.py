@@ -43,7 +43,7 @@ class Cost:
         """What, for the region, for all layers, and the share."""
         setup, region = self.step.setup, self.step.region
         shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title_justify="left", caption_justify="left")
-        shown.title = f"{self.name}: {_layers(region.layers)} of {region.depth} layers, {_method(self.step)}"
+        shown.title = f"{self.name}\n{_layers(region.layers)} of {region.depth} layers, {_method(self.step)}"
         shown.add_column("")
         for title in (f"{len(region)} layers", "all layers", "share"):
             shown.add_column(title, justify="right", no_wrap=True)
