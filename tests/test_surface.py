@@ -17,14 +17,14 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in one line.
 ORDER = [
-    "errors", "options", "region", "run", "vlm", "assemble", "data", "trace", "plot", "score", "train", "prune",
+    "errors", "options", "region", "run", "vlm", "assemble", "data", "trace", "plot", "score", "train", "cost", "prune",
     "evaluate", "sweep", "report", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 
 def test_verbs() -> None:
     assert list(VERBS) == [
-        "inspect", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report", "demo",
+        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report", "demo",
     ]  # fmt: skip
 
 

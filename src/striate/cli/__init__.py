@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Each verb: where its function is and what it is for. Modules are imported only for the verb that runs.
 VERBS = {
     "inspect": ("striate.cli.anatomy:inspect", "the parts of a model, what a region would train, an encoded example"),
+    "cost": ("striate.cost:cost", "what tuning a region takes: parameters, FLOPs, memory, time; from the config alone"),
     "assemble": ("striate.assemble:assemble", "a new LVLM from a vision encoder and a language model"),
     "align": ("striate.train:align", "stage 1: train the projector"),
     "tune": ("striate.train:tune", "stage 2: train a region of the decoder's layers"),

@@ -8,7 +8,7 @@ background, to suit dark pages too.
 
 from matplotlib.figure import Figure
 
-from striate.plot.curves import Curve, Panel, curves
+from striate.plot.curves import Curve, Panel, curves, grid
 from striate.plot.layers import Profile, Reverted, blocks, instances, overlay, profiles, reverted
 from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks, thinned
 from striate.plot.style import DARK, INK, PALETTE, SHAPES, Estimate, Mark, css, marks, save, svg, tip
@@ -32,6 +32,7 @@ __all__ = [
     "cost",
     "css",
     "curves",
+    "grid",
     "instances",
     "losses",
     "marks",

@@ -68,6 +68,26 @@ def curves(panels: Sequence[Panel], style: Mapping[str, Mark], *, across: str, s
     return figure
 
 
+@rc_context(STYLE)
+def grid(rows: Sequence[Sequence[Panel]], style: Mapping[str, Mark], *, across: Sequence[str]) -> Figure:
+    """Values of several kinds, a row of panels each, against as many numbers of layers, a column each.
+
+    `across` says what each column's number of layers is of. The panels of a row have one scale, from zero up.
+    """
+    figure = Figure(figsize=(WIDTH, 0.5 + 1.7 * len(rows)), layout="constrained")
+    named = {name for row in rows for panel in row for name in panel.curves}
+    key(figure, {name: mark for name, mark in style.items() if name in named}, lines=True)
+    tiles = figure.subplots(len(rows), len(across), sharex="col", sharey="row", squeeze=False)
+    for line, row in zip(tiles, rows, strict=True):
+        for axes, panel in zip(line, row, strict=True):
+            _panel(axes, panel, style, tile=True)
+            axes.set_ylim(bottom=0)
+        line[0].set_ylabel(row[0].ylabel)
+    for axes, title in zip(tiles[-1], across, strict=True):
+        axes.set_xlabel(title)
+    return figure
+
+
 def _panel(axes: Axes, panel: Panel, style: Mapping[str, Mark], *, tile: bool) -> None:
     for name, curve in panel.curves.items():
         _curve(axes, name, curve, style[name], panel)

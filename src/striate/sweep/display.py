@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
@@ -39,20 +39,42 @@ class Outcome:
         return table(self.cells, {})
 
 
+class Row(NamedTuple):
+    """A cell of a plan: trainable parameters, seconds still to come, bytes at the peak of training.
+
+    `counted`: seconds and bytes are of training alone, worked out (`striate cost`), not learnt from finished cells.
+    """
+
+    name: str
+    status: str
+    layers: str
+    trainable: int
+    seconds: float | None = None
+    memory: float | None = None
+    counted: bool = False
+
+
 @dataclass(frozen=True)
 class Forecast:
-    """The plan of a sweep, one row a cell: name, status, layers, trainable parameters, seconds still to come."""
+    """The plan of a sweep, one row a cell."""
 
-    rows: tuple[tuple[str, str, str, int, float | None], ...]
+    rows: tuple[Row, ...]
 
     def __rich__(self) -> Table:
         """The rows, and their sum."""
-        shown = _table("cell", "state", "layers", trains="right", time="right")
-        for name, status, layers, trainable, seconds in self.rows:
-            shown.add_row(Text(name), _state(status), layers, f"{trainable:,}", duration(seconds))
-        known = [seconds for *_, seconds in self.rows if seconds is not None]
+        shown = _table("cell", "state", "layers", trains="right", time="right", memory="right")
+        for row in self.rows:
+            about = "~" * row.counted
+            time = duration(row.seconds)
+            memory = "" if row.memory is None else f"{about}{row.memory / 1e9:.2f} GB"
+            shown.add_row(
+                Text(row.name), _state(row.status), row.layers, f"{row.trainable:,}", time and about + time, memory
+            )
+        known = [row.seconds for row in self.rows if row.seconds is not None]
         left = f"{duration(sum(known))}" if len(known) == len(self.rows) else ""
         shown.caption = f"{len(self.rows)} cells{', ' + left + ' one after the other' if left and sum(known) else ''}"
+        if any(row.counted for row in self.rows):
+            shown.caption += "\n~ training alone, counted as by `striate cost`, not measured"
         return shown
 
 

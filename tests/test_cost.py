@@ -1,0 +1,311 @@
+"""What a region costs: counts equal those of real training steps, and the numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pico import pico, pico_llava, pico_more
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from striate.cli import main
+from striate.cost import Counts, Machine, Outline, Setup, Step, cost, with_pictures
+from striate.cost.fit import ROOM, fit, size
+from striate.cost.machine import GPUS, this_machine
+from striate.cost.outline import outline_of
+from striate.cost.tally import Tally, Work
+from striate.errors import UserError
+from striate.region import Region
+from striate.train.adapter import adapt
+from striate.train.memory import activations
+from striate.vlm import Vlm
+
+ATEN = torch.ops.aten
+# `FlopCounterMode` has no formula for the attention of CPUs; theirs does what that of GPUs does.
+ATTENTION = {
+    ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+
+
+def llava(text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """The config of a LLaVA of 8 decoder layers, larger than pico."""
+    text = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1000, **text}
+    vision = {"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 48, "patch_size": 8, **vision}
+    return AutoConfig.for_model(
+        "llava", text_config=text, vision_config=vision, image_token_index=6, vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+
+
+SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128}
+SMALL = {
+    "llama": llava({"model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "head_dim": 16}, SIGLIP),
+    "qwen2": llava({"model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512}, SIGLIP),
+    "gemma2": llava({"model_type": "gemma2", "hidden_size": 96, "intermediate_size": 384, "head_dim": 24}, SIGLIP),
+}
+SETUP = Setup(rank=8, batch=4, micro_batch=2, image_tokens=36, text_tokens=20, answer_tokens=8)
+
+
+def sketch(config: Any) -> Outline:
+    return outline_of(config, kept_as=torch.float32, dtype="float32")
+
+
+class Real:
+    """A model that really trains, as `tune` does, on records of the lengths of a setup."""
+
+    def __init__(self, config: Any, region: str, setup: Setup) -> None:
+        torch.manual_seed(0)
+        self.vlm = Vlm.of(AutoModelForImageTextToText.from_config(config).train())
+        chosen = Region.parse(region, self.vlm.depth)
+        self.vlm.train_only(chosen, projector=setup.projector)
+        self.network: nn.Module = self.vlm.model
+        if setup.method == "lora":
+            self.network, _ = adapt(
+                self.vlm, chosen, projector=setup.projector, rank=setup.rank, alpha=2 * setup.rank, dropout=0.05
+            )
+        if setup.checkpointing:
+            self.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.vlm.model.disable_input_require_grads()  # else the frozen tower gets a backward pass for nothing
+        self.ids = torch.full((setup.micro_batch, setup.tokens), 10)
+        self.ids[:, 1 : 1 + setup.image_tokens] = self.vlm.image_token_id
+        size = config.vision_config.image_size
+        self.pixels = torch.randn(setup.micro_batch, 3, size, size)
+        self.positions = torch.zeros_like(self.ids, dtype=torch.bool)
+        self.positions[:, -setup.answer_tokens :] = True
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, fused=True)
+
+    def forward(self) -> torch.Tensor:
+        with self.vlm.head_at(self.positions):
+            logits = self.network(
+                input_ids=self.ids, pixel_values=self.pixels, attention_mask=torch.ones_like(self.ids), use_cache=False
+            ).logits[0]
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none").sum()
+
+    def step(self) -> None:
+        for _ in range(2):
+            self.forward().backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def flops(self) -> tuple[int, int]:
+        """Forward, and backward."""
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            loss = self.forward()
+            forward = counter.get_total_flops()
+            loss.backward()
+        return forward, counter.get_total_flops() - forward
+
+
+def counted(config: Any, region: str, **changes: Any) -> tuple[Step, Setup]:
+    setup = Setup(**{**vars(SETUP), **changes})
+    outline = sketch(config)
+    return Counts(outline, setup).step(Region.parse(region, outline.vlm.depth)), setup
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads wait for each other on a busy machine; nothing here is large enough to need two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ARMS: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "all", {}),
+    ("llama", "last:25%", {"projector": False}),
+    ("llama", "uniform:25%", {"method": "lora"}),
+    ("llama", "5", {"method": "lora", "projector": False}),
+    ("llama", "uniform:25%", {"checkpointing": True}),
+    ("qwen2", "uniform:25%", {}),
+    ("qwen2", "none", {}),
+    ("gemma2", "middle:50%", {"projector": False}),
+    ("gemma2", "all", {"method": "lora", "micro_batch": 1}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize(("model", "region", "changes"), ARMS)
+def test_flops_are_those_of_a_real_step(model: str, region: str, changes: dict[str, Any]) -> None:
+    step, setup = counted(SMALL[model], region, **changes)
+    real = Real(SMALL[model], region, setup)
+    assert step.trainable == sum(p.numel() for p in real.parameters)
+    forward, backward = real.flops()
+    assert step.forward.flops == forward
+    assert step.backward.flops == backward
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("model", "region", "changes"),
+    [
+        ("llama", "all", {}),
+        ("llama", "all", {"checkpointing": True}),
+        ("qwen2", "uniform:25%", {"method": "lora"}),
+        ("gemma2", "last:25%", {"projector": False}),
+    ],
+)
+def test_peak_memory_is_that_of_a_real_step(model: str, region: str, changes: dict[str, Any]) -> None:
+    step, setup = counted(SMALL[model], region, micro_batch=8, batch=16, text_tokens=100, **changes)
+    activity = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+        real = Real(SMALL[model], region, setup)
+        real.step()
+        real.step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changed = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert step.memory.peak == pytest.approx(max(itertools.accumulate(changed)), rel=0.15)
+    parts = step.memory
+    assert parts.peak >= parts.weights + parts.gradients + parts.optimiser + parts.activations
+    assert parts.peak <= sum(vars(parts).values()) - parts.peak
+
+
+def test_a_linear_layer_by_hand() -> None:
+    weight, given = torch.ones(6, 5, requires_grad=True), torch.ones(7, 5)
+    with Tally() as tally:
+        result = F.linear(given, weight)
+        forward = tally.take()
+        result.backward(torch.ones_like(result))
+    assert forward.flops == 2 * 7 * 5 * 6
+    assert forward.traffic == 4 * (7 * 5 + 5 * 6 + 7 * 6)  # the transposed weight is only another look at it
+    assert tally.work.flops == 2 * 7 * 5 * 6  # the weight's gradient; the input needs none
+    assert tally.peak >= tally.live >= 4 * (7 * 6 + 6 * 5)
+
+
+def test_seconds_are_those_of_the_slower_of_arithmetic_and_memory() -> None:
+    work = Work(Counter({(100, 10): 2, (0, 50): 1}))
+    assert work.seconds(rate=10, bandwidth=100) == 2 * 10 + 0.5
+    assert work.seconds(rate=1000, bandwidth=10) == 2 * 1 + 5
+    assert (work * 3 + work).flops == 4 * 200
+
+
+def test_bytes_by_hand() -> None:
+    step, _ = counted(SMALL["llama"], "all", batch=4, micro_batch=2)
+    config = SMALL["llama"].text_config
+    width, inner, kv = config.hidden_size, config.intermediate_size, 4 * 16
+    layer = width * (2 * width + 2 * kv + 3 * inner) + 2 * width
+    projector = 64 * width + width + width * width + width
+    assert step.trainable == 8 * layer + projector
+    assert step.memory.gradients == 4 * step.trainable
+    assert step.memory.optimiser == 8 * step.trainable
+    assert step.memory.weights == 4 * step.parameters
+    assert step.optimiser.traffic == step.trainable * (40 + 12)  # one step, and gradients added once
+
+
+def test_kept_bytes_are_those_that_autograd_saves() -> None:
+    setup = Setup(**{**vars(SETUP), "projector": False})
+    outline = sketch(SMALL["llama"])
+    section = Counts(outline, setup).layer(3, "full", True)
+    real = Real(SMALL["llama"], "3-4", setup)
+    # Autograd saves what the layer is given; the section has its result instead, of the same size.
+    assert section.kept == activations(real.vlm, real.forward).layers[4]
+
+
+def test_a_frozen_projector_ends_the_backward_pass_at_the_first_trained_layer() -> None:
+    low, _ = counted(SMALL["llama"], "0,1", projector=False)
+    high, _ = counted(SMALL["llama"], "6,7", projector=False)
+    bridged, _ = counted(SMALL["llama"], "6,7", projector=True)
+    assert low.forward.flops == high.forward.flops
+    assert high.backward.flops < 0.5 * low.backward.flops < 0.5 * bridged.backward.flops
+    assert high.memory.activations < 0.5 * bridged.memory.activations
+
+
+def test_fit_takes_the_largest_region_that_fits() -> None:
+    outline, machine = sketch(SMALL["llama"]), Machine("m", 1e12, 1e11)
+    ample = fit(outline, SETUP, "last:2", 1e9, machine)
+    assert ample.region.layers == tuple(range(8))
+    assert ample.setup.micro_batch == SETUP.batch
+    assert not ample.setup.checkpointing
+    least = Counts(outline, Setup(**{**vars(SETUP), "micro_batch": 1, "checkpointing": True}))
+    room = 0.8 * least.step(Region.parse("all", 8)).memory.peak
+    tight = fit(outline, SETUP, "last:2", room / ROOM, machine)
+    assert tight.memory.peak <= room
+    assert 0 < len(tight.region) < 8
+    assert max(tight.region) == 7
+    with pytest.raises(UserError, match=r"too small: one layer of 8, with a micro-batch of 1, takes .* GB; --method"):
+        fit(outline, SETUP, "last:2", 1e6, machine)
+
+
+@pytest.mark.parametrize(("text", "value"), [("24GB", 24e9), ("24", 24e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12)])
+def test_sizes(text: str, value: float) -> None:
+    assert size(text) == value
+
+
+def test_this_machine_is_measured() -> None:
+    machine = this_machine("float32")
+    assert 1e9 < machine.rate < 1e16
+    assert 1e8 < machine.bandwidth < 1e14
+    assert all(gpu.rate > 1e13 and gpu.bandwidth > 1e11 for gpu in GPUS.values())
+
+
+FAMILIES = ["llava", "internvl", "qwen2_vl", "qwen2_5_vl", "gemma3", "idefics3", "mistral3", "paligemma"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    outline = sketch(pico(family).config)
+    setup = Setup(batch=2, micro_batch=2, image_tokens=outline.picture_tokens or 4)
+    step = Counts(outline, setup).step(Region.parse("uniform:50%", outline.vlm.depth))
+    assert step.forward.flops > 2 * setup.tokens * step.trainable / 2
+    assert step.backward.flops > step.forward.flops / 2
+    if outline.picture_tokens is None:
+        with pytest.raises(UserError, match="--image-tokens"):
+            with_pictures(outline, setup)
+
+
+def test_layers_that_run_only_with_an_image_are_refused() -> None:
+    with pytest.raises(UserError, match="layer 1 runs only with an image"):
+        Counts(sketch(pico_more("mllama").config), SETUP).step(Region.parse("all", 4))
+
+
+def test_the_verb_needs_no_more_than_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps(SMALL["llama"].to_dict(), default=str))
+    lines = ["cost", str(file), "--gpu", "h100", "--batch", "2", "--plot", str(tmp_path / "cost.svg")]
+    assert main(lines) == 0
+    said = capsys.readouterr().out
+    for word in ("trained parameters", "TFLOP/s", "memory: peak", "records a second", "36 image"):
+        assert word in said
+    assert max(len(line.rstrip()) for line in said.splitlines() if str(tmp_path) not in line) <= 80
+    assert {found.suffix for found in tmp_path.glob("cost.*")} == {".svg", ".png", ".pdf"}
+
+
+WRONG = [
+    ({"gpu": "h1000"}, "no GPU 'h1000' in the table; known are a10, a100-40gb"),
+    ({"fit": "much"}, "--fit 'much': a size of memory"),
+    ({"fit": "0GB"}, "--fit '0GB': a size of memory"),
+    ({"efficiency": 1.5}, "--efficiency 1.5"),
+    ({"batch": 0}, "--batch 0: at least 1"),
+    ({"answer_tokens": 0}, "--answer-tokens 0: at least 1"),
+    ({"image_tokens": -1}, "--image-tokens -1: at least 0"),
+    ({"region": "last:9"}, "'last:9' asks for 9 layers"),
+    ({"region": "none", "projector": "freeze"}, "nothing would train"),
+    ({"model": ["nobody/nothing"]}, "no model at 'nobody/nothing'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_bad_input_is_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    asked = {"model": [str(pico_llava(tmp_path / "llava"))], "gpu": "h100", **change}
+    with pytest.raises(UserError, match=message) as refused:
+        cost(**asked)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds a llama model, which is not an image-text-to-text model"):
+        cost([str(tmp_path)], gpu="h100")
