@@ -82,7 +82,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tune": {"epoch": 1}}, "sweep.yaml: tune has no option 'epoch'; nearest: epochs"),
     ({"tune": {"epochs": "many"}}, "sweep.yaml: tune.epochs: 'many' is not a number"),
     ({"tune": {"method": "ful"}}, "sweep.yaml: tune.method: 'ful' is not one of auto, full, lora"),
-    ({"tune": {"checkpointing": "on it"}}, "sweep.yaml: tune.checkpointing: 'on it' is not true or false"),
+    ({"tune": {"truncate_text": "on it"}}, "sweep.yaml: tune.truncate_text: 'on it' is not true or false"),
     ({"tune": {"seed": [0, 1]}}, "sweep.yaml: tune.seed: one value was expected, found a list; what varies goes into"),
     ({"tune": {"out": "x"}}, "sweep.yaml: tune.out is not for a section or the grid"),
     ({"tune": {"region": "last:9"}}, "sweep.yaml: tune.region is set under tune as well|grid.region is set under tune"),

@@ -24,6 +24,8 @@ from striate.cost.step import Counts, Memory, Setup, Step
 from striate.errors import UserError
 from striate.plot import save
 from striate.region import Region
+from striate.train.fitting import in_bfloat16
+from striate.vlm import default_device
 
 __all__ = [
     "Cost",
@@ -62,11 +64,11 @@ def cost(
     rank: int = 128,
     batch: int = 128,
     micro_batch: int = 16,
-    checkpointing: bool = False,
+    checkpointing: Literal["none", "all"] = "none",
     image_tokens: int | None = None,
     text_tokens: int = 64,
     answer_tokens: int = 64,
-    dtype: Dtype = "bfloat16",
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     gpu: str | None = None,
     efficiency: float | None = None,
     fit: str | None = None,
@@ -84,11 +86,11 @@ def cost(
         rank: of LoRA.
         batch: records an optimiser step.
         micro_batch: records a forward pass on one device.
-        checkpointing: recompute activations in the backward pass.
+        checkpointing: the decoder layers whose activations are computed again in the backward pass.
         image_tokens: of a record; default: of one picture of the tower's own size.
         text_tokens: of a record's prompt.
         answer_tokens: of a record, those that are learnt.
-        dtype: of the matrix products.
+        dtype: of the matrix products; auto: bfloat16 on a GPU of the table, and here where there are units for it.
         gpu: a GPU of the table (h100, a100-80gb, rtx-4090, ...); default: this machine, measured for a second.
         efficiency: share of its rates that is reached, above 0 and up to 1; default: 0.6 of a GPU's peak rates, all of
             what was measured.
@@ -100,9 +102,11 @@ def cost(
         UserError: no such model, region or GPU, not a vision-language model, a number out of range, nothing fits.
     """
     room = None if fit is None else size(fit)
-    machine = _machine(gpu, efficiency, dtype)
+    here: Dtype = "bfloat16" if in_bfloat16(dtype, default_device()) else "float32"
+    kind: Dtype = "bfloat16" if gpu and dtype == "auto" else here
+    machine = _machine(gpu, efficiency, kind)
     setup = Setup(
-        method, projector == "train", rank, checkpointing, batch, min(micro_batch, batch), image_tokens or 0,
+        method, projector == "train", rank, checkpointing == "all", batch, min(micro_batch, batch), image_tokens or 0,
         text_tokens, answer_tokens,
     )  # fmt: skip
     _check(setup, image_tokens)
@@ -110,7 +114,7 @@ def cost(
     found: list[tuple[Outline, Setup]] = []
     rows = []
     for name in names:
-        sketch = outline(name, dtype=dtype)
+        sketch = outline(name, dtype=kind)
         seen = with_pictures(sketch, setup) if image_tokens is None else setup
         found.append((sketch, seen))
         step = largest(sketch, seen, region, room, machine) if room else _step(sketch, seen, region)

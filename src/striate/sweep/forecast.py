@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from striate.cost import Counts, Machine, Outline, Setup, Step, outline, this_machine
+from striate.cost.outline import Dtype
 from striate.data import Example, Examples, read
 from striate.errors import UserError
 from striate.run import Run
 from striate.sweep.cell import FINISHED
 from striate.sweep.display import Forecast, Row
 from striate.sweep.plan import Plan, Recipe, num_steps
+from striate.train.fitting import in_bfloat16
+from striate.vlm import default_device
 
 PROBES = 32  # records that are encoded to see how long they are
 
@@ -52,25 +57,32 @@ class Arithmetic:
             step = self._step(recipe)
         except UserError:  # the cells say themselves what is wrong with a model or its records
             return None, None
-        machine: Machine = self._once(("machine", recipe.tune["dtype"]), lambda: this_machine(recipe.tune["dtype"]))
+        dtype = _dtype(recipe.tune)
+        machine: Machine = self._once(("machine", dtype), lambda: this_machine(dtype))
         return (None if steps is None else steps * step.seconds(*machine.reached)), step.memory.peak
 
     def _step(self, recipe: Recipe) -> Step:
-        tune = recipe.tune
-        sketch: Outline = self._once(("outline", tune["dtype"]), lambda: outline(tune["model"], dtype=tune["dtype"]))
+        tune, dtype = recipe.tune, _dtype(recipe.tune)
+        sketch: Outline = self._once(("outline", dtype), lambda: outline(tune["model"], dtype=dtype))
         setup: Setup = self._once("lengths", lambda: _lengths(self.plan, sketch.vlm.processor))
         setup = replace(
             setup, method=tune["method"], projector=tune["projector"] == "train", rank=tune["rank"],
-            checkpointing=tune["checkpointing"], batch=tune["batch"],
+            checkpointing=tune["checkpointing"] == "all", batch=tune["batch"],
             micro_batch=min(tune["micro_batch"], tune["batch"]),
         )  # fmt: skip
-        counts: Counts = self._once((setup, tune["dtype"]), lambda: Counts(sketch, setup))
+        counts: Counts = self._once((setup, dtype), lambda: Counts(sketch, setup))
         return counts.step(recipe.region)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+
+def _dtype(tune: Mapping[str, Any]) -> Dtype:
+    """Of a cell's matrix products on this machine."""
+    device = torch.device(tune["device"]) if tune["device"] else default_device()
+    return "bfloat16" if in_bfloat16(tune["dtype"], device) else "float32"
 
 
 def _lengths(plan: Plan, processor: Any) -> Setup:

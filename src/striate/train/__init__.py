@@ -181,7 +181,7 @@ def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dt
     set_seed(options.seed)
     vlm = load(model, device=options.device, attn=options.attn)
     saved_as = vlm.model.dtype
-    if not in_bfloat16(options, vlm.device):
+    if not in_bfloat16(options.dtype, vlm.device):
         vlm.model.float()
     return vlm, saved_as
 

@@ -106,9 +106,9 @@ def fit(
         raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
 
 
-def in_bfloat16(options: TrainOptions, device: torch.device) -> bool:
-    """Whether matrix products are in bfloat16, else in float32."""
-    return options.dtype == "bfloat16" or (options.dtype == "auto" and multiplies_bfloat16(device))
+def in_bfloat16(dtype: str, device: torch.device) -> bool:
+    """Whether the matrix products of `TrainOptions.dtype` are in bfloat16 on this device, else in float32."""
+    return dtype == "bfloat16" or (dtype == "auto" and multiplies_bfloat16(device))
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _arguments(run: Run, options: TrainOptions, device: torch.device) -> Trainin
         "lr_scheduler_type": options.schedule,
         "weight_decay": options.weight_decay,
         **({"optim": "adamw_bnb_8bit"} if options.optimizer == "adamw_8bit" else {}),
-        "bf16": in_bfloat16(options, device),
+        "bf16": in_bfloat16(options.dtype, device),
         "use_cpu": device.type == "cpu",
         "seed": options.seed,
         "logging_steps": 1,
