@@ -316,7 +316,19 @@ def load(
     if report["missing_keys"]:
         name, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{source} lacks {count} weights of a {model.config.model_type} model, {name} among them")
-    return Vlm.of(model.to(place), source)
+    return Vlm.of(aligned(model.to(place)), source)
+
+
+def aligned(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with weights where products of matrices like them, at multiples of 64 bytes.
+
+    Read from a file they lie anywhere, and on some CPUs the same product of the same numbers comes out otherwise by a
+    bit then: two loads of one model would not agree.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def default_device() -> torch.device:

@@ -23,7 +23,7 @@ from striate.errors import UserError
 from striate.prune.bypass import bypass, cut
 from striate.prune.numbering import Numbering
 from striate.score.replay import at_rest
-from striate.vlm import Vlm, first_line
+from striate.vlm import Vlm, aligned, first_line
 
 Inputs = Mapping[str, Tensor]
 Outputs = dict[str, Tensor]
@@ -134,7 +134,7 @@ def prove_saved(
         )
         model, report = loaded
         kind = model.config.model_type
-        vlm = Vlm.of(model.to(device))
+        vlm = Vlm.of(aligned(model.to(device)))
         lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
         difference = f"{lacking[0]} is missing" if lacking else _difference(expected, observe(vlm, prompts))
     except torch.OutOfMemoryError:
