@@ -23,10 +23,12 @@ def for_tower(vision: PreTrainedConfig) -> Any:
 
 def padded(processor: Any) -> LlavaImageProcessorPil:
     """The same resizing and normalising behind padding to a square, the border in the mean colour."""
-    kept = ("size", "crop_size", "resample", "do_center_crop", "image_mean", "image_std", "rescale_factor")
-    settings = {name: getattr(processor, name, None) for name in kept}
-    settings["crop_size"] = settings["crop_size"] or settings["size"]
+    kept = ("resample", "do_center_crop", "image_mean", "image_std", "rescale_factor")
+    settings: dict[str, Any] = {name: getattr(processor, name, None) for name in kept}
     settings["do_center_crop"] = bool(settings["do_center_crop"])
-    sizes = {name: dict(settings.pop(name)) for name in ("size", "crop_size")}
-    sizes = {name: {key: value for key, value in size.items() if value is not None} for name, size in sizes.items()}
-    return LlavaImageProcessorPil(do_pad=True, **settings, **sizes)
+    for name, size in (
+        ("size", processor.size),
+        ("crop_size", getattr(processor, "crop_size", None) or processor.size),
+    ):
+        settings[name] = {key: value for key, value in dict(size).items() if value is not None}
+    return LlavaImageProcessorPil(do_pad=True, **settings)

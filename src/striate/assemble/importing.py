@@ -38,11 +38,7 @@ from striate.errors import UserError
 from striate.run import Run
 from striate.vlm import first_line
 
-EMBEDDINGS = (
-    "language_model.model.embed_tokens.weight",
-    "language_model.lm_head.weight",
-    "language_model.lm_head.bias",
-)
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
 def import_original(
@@ -69,21 +65,20 @@ def import_original(
     config = llava_config(original, text, seen, layers=num_layers(found))
     check(found, expected(config))
     tokenizer = _tokenizer(original.folder if base is None or _has_tokenizer(original.folder) else base, text)
-    found = _with_image_token(found, config, tokenizer)
+    talk = wording(template or original.family.wording, tokenizer)
+    found = _with_image_token(found, config, text, tokenizer)
     if dtype is not None:
         found = {name: one.cast(getattr(torch, dtype)) for name, one in found.items()}
     config.dtype = found[EMBEDDINGS[0]].dtype
-    talk = wording(template or original.family.wording, tokenizer)
-    processor = _processor(original, config, tokenizer, tower, aspect)
-    processor.chat_template = talk.template
     generation = _generation(original.folder if base is None else base)
     stop_at(generation, talk, tokenizer)
+    padding = (aspect or original.config.get("image_aspect_ratio")) == "pad"
+    processor = _processor(config, seen, tokenizer, _image_processor(seen, tower, padding), talk.template)
     options = {"import": path, "vision": vision, "llm": llm, "template": template, "aspect": aspect, "dtype": dtype}
     run = Run.create(out, verb="assemble", options=options, parent=path)
     with run.recording():
         run.checkpoint.mkdir()
         write(run.checkpoint, (replace(one, name=name) for name, one in found.items()))
-        config.architectures = ["LlavaForConditionalGeneration"]
         for part in (config, processor, generation):
             part.save_pretrained(run.checkpoint)
         run.update(depth=text.num_hidden_layers, parameters=sum(math.prod(one.shape) for one in found.values()))
@@ -127,45 +122,43 @@ def _tokenizer(folder: Path, text: PreTrainedConfig) -> PreTrainedTokenizerBase:
 
 
 def _with_image_token(
-    found: dict[str, Stored], config: LlavaConfig, tokenizer: PreTrainedTokenizerBase
+    found: dict[str, Stored], config: LlavaConfig, text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Stored]:
-    """Rows of the vocabulary for added tokens; the config is told.
+    """Rows of the vocabulary for added tokens; the configs are told.
 
     Each is the mean of all others: its logit is then the mean logit, which is never the largest.
     """
-    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    config.pad_token_id = tokenizer.pad_token_id
-    rows, size = len(tokenizer), config.text_config.vocab_size
-    if rows <= size:
-        return found
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.image_token_index = int(tokenizer.get_vocab()[IMAGE_TOKEN])
+    config.pad_token_id = tokenizer.get_vocab()[str(tokenizer.pad_token)]
+    size = text.vocab_size
+    rows = max(len(tokenizer), size)
 
     def grown(table: Tensor) -> Tensor:
         mean = table.float().mean(0, keepdim=True).to(table.dtype)
-        return torch.cat([table, mean.expand(rows - size, *table.shape[1:])])
+        return torch.cat([table, mean.expand(rows - size, table.shape[1])])
 
-    config.text_config.vocab_size = rows
-    tables = {name: found[name] for name in EMBEDDINGS if name in found}
-    return found | {name: one.made(grown, shape=(rows, *one.shape[1:])) for name, one in tables.items()}
+    text.vocab_size = rows
+    tables = {name: found[name] for name in EMBEDDINGS if name in found and rows > size}
+    return found | {name: one.made(grown, shape=(rows, one.shape[1])) for name, one in tables.items()}
+
+
+def _image_processor(vision: PreTrainedConfig, tower: Path | None, padding: bool) -> Any:
+    has_own = tower is not None and (tower / "preprocessor_config.json").is_file()
+    own = AutoImageProcessor.from_pretrained(tower, use_fast=False) if has_own else for_tower(vision)
+    return padded(own) if padding else own
 
 
 def _processor(
-    original: Original,
-    config: LlavaConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    tower: Path | None,
-    aspect: Aspect | None,
+    config: LlavaConfig, vision: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, images: Any, template: str
 ) -> LlavaProcessor:
-    vision = config.vision_config
-    has_own = tower is not None and (tower / "preprocessor_config.json").is_file()
-    image_processor = AutoImageProcessor.from_pretrained(tower, use_fast=False) if has_own else for_tower(vision)
-    if (aspect or original.config.get("image_aspect_ratio")) == "pad":
-        image_processor = padded(image_processor)
     return LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
+        chat_template=template,
     )
 
 

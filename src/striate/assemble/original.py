@@ -42,8 +42,8 @@ class Family:
 
 
 FAMILIES = {
-    "llava": Family("llama", "vicuna_v1"),  # the name until 2024
     "llava_llama": Family("llama", "vicuna_v1"),
+    "llava": Family("llama", "vicuna_v1"),  # the name until 2024
     "bunny-llama": Family("llama", "bunny_llama3"),
     "bunny-phi3": Family("phi3", "bunny_phi3"),
 }
@@ -125,7 +125,7 @@ class Original:
         for file in files:
             if not file.is_file():
                 raise UserError(f"{self.folder} lacks {file.name}; download it again")
-            yield from (one for one in stored(file))
+            yield from stored(file)
 
     def adapter(self) -> Adapter | None:
         """Its LoRA deltas, if it is made of these."""

@@ -188,4 +188,4 @@ def _write_tensor(file: BinaryIO, one: Stored) -> None:
     value = one.read().detach()
     assert tuple(value.shape) == one.shape, one.name
     assert value.dtype == one.dtype, one.name
-    file.write(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+    file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
