@@ -113,9 +113,14 @@ def _bin_table(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(name, tuple(value.shape), value.dtype) for name, value in _unpickled(file).items()]
 
 
-@lru_cache(maxsize=2)  # a shard of the base and what is merged into it
 def _unpickled(file: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, mapped where its format allows; code in it is never run."""
+    about = file.stat()
+    return _unpickled_once(file, about.st_mtime_ns, about.st_size)  # a file written anew is another file
+
+
+@lru_cache(maxsize=2)  # a shard of the base and what is merged into it
+def _unpickled_once(file: Path, _changed: int, _size: int) -> dict[str, Tensor]:
     try:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -142,6 +147,13 @@ def write(folder: Path, tensors: Iterable[Stored], *, shard_bytes: int = SHARD_B
     """
     # By source file and place in it: so that a file that cannot be mapped is read once.
     shards = _shards(sorted(tensors, key=lambda one: one.file), shard_bytes)
+    try:
+        _write_files(folder, shards)
+    finally:
+        _unpickled_once.cache_clear()
+
+
+def _write_files(folder: Path, shards: list[list[Stored]]) -> None:
     if len(shards) == 1:
         _write_file(folder / WHOLE[0], shards[0])
         return

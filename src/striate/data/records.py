@@ -5,6 +5,7 @@ Two public benchmarks are read as they are published: OCR-VQA and TDIUC.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,11 @@ ROLES = {
     "system": "system",
 }
 SUFFIXES = (".json", ".jsonl", ".parquet")
+
+LARGE, BLOCK = 64 * 2**20, 4 * 2**20
+"""Bytes: a list above the first is not kept in memory, but read by the second."""
+
+_SKIPPED = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,13 @@ def read(
     file of annotations, `mscoco_val2014_annotations.json`: that of the questions,
     `OpenEnded_mscoco_val2014_questions.json`, is looked for beside it and in `../Questions`.
     """
-    records: list[Record] = []
+    records: list[Record | Span] = []
     skipped: list[Skipped] = []
     for source, row, home in _rows(path, split):
+        place, row = row if isinstance(row, tuple) else (None, row)
         try:
-            records.append(_record(row, source, ImageFolder(Path(images or home), allow_urls)))
+            record = _record(row, source, ImageFolder(Path(images or home), allow_urls))
+            records.append(record if place is None else place)
         except RecordError as error:
             if on_bad == "stop":
                 raise
@@ -78,7 +86,44 @@ def read(
     if not records:
         why = f"none of its {len(skipped)} records can be used: {skipped[0].reason}" if skipped else "it is empty"
         raise UserError(f"{path}: {why}")
-    return Records(records, skipped)
+    return Records(Located(records, images, allow_urls), skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a checked record is in a large file: bytes from `start`, its number from 1."""
+
+    path: Path
+    start: int
+    length: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Located(Sequence[Record]):
+    """Records in memory, and places of those that are read from their file again whenever they are asked for.
+
+    A million conversations as objects are several GB, their places some 0.2 GB.
+    """
+
+    items: list[Record | Span]
+    images: str | Path | None = None
+    allow_urls: bool = False
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Located(self.items[index], self.images, self.allow_urls)
+        item = self.items[index]
+        if isinstance(item, Record):
+            return item
+        with item.path.open("rb") as file:
+            file.seek(item.start)
+            row = file.read(item.length)
+        source = f"{item.path.name}:{item.number}"
+        return _record(row, source, ImageFolder(Path(self.images or item.path.parent), self.allow_urls))
 
 
 # Where rows come from: each is (source, row, the folder its images are in unless told otherwise).
@@ -117,10 +162,46 @@ def _json_rows(path: Path, split: str) -> Iterator[Row]:
             yield from benchmark
             return
         file.seek(0)
+        if is_list and path.stat().st_size > LARGE:
+            for number, (start, length, row) in enumerate(_list_items(file, path.name), 1):
+                yield f"{path.name}:{number}", (Span(path, start, length, number), row), path.parent
+            return
         rows = _load_json(file.read(), path.name) if is_list else file  # a line is parsed when its turn comes
         for number, row in enumerate(rows, 1):
             if is_list or row.strip():
                 yield f"{path.name}:{number}", row, path.parent
+
+
+def _list_items(file: BinaryIO, source: str) -> Iterator[tuple[int, int, Any]]:
+    """The items of a JSON list, a few megabytes of text at a time: first byte, number of bytes, value."""
+    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")().decode
+    text, more, opened = "", True, False
+    start = passed = place = 0  # `start`: the byte that character `passed` is at; `place`: the character that is next
+    try:
+        while True:
+            place = _SKIPPED.match(text, place).end() if opened else place  # type: ignore[union-attr]
+            if opened and text[place : place + 1] == "]":
+                break
+            try:
+                if not opened:
+                    raise ValueError
+                value, end = decoder.raw_decode(text, place)
+            except ValueError:  # perhaps only cut off here
+                if not more:
+                    raise
+                start += len(text[passed:place].encode())
+                block = file.read(max(BLOCK, len(text) - place))
+                more = bool(block)
+                text, place, passed = text[place:] + decode(block, not more), 0, 0
+                if not opened:
+                    place, opened = text.index("[") + 1, True
+                continue
+            start += len(text[passed:place].encode())
+            length = len(text[place:end].encode())
+            yield start, length, value
+            start, passed, place = start + length, end, end
+    except (ValueError, RecursionError) as error:
+        raise RecordError(source, f"not valid JSON ({error}); mend or remove it") from None
 
 
 def _load_json(data: bytes, source: str) -> Any:
