@@ -20,7 +20,7 @@ from pathlib import Path
 from striate.data import read
 
 FOLDERS = ("coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K")
-WORDS = "what is the color of this small object near a window and how many people are standing in front".split()
+WORDS = ["what", "is", "the", "color", "of", "this", "small", "object", "near", "a", "window", "and", "how", "many"]
 
 
 def write(folder: Path, num_records: int, num_images: int) -> Path:
