@@ -277,7 +277,7 @@ def test_bad_checkpoints_are_refused_in_a_line(tmp_path: Path, capsys: pytest.Ca
     refused(whole | {"model.mm_projector.0.weight": torch.ones(24, 8)}, r"projector does not fit.* 24 x 8 .*24 x 16")
     refused({"model.norm.weight": Code()}, "would run code when it is read: refused")
     assert "never run" not in capsys.readouterr().out
-    weights.write_bytes(pickle.dumps([1])[:-1])
+    weights.write_bytes(pickle.dumps([1], protocol=2)[:-1])
     with pytest.raises(striate.UserError, match=r"pytorch_model\.bin"):
         assemble(import_=str(tiny.folder), vision=tower, out=tmp_path / "run")
 
