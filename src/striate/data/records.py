@@ -190,7 +190,7 @@ def _list_items(file: BinaryIO, source: str) -> Iterator[tuple[int, int, Any]]:
                 if not more:
                     raise
                 start += len(text[passed:place].encode())
-                block = file.read(max(BLOCK, len(text) - place))
+                block = file.read(max(BLOCK, len(text) - place, 0 if opened else 4096))  # white space comes first
                 more = bool(block)
                 text, place, passed = text[place:] + decode(block, not more), 0, 0
                 if not opened:
