@@ -404,6 +404,8 @@ def _message(turn: Any, number: int, source: str) -> dict[str, Any]:
 def _parts(part: Any, number: int, source: str) -> list[dict[str, Any]]:
     """A content part, its text cut at the image marks; an image that the part itself names stays in it."""
     match part:
+        case {"type": "text", "text": str(text)} if MARK not in text:
+            return [{"type": "text", "text": text}] if text else []
         case {"type": "text", "text": str(text)}:
             # A line break beside a mark belongs to the mark: chat templates write their own.
             pieces = re.split(rf"\n?({MARK})\n?", text)
