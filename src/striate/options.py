@@ -50,7 +50,7 @@ def options_of(function: Callable[..., Any]) -> Iterator[Option]:
         if name in ALWAYS:
             continue
         if not _holds_options(hints[name]):
-            yield Option(name, hints[name], parameter.default, described.get(name, ""))
+            yield Option(_spelt(name), hints[name], parameter.default, described.get(name, ""))
             continue
         kind, preset = hints[name], parameter.default
         field_hints, field_texts = get_type_hints(kind), _descriptions(kind)
@@ -69,13 +69,18 @@ def call_arguments(function: Callable[..., Any], values: Mapping[str, Any] | Nam
         elif _holds_options(hints[name]):
             call[name] = hints[name](**{field.name: values[field.name] for field in fields(hints[name])})
         else:
-            call[name] = values[name]
+            call[name] = values[_spelt(name)]
     return call
 
 
 def flag(name: str) -> str:
     """An option's spelling on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def _spelt(name: str) -> str:
+    """A parameter's name without the underscore that keeps it apart from a word of Python: `import_`."""
+    return name.rstrip("_")
 
 
 def _holds_options(hint: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Build an LVLM from a vision encoder and a language model: a plain LLaVA checkpoint that any HF code loads.
+"""The parts of a new LVLM, loaded or fresh, and the model around them: a plain LLaVA that any HF code loads.
 
 With `pool=2` every 2x2 square of patches becomes one image token. LLaVA's own class has no place for that, so the
 result is then an `AyaVisionForConditionalGeneration`: the same tower and language model around a projector that puts
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -29,90 +28,15 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from striate.assemble.templates import IMAGE_TOKEN
 from striate.errors import UserError
-from striate.run import Run
-from striate.vlm import Vlm, first_line
-
-IMAGE_TOKEN = "<image>"
+from striate.vlm import first_line
 
 # Fresh SigLIP towers by size name: layers, width, heads. The image and patch sizes are the user's.
 TOWERS = {"tiny": (4, 128, 4), "small": (6, 256, 4), "base": (12, 768, 12)}
 
-# For a base language model that came without a chat template: the Vicuna wording of LLaVA-1.5.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
-    "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}"
-    "{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
-# Language models' templates expect strings. This prelude spells lists of parts out as strings, images as marks, and
-# leaves the model's own template to do the rest.
-FLATTEN_PARTS = (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- set text = namespace(value='') -%}"
-    "{%- if message.content is string -%}{%- set text.value = message.content -%}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- set text.value = text.value + ('IMAGE_TOKEN\n' if part.type == 'image' else part.text) -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': text.value}] -%}"
-    "{%- endfor -%}{%- set messages = flat.messages -%}"
-).replace("IMAGE_TOKEN", IMAGE_TOKEN)
-
-
-def assemble(
-    *,
-    vision: str,
-    llm: str,
-    out: Path,
-    projector: Path | None = None,
-    feature_layer: int | None = None,
-    pool: int = 1,
-    image_size: int = 224,
-    patch_size: int = 16,
-    dtype: str = "bfloat16",
-    seed: int = 0,
-) -> Run:
-    """Join a vision encoder and a language model into an LVLM whose projector is still to be trained.
-
-    Args:
-        vision: a HF vision model (folder or hub id; of CLIP and SigLIP the vision half is taken), or the size of a
-            fresh SigLIP tower: tiny, small, base.
-        llm: a HF language model (folder or hub id) or a .gguf file.
-        out: the run folder to write; the model is in its checkpoint/.
-        projector: safetensors with linear_1 and linear_2 weights and biases; default: fresh.
-        feature_layer: which hidden state of the tower feeds the projector; default: -2 as LLaVA and Bunny do for a
-            trained tower, -1 for a fresh one.
-        pool: 2 joins every 2x2 square of patches into one image token, 1 keeps them all.
-        image_size: pixels a side, for a fresh tower.
-        patch_size: pixels a side, for a fresh tower.
-        dtype: of the saved weights: bfloat16, float16 or float32.
-        seed: of the fresh weights.
-
-    Raises:
-        UserError: a part cannot be loaded, or the parts do not fit together.
-    """
-    if pool not in (1, 2):
-        raise UserError(f"pool is {pool}: 1 keeps every patch, 2 joins 2x2 patches into one token")
-    torch.manual_seed(seed)
-    tower, image_processor, fresh = _tower(vision, image_size=image_size, patch_size=patch_size)
-    language, tokenizer = _language_model(llm)
-    _add_image_token(language, tokenizer)
-    layer = feature_layer if feature_layer is not None else (-1 if fresh else -2)
-    options = {"vision": vision, "llm": llm, "projector": projector, "feature_layer": layer, "pool": pool}
-    run = Run.create(out, verb="assemble", options=options, seed=seed)
-    with run.recording():
-        model = _join(tower, language, tokenizer, layer=layer, pool=pool)
-        if projector:
-            _load_projector(model, projector)
-        model.to(getattr(torch, dtype)).save_pretrained(run.checkpoint)
-        _processor(tokenizer, image_processor, tower.config, pool=pool).save_pretrained(run.checkpoint)
-        run.update(depth=Vlm.of(model).depth, parameters=model.num_parameters())
-    return run
-
-
-def _tower(vision: str, *, image_size: int, patch_size: int) -> tuple[PreTrainedModel, Any, bool]:
+def tower(vision: str, *, image_size: int, patch_size: int) -> tuple[PreTrainedModel, Any, bool]:
     """The vision encoder, its image processor, and whether it is fresh."""
     if vision in TOWERS:
         layers, width, heads = TOWERS[vision]
@@ -140,7 +64,7 @@ def _siglip_image_processor(size: dict[str, int]) -> Any:
     return SiglipImageProcessorPil(size=size)
 
 
-def _language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 and its tokenizer; GGUF files are dequantised."""
     gguf = Path(llm).suffix == ".gguf"
     source = str(Path(llm).parent) if gguf else llm
@@ -160,7 +84,7 @@ def _language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
     return model, tokenizer
 
 
-def _add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the vocabulary an image token; its embedding is never read, image features take its place."""
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
@@ -170,7 +94,7 @@ def _add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
-def _join(
+def join(
     tower: PreTrainedModel, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, layer: int, pool: int
 ) -> PreTrainedModel:
     """The LVLM around the two trained parts; what lies between them is fresh."""
@@ -201,10 +125,10 @@ def _has_class_token(vision: PreTrainedConfig) -> bool:
     return not vision.model_type.startswith("siglip")
 
 
-def _processor(
-    tokenizer: PreTrainedTokenizerBase, image_processor: Any, vision: PreTrainedConfig, *, pool: int
+def processor(
+    tokenizer: PreTrainedTokenizerBase, image_processor: Any, vision: PreTrainedConfig, *, pool: int, template: str
 ) -> LlavaProcessor:
-    template = FLATTEN_PARTS + (tokenizer.chat_template or PLAIN_TEMPLATE)
+    """Image and text to what the model takes, with its chat template."""
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -213,16 +137,3 @@ def _processor(
         num_additional_image_tokens=int(_has_class_token(vision)),
         chat_template=template,
     )
-
-
-def _load_projector(model: PreTrainedModel, path: Path) -> None:
-    try:
-        weights = load_file(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the projector {path}: {first_line(error)}") from error
-    projector = model.get_submodule(*Vlm.of(model).parts.projector)
-    expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if found != expected:
-        raise UserError(f"the projector {path} does not fit: found {found}, expected {expected}")
-    projector.load_state_dict(weights)

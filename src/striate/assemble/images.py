@@ -1,0 +1,34 @@
+"""What is done to an image before a tower sees it: the tower's own way, or padded to a square first."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+Aspect = Literal["square", "pad"]
+"""`image_aspect_ratio` of the originals: crop (CLIP) or squeeze (SigLIP) to a square, or pad with the mean colour."""
+
+
+def for_tower(vision: PreTrainedConfig) -> Any:
+    """The image processor that a CLIP or SigLIP encoder was trained with, at its image size."""
+    square = {"height": vision.image_size, "width": vision.image_size}
+    if vision.model_type.startswith("siglip"):
+        return SiglipImageProcessorPil(size=square, crop_size=square)
+    return CLIPImageProcessorPil(size={"shortest_edge": vision.image_size}, crop_size=square)
+
+
+def padded(processor: Any) -> LlavaImageProcessorPil:
+    """The same resizing and normalising behind padding to a square, the border in the mean colour."""
+    kept = ("resample", "do_center_crop", "image_mean", "image_std", "rescale_factor")
+    settings: dict[str, Any] = {name: getattr(processor, name, None) for name in kept}
+    settings["do_center_crop"] = bool(settings["do_center_crop"])
+    for name, size in (
+        ("size", processor.size),
+        ("crop_size", getattr(processor, "crop_size", None) or processor.size),
+    ):
+        settings[name] = {key: value for key, value in dict(size).items() if value is not None}
+    return LlavaImageProcessorPil(do_pad=True, **settings)
