@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 from pico import DEPTH, pico_llava
 from rich.console import Console
@@ -317,6 +318,17 @@ def told(outcome: Any) -> str:
     return capture.get()
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this process and in those of cells: on some CPUs the number of threads shows in the last bit of a sum."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_and_stopped_it_ends_as_if_nothing_had_been(here: Path, world: Path) -> None:
     grid = {"region": ["uniform:25%", "last:25%"]}
     settings = {"tune": tune(steps=40, save_steps=5), "prune": {"remove": 1, "by": "random", **CPU}, "grid": grid}
