@@ -84,26 +84,33 @@ def fit(
         stack.callback(interrupt.restore)
         trainer.train(resume_from_checkpoint=last_saved(run.state))
     seconds = time.monotonic() - began
-    run.update(
-        training={
-            "method": "full" if network is vlm.model else "lora",
-            "dtype": "bfloat16" if arguments.bf16 else "float32",
-            "packing": shortcuts.packing,
-            "recomputed_layers": list(checkpointing.layers),
-            "seconds": round(seconds, 3),
-            "data_wait": round(trainer.clock.share, 4),
-            "steps": trainer.state.global_step,
-            "samples": trainer.samples,
-            "samples_per_second": round(trainer.samples / seconds, 3),
-            "peak_memory_gb": round(memory.gigabytes(), 4),
-            "trainable_parameters": sum(p.numel() for p in trained.values()),
-            "total_parameters": sum(p.numel() for p in network.parameters()),
-            "groups": {part: sum(p.numel() for p in group.parameters.values()) for part, group in groups.items()},
-        }
-    )
+    told = {
+        "method": "full" if network is vlm.model else "lora",
+        "dtype": "bfloat16" if arguments.bf16 else "float32",
+        "packing": shortcuts.packing,
+        "recomputed_layers": list(checkpointing.layers),
+        "peak_memory_gb": round(memory.gigabytes(), 4),
+        "total_parameters": sum(p.numel() for p in network.parameters()),
+    }
+    run.update(training=told | _pace(trainer, seconds) | _sizes(groups))
     if interrupt.asked:
         step, last = trainer.state.global_step, trainer.state.max_steps
         raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
+
+
+def _pace(trainer: RegionTrainer, seconds: float) -> dict[str, float]:
+    return {
+        "seconds": round(seconds, 3),
+        "data_wait": round(trainer.clock.share, 4),
+        "steps": trainer.state.global_step,
+        "samples": trainer.samples,
+        "samples_per_second": round(trainer.samples / seconds, 3),
+    }
+
+
+def _sizes(groups: dict[str, Group]) -> dict[str, Any]:
+    sizes = {part: sum(p.numel() for p in group.parameters.values()) for part, group in groups.items()}
+    return {"trainable_parameters": sum(sizes.values()), "groups": sizes}
 
 
 def in_bfloat16(dtype: str, device: torch.device) -> bool:

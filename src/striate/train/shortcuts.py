@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from striate.data import IGNORED, Batch
 from striate.errors import UserError
+from striate.score.replay import at_rest
 from striate.train.loss import NONE, Shortcuts, answer_losses
 from striate.train.packing import record_by_record
 from striate.vlm import Vlm, first_line
@@ -41,7 +42,7 @@ def proven(
         UserError: packing is on and cannot be had.
     """
     found, notes = NONE, []
-    with torch.no_grad(), autocast(), evaluating(vlm.model):
+    with torch.no_grad(), autocast(), at_rest(vlm.model):
         plain = answer_losses(vlm, vlm.model, probe)
         for name in ("chunking", "packing"):
             if (name == "chunking" and sharded) or (name == "packing" and packing == "off"):
@@ -53,17 +54,6 @@ def proven(
     if packing == "on" and not found.packing:
         raise UserError(f"{notes[-1]}; leave --packing at auto for batches that are padded")
     return found, tuple(notes)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _refusal(vlm: Vlm, probe: Batch, shortcuts: Shortcuts, plain: Tensor) -> str:
