@@ -20,7 +20,8 @@ from striate.run import Run
 pytestmark = pytest.mark.browser
 report = partial(report_with_figures, page_only=True)
 # A frame that holds the page, and a script beside it that uses it like a reader: `at` finds one element.
-FRAME = """<title>untouched</title><textarea id="source" hidden>\n%s</textarea>
+# Without its charset the browser guesses by what it has read so far, and the script no longer has its hash.
+FRAME = """<meta charset="utf-8"><title>untouched</title><textarea id="source" hidden>\n%s</textarea>
 <iframe width="%d" height="800"%s></iframe><script>
 const frame = document.querySelector("iframe"), began = performance.now();
 frame.onload = () => {
