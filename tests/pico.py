@@ -111,9 +111,9 @@ def pico_processor() -> LlavaProcessor:
     )
 
 
-def pico_llava(folder: Path) -> Path:
+def pico_llava(folder: Path, **text: Any) -> Path:
     """Save a LLaVA of 4 layers with its processor; returns the folder."""
-    text = {"model_type": "llama", **_TEXT}
+    text = {"model_type": "llama", **_TEXT, **text}
     model = pico("llava", text_config=text, vision_feature_layer=-1, vision_feature_select_strategy="full")
     assert isinstance(model, LlavaForConditionalGeneration)
     model.save_pretrained(folder)

@@ -25,7 +25,8 @@ class Batch:
 
     `inputs` is what the model takes (`input_ids` [B, T], `attention_mask` [B, T], `pixel_values`, ...).
     `labels` [B, T] is -100 outside the answers, `image_mask` [B, T] true at image tokens. `skipped` are the
-    records that were left out of it; a batch can be empty.
+    records that were left out of it; a batch can be empty. `unseen` [B, T] is true at image tokens that the decoder is
+    not shown; None: it is shown all.
     """
 
     inputs: dict[str, Tensor]
@@ -33,6 +34,7 @@ class Batch:
     image_mask: Tensor
     ids: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    unseen: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -50,7 +52,8 @@ class Batch:
             return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
         inputs = {key: move(value) for key, value in self.inputs.items()}
-        return replace(self, inputs=inputs, labels=move(self.labels), image_mask=move(self.image_mask))
+        unseen = None if self.unseen is None else move(self.unseen)
+        return replace(self, inputs=inputs, labels=move(self.labels), image_mask=move(self.image_mask), unseen=unseen)
 
 
 def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "right") -> Batch:

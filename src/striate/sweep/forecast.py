@@ -66,7 +66,7 @@ class Arithmetic:
         sketch: Outline = self._once(("outline", dtype), lambda: outline(tune["model"], dtype=dtype))
         setup: Setup = self._once("lengths", lambda: _lengths(self.plan, sketch.vlm.processor))
         setup = replace(
-            setup, method=tune["method"], projector=tune["projector"] == "train", rank=tune["rank"],
+            setup, method=tune["method"], projector=tune["projector"] != "freeze", rank=tune["rank"],
             checkpointing=tune["checkpointing"] == "all", batch=tune["batch"],
             micro_batch=min(tune["micro_batch"], tune["batch"]),
         )  # fmt: skip

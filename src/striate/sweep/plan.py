@@ -263,7 +263,7 @@ def _checked(recipe: Recipe, vlm: Vlm) -> Recipe:
     Raises:
         UserError: they are not, or the cell trains nothing.
     """
-    vlm.train_only(recipe.region, projector=recipe.tune["projector"] == "train")
+    vlm.train_only(recipe.region, projector=recipe.tune["projector"] != "freeze")
     for values in recipe.prunings:
         with at(f"prune of {recipe.cell.name}"):
             wish = Wish(values["region"], values["remove"], values["layers"])
@@ -281,7 +281,7 @@ def _checked(recipe: Recipe, vlm: Vlm) -> Recipe:
 
 def _counted(recipe: Recipe, vlm: Vlm) -> Recipe:
     """The recipe with the number of parameters that it trains."""
-    plan = vlm.train_only(recipe.region, projector=recipe.tune["projector"] == "train")
+    plan = vlm.train_only(recipe.region, projector=recipe.tune["projector"] != "freeze")
     number = plan.trainable
     if recipe.tune["method"] == "lora":
         linear = [vlm.model.get_submodule(name) for name in vlm.linear_modules(recipe.region)]
@@ -302,7 +302,7 @@ def _method(recipes: list[Recipe], vlm: Vlm, workers: int) -> str:
     """What "auto" means for every cell, so that they can be compared: full where the largest of them fits."""
     named = recipes[0].tune["device"]
     device = torch.device(named) if named else default_device()
-    plans = [vlm.train_only(recipe.region, projector=recipe.tune["projector"] == "train") for recipe in recipes]
+    plans = [vlm.train_only(recipe.region, projector=recipe.tune["projector"] != "freeze") for recipe in recipes]
     # The frozen model is not in memory yet: in 16 bit its weights take an eighth of what a trained one takes.
     most = max(plan.trainable for plan in plans) + plans[0].total // 8
     return "full" if full_tuning_fits(most * (workers if device.type == "cpu" else 1), device) else "lora"

@@ -24,13 +24,14 @@ from striate.region import Region
 from striate.run import Run
 from striate.train.adapter import adapt, lora_config
 from striate.train.card import model_card
-from striate.train.fitting import fit, in_bfloat16, last_saved
+from striate.train.fitting import fit, in_bfloat16, last_saved, need_bitsandbytes
 from striate.train.loss import Teacher, answer_nll
 from striate.train.memory import full_tuning_fits
+from striate.train.nf4 import bring_back, hold_in_nf4
 from striate.train.options import ALIGN, TUNE, TrainOptions
 from striate.train.selection import drawn, num_drawn
 from striate.train.trainer import MOST_SKIPPED, Group, Named
-from striate.vlm import Plan, Vlm, load
+from striate.vlm import Plan, Vlm, default_device, load
 
 __all__ = ["ALIGN", "TUNE", "TrainOptions", "align", "answer_nll", "last_saved", "lora_config", "num_drawn", "tune"]
 
@@ -71,13 +72,15 @@ def align(
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     with _stage("align", out, asked, options, resume) as run:
         _check_records(records, run)
-        named = in_full(vlm, vlm.train_only(region, tower=tower))
+        plan = vlm.train_only(region, tower=tower)
+        _place(vlm, region, options)
+        named = in_full(vlm, plan)
         rate = options.learning_rate or 1e-3
         groups = {"projector": Group(named["projector"], options.projector_learning_rate or rate)}
         if tower:
             groups["tower"] = Group(_reached(vlm, records, named["tower"]), rate)
         fit(vlm, vlm.model, run, records, groups, options, progress=progress)
-        _save(vlm, run, region, saved_as)
+        _save(vlm, run, region, saved_as, options)
     return run
 
 
@@ -91,7 +94,7 @@ def tune(
     region: str = "uniform:25%",
     samples: int | str | None = None,
     method: Literal["auto", "full", "lora"] = "auto",
-    projector: Literal["train", "freeze"] = "train",
+    projector: str = "train",
     rank: int = 128,
     alpha: int = 256,
     dropout: float = 0.05,
@@ -113,7 +116,7 @@ def tune(
         samples: how many of the records to train on, 500 or 25%, drawn by the seed whatever the region; the records
             of a smaller draw are among those of a larger one; default: all.
         method: full weights, LoRA, or auto: full where its optimiser states fit into memory, else LoRA.
-        projector: train it or leave it.
+        projector: train it, freeze it, or train it for a share of the steps (30%) and freeze it then: other results.
         rank: of LoRA.
         alpha: of LoRA; its updates are scaled by alpha / rank.
         dropout: of LoRA.
@@ -130,6 +133,7 @@ def tune(
     asked: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
     asked |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector, **lora}
     asked |= {"teacher": teacher, "distillation": distillation if teacher else None}
+    share = _projector_share(projector)
     if not resume:
         Run.check_free(out)
     vlm, saved_as = _open_model(model, options)
@@ -139,20 +143,21 @@ def tune(
     with _stage("tune", out, asked, options, resume) as run:
         run.write_region(chosen)
         _check_records(records, run)
-        plan = vlm.train_only(chosen, projector=projector == "train")
+        plan = vlm.train_only(chosen, projector=share > 0)
+        _place(vlm, chosen, options)
         if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device, options.optimizer)):
             network: Any = vlm.model
             named, rate = in_full(vlm, plan), 2e-5
         else:
-            network, named = adapt(vlm, chosen, projector=projector == "train", **lora)
+            network, named = adapt(vlm, chosen, projector=share > 0, **lora)
             rate = 2e-4
         rates = {"layers": options.learning_rate or rate, "projector": options.projector_learning_rate or 2e-5}
         groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
         taught = None if teacher is None else _teacher(teacher, vlm, distillation, options)
-        fit(vlm, network, run, part, groups, options, progress=progress, teacher=taught)
+        fit(vlm, network, run, part, groups, options, progress=progress, teacher=taught, projector_share=share)
         if network is not vlm.model:
             network.merge_and_unload()
-        _save(vlm, run, chosen, saved_as)
+        _save(vlm, run, chosen, saved_as, options)
     return run
 
 
@@ -179,11 +184,38 @@ def _stage(verb: str, out: Path, asked: dict[str, Any], options: TrainOptions, r
 def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dtype]:
     """The model, ready to train, and the type that its checkpoint is to be saved in again."""
     set_seed(options.seed)
-    vlm = load(model, device=options.device, attn=options.attn)
+    in_nf4 = options.frozen_layers == "nf4"
+    if in_nf4:
+        need_bitsandbytes("--frozen-layers nf4")
+    vlm = load(model, device="cpu" if in_nf4 else options.device, attn=options.attn)
     saved_as = vlm.model.dtype
-    if not in_bfloat16(options.dtype, vlm.device):
+    if not in_bfloat16(options.dtype, _device(options)):
         vlm.model.float()
     return vlm, saved_as
+
+
+def _device(options: TrainOptions) -> torch.device:
+    return torch.device(options.device) if options.device else default_device()
+
+
+def _place(vlm: Vlm, region: Region, options: TrainOptions) -> None:
+    """Hold frozen layers as asked, and bring the model to its device."""
+    device = _device(options)
+    if options.frozen_layers == "nf4":
+        dtype = torch.bfloat16 if in_bfloat16(options.dtype, device) else torch.float32
+        hold_in_nf4(vlm, region, dtype, device)
+    torch.nn.Module.to(vlm.model, device)
+
+
+def _projector_share(projector: str) -> float:
+    """The share of the steps in which the projector trains, in [0, 1]."""
+    if projector in ("train", "freeze"):
+        return float(projector == "train")
+    number = projector.removesuffix("%")
+    share = float(number) / 100 if projector.endswith("%") and number.replace(".", "", 1).isdigit() else 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"projector {projector!r}: train, freeze or a share of the steps such as 30% was expected")
+    return share
 
 
 def _teacher(model: str, student: Vlm, share: float, options: TrainOptions) -> Teacher:
@@ -236,8 +268,10 @@ def _check_records(records: Records, run: Run) -> None:
         )
 
 
-def _save(vlm: Vlm, run: Run, region: Region, dtype: torch.dtype) -> None:
+def _save(vlm: Vlm, run: Run, region: Region, dtype: torch.dtype, options: TrainOptions) -> None:
     """Write the plain checkpoint, with its card and region, and drop the state that only a resumed run needs."""
+    if options.frozen_layers == "nf4":
+        bring_back(vlm, region)
     for parameter in vlm.model.parameters():
         parameter.data = parameter.data.to(dtype)
     vlm.model.save_pretrained(run.checkpoint)

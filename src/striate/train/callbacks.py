@@ -49,6 +49,19 @@ class Audit(TrainerCallback):
             raise UserError(f"{len(moved)} frozen parameters changed in the first step, {moved[0]} among them")
 
 
+class Freeze(TrainerCallback):
+    """Freezes parameters after a share of the steps, in [0, 1]; then nothing is computed for them any more."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], share: float) -> None:
+        self.parameters, self.share = parameters, share
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Freeze when it is time; the first step, which is audited, trains all."""
+        if state.global_step >= max(1, round(self.share * state.max_steps)):
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
+
+
 def checksum(parameter: torch.Tensor) -> int:
     """The sum of a tensor's bit patterns as integers: any single changed value changes it."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]

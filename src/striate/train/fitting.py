@@ -23,13 +23,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from striate.data import Batch, Example, Examples, Records, Skipped, collate
 from striate.errors import UserError
 from striate.run import Run
-from striate.train.callbacks import Audit, Interrupt, RunLog
+from striate.train.callbacks import Audit, Freeze, Interrupt, RunLog
 from striate.train.checkpointing import SHARE, Checkpointing
 from striate.train.loss import Shortcuts, Teacher, answer_losses
 from striate.train.memory import MOMENT_BYTES, PeakMemory, activations, free_bytes
 from striate.train.options import TrainOptions
 from striate.train.packing import compiled, record_by_record
-from striate.train.shortcuts import proven
+from striate.train.shortcuts import check_thinning, proven
+from striate.train.thinning import Thinning
 from striate.train.trainer import MOST_SKIPPED, Group, Named, RegionTrainer
 from striate.vlm import Vlm, multiplies_bfloat16
 
@@ -44,8 +45,11 @@ def fit(
     *,
     progress: bool,
     teacher: Teacher | None = None,
+    projector_share: float = 1.0,
 ) -> None:
     """Train `network` (the model, or its adapted form) in place, and note in the run what it took.
+
+    `projector_share` is the share of the steps after which the projector is frozen.
 
     Raises:
         UserError: the step-1 audit failed, too many records are bad, memory does not suffice, an option cannot be had.
@@ -65,19 +69,25 @@ def fit(
         shortcuts, notes = proven(
             vlm, probe.batch.to(vlm.device), packing=options.packing, sharded=_sharded(arguments), autocast=autocast
         )
+        thinning = Thinning(options.image_tokens, options.seed)
+        if 0 < projector_share < 1 and arguments.world_size > 1:
+            raise UserError("--projector as a share is for one process: others would wait for its gradients")
+        if thinning.share < 1:
+            check_thinning(vlm, probe.batch.to(vlm.device), shortcuts, autocast)
         if shortcuts.packing:
             for model in (vlm, *([teacher.vlm] if teacher else [])):
                 stack.enter_context(record_by_record(model))
         checkpointing = _plan(vlm, network, probe, shortcuts, autocast, trained, options)
         if options.compile:
             stack.enter_context(compiled(vlm))
+        bridge = list(groups["projector"].parameters.values()) if "projector" in groups else []
         interrupt, log = Interrupt(), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
         trainer = RegionTrainer(
             vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
-            shortcuts=shortcuts, checkpointing=checkpointing, teacher=teacher,
+            shortcuts=shortcuts, checkpointing=checkpointing, thinning=thinning, teacher=teacher,
             model=network, args=arguments, train_dataset=examples,
             data_collator=partial(collate, pad_id=vlm.pad_token_id),
-            callbacks=[Audit(network, trained), log, interrupt],
+            callbacks=[Audit(network, trained), Freeze(bridge, projector_share), log, interrupt],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         stack.callback(log.bar.stop)
@@ -179,6 +189,12 @@ def _sharded(arguments: TrainingArguments) -> bool:
     return launched or bool(arguments.fsdp) or bool(arguments.deepspeed)
 
 
+def need_bitsandbytes(option: str) -> None:
+    """Raises: UserError: the option's package is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"{option} needs a package that is not installed: pip install bitsandbytes")
+
+
 def _num_workers(options: TrainOptions, device: torch.device, world: int) -> int:
     if options.workers is not None:
         return options.workers
@@ -201,8 +217,8 @@ def _step(saved: Path) -> int:
 
 
 def _arguments(run: Run, options: TrainOptions, device: torch.device) -> TrainingArguments:
-    if options.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
-        raise UserError("--optimizer adamw_8bit needs a package that is not installed: pip install bitsandbytes")
+    if options.optimizer == "adamw_8bit":
+        need_bitsandbytes("--optimizer adamw_8bit")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = options.batch // world
     micro = min(options.micro_batch, share)

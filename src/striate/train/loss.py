@@ -81,7 +81,7 @@ def answer_logits(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool = F
     Logits exist at labelled positions only.
     """
     row = _row(vlm, batch, packing)
-    with vlm.head_at(row.positions), row_of(row):
+    with vlm.head_at(row.positions), row_of(vlm, row):
         logits = model(**row.inputs, use_cache=False).logits[0]  # N V
     return logits.float()
 
@@ -112,7 +112,7 @@ def _row(vlm: Vlm, batch: Batch, packing: bool) -> Row:
 def _answer_tail(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool) -> Tail:
     """The states from which the batch's labelled tokens are predicted, and what makes logits of them."""
     row = _row(vlm, batch, packing)
-    with vlm.short_of_head(row.positions) as tail, row_of(row):
+    with vlm.short_of_head(row.positions) as tail, row_of(vlm, row):
         model(**row.inputs, use_cache=False)
     return tail
 

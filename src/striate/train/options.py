@@ -40,6 +40,11 @@ class TrainOptions:
     """records side by side in one row instead of padded to one length; auto: where the model passes the test of it"""
     checkpointing: Literal["auto", "none", "all"] = "auto"
     """decoder layers whose activations are computed again in the backward pass; auto: as many as memory asks for"""
+    frozen_layers: Literal["as_saved", "nf4"] = "as_saved"
+    """how decoder layers that do not train are held: as the model was saved, or in 4 bits (bitsandbytes) while others
+    train; the checkpoint gets them as they were"""
+    image_tokens: float = 1.0
+    """share of an image's tokens, drawn at random, that most early steps show the decoder; below 1 other results"""
     compile: bool = False
     """torch.compile for every decoder layer: a minute or more before the first step, less time for each"""
     save_steps: int = 500

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,6 +26,8 @@ from striate.vlm import Vlm
 
 ATTENTION = "striate_record_by_record"
 INNER = ("sdpa", "eager")  # attention that can be had for one record at a time
+# What a decoder takes for every token, and the axis of the tokens in it.
+PICKED = {"inputs_embeds": 1, "attention_mask": 1, "position_ids": -1}
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,14 @@ class Row:
     """What the model takes for one batch, and where in it a labelled token is predicted.
 
     `inputs` as in a `Batch`; `positions` [B, T], or [1, all tokens] when packed; then `lengths` has the number of
-    tokens of every record.
+    tokens of every record. `shown` [all tokens]: those that reach the decoder, where it is not shown all; `positions`
+    and `lengths` count them alone.
     """
 
     inputs: dict[str, Tensor]
     positions: Tensor
     lengths: tuple[int, ...] = ()
+    shown: Tensor | None = None
 
     @classmethod
     def padded(cls, batch: Batch) -> Row:
@@ -52,8 +57,10 @@ class Row:
             name: value[there].unsqueeze(0) if name in TOKEN_KEYS else value for name, value in batch.inputs.items()
         }
         inputs["position_ids"] = _position_ids(vlm, batch)[..., there].unsqueeze(-2)
-        lengths = tuple(there.sum(dim=1).tolist())
-        return cls(inputs, batch.targets()[0][there].unsqueeze(0), lengths)
+        seen = there if batch.unseen is None else there & ~batch.unseen
+        lengths = tuple(seen.sum(dim=1).tolist())
+        shown = None if batch.unseen is None else seen[there]
+        return cls(inputs, batch.targets()[0][seen].unsqueeze(0), lengths, shown)
 
 
 def _position_ids(vlm: Vlm, batch: Batch) -> Tensor:
@@ -83,13 +90,31 @@ def record_by_record(vlm: Vlm) -> Iterator[None]:
 
 
 @contextmanager
-def row_of(row: Row) -> Iterator[None]:
+def row_of(vlm: Vlm, row: Row) -> Iterator[None]:
     """Within it, a forward pass is that of `row`."""
+    hooks = [] if row.shown is None else [_show_only(vlm, row.shown)]
     token = _lengths.set(row.lengths)
     try:
         yield
     finally:
         _lengths.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+def _show_only(vlm: Vlm, shown: Tensor) -> RemovableHandle:
+    """Let only the tokens that are `shown` [T] into the decoder, each with the position that it has among all."""
+
+    def pick(_: torch.nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        given = {name: value for name, value in settings.items() if value is not None}
+        unknown = [name for name, value in given.items() if name not in PICKED and isinstance(value, Tensor | list)]
+        if args or unknown:
+            raise ValueError(f"its decoder takes {', '.join(unknown) or 'unnamed arguments'}")
+        picked = {name: given[name].index_select(dim, kept) for name, dim in PICKED.items() if name in given}
+        return (), settings | picked
+
+    kept = shown.nonzero().flatten()
+    return vlm.decoder.register_forward_pre_hook(pick, with_kwargs=True)
 
 
 _inner: dict[int, str] = {}  # the attention that a decoder's config (by its id) had before

@@ -56,6 +56,24 @@ def proven(
     return found, tuple(notes)
 
 
+def check_thinning(
+    vlm: Vlm, probe: Batch, shortcuts: Shortcuts, autocast: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Show the decoder the records without their image tokens.
+
+    Raises:
+        UserError: it cannot be shown some tokens only.
+    """
+    if not shortcuts.packing:
+        raise UserError("--image-tokens needs packed rows: leave --packing at auto, or take another model")
+    try:
+        with torch.no_grad(), autocast(), at_rest(vlm.model), record_by_record(vlm):
+            answer_losses(vlm, vlm.model, replace(probe, unseen=probe.image_mask), shortcuts=shortcuts)
+    except Exception as error:  # whatever a family trips over
+        kind = vlm.model.config.model_type
+        raise UserError(f"--image-tokens cannot be had for {kind}: {first_line(error)}") from error
+
+
 def _refusal(vlm: Vlm, probe: Batch, shortcuts: Shortcuts, plain: Tensor) -> str:
     """Why the model does not take these short cuts; nothing where it does."""
     try:

@@ -21,6 +21,7 @@ from striate.run import Run
 from striate.train.checkpointing import Checkpointing
 from striate.train.loss import Shortcuts, Teacher, answer_losses
 from striate.train.order import LengthGrouped
+from striate.train.thinning import Thinning
 from striate.vlm import Vlm, first_line
 
 TRAINED = "trained.safetensors"  # in a saved state: the parameters that train
@@ -58,6 +59,7 @@ class RegionTrainer(Trainer):
         most_skipped: float,
         shortcuts: Shortcuts,
         checkpointing: Checkpointing,
+        thinning: Thinning,
         teacher: Teacher | None = None,
         **settings: Any,
     ) -> None:
@@ -65,7 +67,7 @@ class RegionTrainer(Trainer):
         self.vlm, self.run, self.teacher = vlm, run, teacher
         self.groups, self.most_skipped = groups, most_skipped
         self.model_accepts_loss_kwargs = True  # the loss below is already a mean over the whole optimiser step
-        self.shortcuts, self.checkpointing = shortcuts, checkpointing
+        self.shortcuts, self.checkpointing, self.thinning = shortcuts, checkpointing, thinning
         self.step: list[Batch] = []
         self.start: list[torch.Tensor] = []
         self.samples = 0
@@ -79,6 +81,7 @@ class RegionTrainer(Trainer):
         began = time.monotonic()
         batches = list(islice(epoch_iterator, num_batches))
         self.clock.note_wait(began)
+        batches = self.thinning.in_step(batches, self.state.global_step, self.state.max_steps)
         self.step, self.start = batches, _random_states(device)
         answers = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches if len(batch))
         return batches, self.accelerator.gather(torch.tensor(answers, device=device)).sum().clamp(min=1)

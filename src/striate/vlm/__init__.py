@@ -132,6 +132,11 @@ class Vlm:
         return layers
 
     @property
+    def decoder(self) -> nn.Module:
+        """The module that holds the decoder layers and runs them."""
+        return self.model.get_submodule(self.parts.layers.rpartition(".")[0])
+
+    @property
     def depth(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
