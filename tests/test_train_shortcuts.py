@@ -130,3 +130,24 @@ def test_soft_caps_and_scales_behind_the_head_are_the_models_own(monkeypatch: py
         theirs = vlm.model(**batch.inputs, labels=batch.labels).loss
         ours = answer_losses(vlm, vlm.model, batch, shortcuts=CHUNKED).mean()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cpu_attends_to_short_records_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, batch = family("llava")
+    vlm.model.bfloat16()
+    seen: set[torch.dtype] = set()
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, *others: torch.Tensor, **settings: object) -> torch.Tensor:
+        seen.add(query.dtype)
+        return attention(query, *others, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = losses_and_gradients(vlm, batch, BOTH)[0]
+        assert seen == {torch.float32, torch.bfloat16}  # the tower's is as it was
+        seen.clear()
+        monkeypatch.setattr("striate.train.packing.SHORT", 1)
+        long = losses_and_gradients(vlm, batch, BOTH)[0]
+    assert seen == {torch.bfloat16}
+    torch.testing.assert_close(short, long, rtol=0.02, atol=0.02)

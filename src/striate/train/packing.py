@@ -26,6 +26,7 @@ from striate.vlm import Vlm
 
 ATTENTION = "striate_record_by_record"
 INNER = ("sdpa", "eager")  # attention that can be had for one record at a time
+SHORT = 256  # tokens of a record that a CPU attends to in float32 rather than in bfloat16
 # What a decoder takes for every token, and the axis of the tokens in it.
 PICKED = {"inputs_embeds": 1, "attention_mask": 1, "position_ids": -1}
 
@@ -178,7 +179,24 @@ def _attend(
         return inner(module, query, key, value, attention_mask.masks[0], **settings)[0], None
     parts = (tensor.split(attention_mask.lengths, dim=2) for tensor in (query, key, value))
     records = zip(*parts, attention_mask.masks, strict=True)
-    return torch.cat([inner(module, q, k, v, mask, **settings)[0] for q, k, v, mask in records], dim=1), None
+    attend = _in_float32(inner) if query.device.type == "cpu" and attention_mask.inner == "sdpa" else inner
+    return torch.cat([attend(module, q, k, v, mask, **settings)[0] for q, k, v, mask in records], dim=1), None
+
+
+def _in_float32(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """The same attention, for short records in float32: the CPU's kernel takes half the time for them then, since its
+    backward pass in bfloat16 is made of products too small to pay (docs/performance.md)."""
+
+    def attend(module: torch.nn.Module, query: Tensor, *others: Any, **settings: Any) -> tuple[Tensor, None]:
+        if query.shape[2] > SHORT or query.dtype == torch.float32:
+            return inner(module, query, *others, **settings)
+        key, value, mask = others
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        with torch.autocast("cpu", enabled=False):
+            output, _ = inner(module, query.float(), key.float(), value.float(), mask, **settings)
+        return output.to(query.dtype), None
+
+    return attend
 
 
 def _eager(module: torch.nn.Module) -> Callable[..., Any]:

@@ -1,0 +1,104 @@
+"""What an option costs in accuracy and saves in time: the demo's model and world, `uniform:25%`, over seeds.
+
+    python bench/prices.py --out runs/prices --seeds 0 1 2 --json bench/results/prices.json
+
+The first arm is striate as it is, the second the plain way to the same: padded batches, layers computed again. The
+others change one option. All arms of a seed stand side by side in time; runs that are finished are not made again.
+Prints mean and spread of visual and text accuracy and the median of each arm's time over that of the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import torch
+from regions import evaluated, finished
+
+from striate.demo import FULL, tuning, untuned
+from striate.demo.world import write_world
+from striate.run import Run
+from striate.train import tune
+
+ARMS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "padded, layers computed again": {"packing": "off", "checkpointing": "all"},
+    "image tokens 50 %": {"image_tokens": 0.5},
+    "image tokens 25 %": {"image_tokens": 0.25},
+    "projector for 30 % of the steps": {"projector": "30%"},
+    "projector frozen": {"projector": "freeze"},
+    "frozen layers NF4": {"frozen_layers": "nf4"},
+    "8-bit moments": {"optimizer": "adamw_8bit"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/prices"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=FULL.steps)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    for seed in args.seeds:
+        out = prepared(args.out / f"seed-{seed}", seed, args.steps)
+        for name, changes in ARMS.items():
+            found[name].append(measured(out, name, changes, seed, args.steps))
+    rows = {name: summary(runs, found["defaults"]) for name, runs in found.items()}
+    for name, row in rows.items():
+        print(
+            f"{name:40}{row['visual']:6.1f} ± {row['visual_sd']:.1f}{row['text']:8.1f} ± {row['text_sd']:.1f}"
+            f"{row['time']:8.2f}"
+        )
+    if args.json:
+        told = {"command": "python bench/prices.py", "threads": args.threads, "torch": torch.__version__}
+        args.json.write_text(json.dumps(told | {"arms": rows, "runs": found}, indent=1) + "\n", encoding="utf-8")
+
+
+def prepared(out: Path, seed: int, steps: int) -> Path:
+    """The folder with a seed's world and untuned model."""
+    if not (out / "world" / "text.json").is_file():
+        write_world(out / "world", seed=seed, train=16 * steps, test=FULL.test, text=FULL.text)
+    if not finished(out / "backbone"):
+        shutil.rmtree(out / "backbone", ignore_errors=True)
+        untuned(out / "backbone")
+    return out
+
+
+def measured(out: Path, name: str, changes: dict[str, Any], seed: int, steps: int) -> dict[str, float]:
+    """Accuracies in percent and seconds of training of one arm."""
+    run, world = out / name.replace(" ", "-").replace(",", "").replace("%", "percent"), out / "world"
+    if not finished(run):
+        shutil.rmtree(run, ignore_errors=True)
+        options = {key: value for key, value in changes.items() if key != "projector"}
+        tune(
+            out / "backbone", data=world / "train.json", images=world / "images", out=run, method="full",
+            options=replace(tuning(replace(FULL, steps=steps), seed), **options),
+            projector=changes.get("projector", "train"),
+        )  # fmt: skip
+    evaluated(run, world, keep=False)
+    info, results = Run.open(run).info["training"], Run.open(run).results
+    assert results is not None
+    return {"visual": 100 * results["visual"], "text": 100 * results["text"], "seconds": info["seconds"]}
+
+
+def summary(runs: list[dict[str, float]], defaults: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and spread of the accuracies, and the time over that of the defaults, seed by seed."""
+    told: dict[str, float] = {}
+    for side in ("visual", "text"):
+        values = [run[side] for run in runs]
+        told |= {side: fmean(values), f"{side}_sd": stdev(values) if len(values) > 1 else 0.0}
+    pairs = zip(runs, defaults, strict=True)
+    told["time"] = median(run["seconds"] / base["seconds"] for run, base in pairs)
+    return {name: round(value, 3) for name, value in told.items()}
+
+
+if __name__ == "__main__":
+    main()
