@@ -27,10 +27,10 @@ from striate.data import (
     Skipped,
     collate,
     encode,
-    image_token_id,
 )
 from striate.data.chat import render
 from striate.errors import UserError
+from striate.vlm import image_token_id
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -22,7 +22,7 @@ import torch
 from pico import WORDS, pico_llava
 from PIL import Image
 
-from striate.data import IGNORED, Example, Record, RecordError, Skipped, collate, encode, image_token_id
+from striate.data import IGNORED, Example, Record, RecordError, Skipped, collate, encode
 from striate.errors import UserError
 from striate.evaluate import (
     Likelihood,
@@ -38,7 +38,7 @@ from striate.evaluate import (
     summary,
 )
 from striate.run import Run
-from striate.vlm import Vlm, load
+from striate.vlm import Vlm, image_token_id, load
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from pico import DEPTH, FAMILIES, pico, pico_llava
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, LlamaConfig
 
 import striate
+from striate.cli import main
 from striate.region import Region
-from striate.vlm import Vlm, find_parts
+from striate.vlm import Vlm, find_parts, sketch
 
 # What a person reads off the model's code, to hold the rule against.
 TOWERS = {"idefics3": "model.vision_model", "smolvlm": "model.vision_model"} | dict.fromkeys(
@@ -140,3 +141,46 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(striate.UserError, match=r"lacks 9 weights of a llava model, model\.language_model\.layers\.4"):
         striate.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(striate.UserError, match="cannot load the model in"):
+        striate.load(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sketch_has_the_models_parts_and_sizes(family: str, tmp_path: Path) -> None:
+    vlm = Vlm.of(pico(family))
+    vlm.model.config.save_pretrained(tmp_path)
+    drawn = sketch(tmp_path)
+    assert drawn.parts == vlm.parts
+    assert drawn.device.type == "meta"
+    assert drawn.model.dtype == vlm.model.dtype
+    assert drawn.train_only(Region((1,), DEPTH)) == vlm.train_only(Region((1,), DEPTH))
+
+
+def test_inspect_reads_a_folder_with_no_more_than_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pico("idefics3").config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "model.text_model.layers (depth 4)" in shown
+    assert "model.connector" in shown
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "the config makes no idefics3 model: embed_dim must be divisible by num_heads" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["image_token_index", "image_token_id"])
+def test_a_config_without_the_image_token_is_told_what_to_name(name: str, tmp_path: Path) -> None:
+    folder = pico_llava(tmp_path / "llava")
+    config = json.loads((folder / "config.json").read_text())
+    written = config.pop("image_token_index", None) or config.pop("image_token_id")
+    (folder / "config.json").write_text(json.dumps(config))
+    vlm = striate.load(folder)
+    message = rf"looks for image token 32000, its processor writes {written} \(<image>\): set (\w+) to 6 in config.json"
+    with pytest.raises(striate.UserError, match=message):
+        _ = vlm.processor
+    (folder / "config.json").write_text(json.dumps({**config, name: written}))
+    assert striate.load(folder).processor.image_token == "<image>"

@@ -13,7 +13,7 @@ from striate.data import IGNORED, Example, encode, read
 from striate.errors import UserError
 from striate.prune.protected import protected
 from striate.region import Region
-from striate.vlm import Vlm, load
+from striate.vlm import Vlm, sketch
 
 STYLES = {"image": "magenta", "prompt": "cyan", "answer": "bold green"}
 
@@ -29,6 +29,8 @@ def inspect(
 ) -> RenderableType:
     """Show the parts of a model, what a region would train, and one encoded record.
 
+    Reads the config, and for a record the processor, but no weights.
+
     Args:
         model: a model folder, a run folder or a hub id.
         data: records, to see one of them encoded, coloured by role.
@@ -40,7 +42,7 @@ def inspect(
     Raises:
         UserError: no such model, region or record, or a record that cannot be encoded.
     """
-    vlm = load(model, device="cpu")
+    vlm = sketch(model)
     shown: list[RenderableType] = [_parts(vlm, Region.parse(region, vlm.depth))]
     if data is not None:
         records = read(data, images=images).records
@@ -67,7 +69,7 @@ def _parts(vlm: Vlm, region: Region) -> Table:
     table.add_row("projector", count(*vlm.parts.projector), ", ".join(vlm.parts.projector))
     table.add_row("layers", count(vlm.parts.layers), f"{vlm.parts.layers} (depth {vlm.depth})")
     table.add_row("head", count(vlm.parts.head), vlm.parts.head)
-    table.add_row("image token", str(vlm.image_token_id), "")
+    table.add_row("image token", "none" if vlm.image_token_id is None else str(vlm.image_token_id), "")
     table.add_row("region", f"{len(region)} of {region.depth}", str(region))
     strip = Text.assemble(*(("■", "bold cyan") if layer in region else ("·", "dim") for layer in range(region.depth)))
     table.add_row("", "", strip)

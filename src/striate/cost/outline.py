@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from striate.errors import UserError
@@ -67,9 +67,8 @@ def outline(model: str | Path, *, dtype: Dtype = "bfloat16") -> Outline:
         UserError: no such model, not a vision-language model, or one that cannot be taken apart.
     """
     source = str(model_folder(model))
-    check_config(source)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    kept_as = torch.float32 if dtype == "float32" else config.dtype or torch.bfloat16
+    config = check_config(source)
+    kept_as: Any = torch.float32 if dtype == "float32" else config.dtype or torch.bfloat16
     return outline_of(config, kept_as=kept_as, dtype=dtype, source=source)
 
 

@@ -1,7 +1,7 @@
 """From records on disk to batches: read both spellings, open images safely, encode, collate."""
 
 from striate.data.batch import Batch, Examples, collate
-from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode, image_token_id
+from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError, Skipped
 from striate.data.records import Records, read
@@ -19,7 +19,6 @@ __all__ = [
     "Skipped",
     "collate",
     "encode",
-    "image_token_id",
     "open_image",
     "read",
 ]

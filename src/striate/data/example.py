@@ -14,6 +14,7 @@ from striate.data.chat import Message, Span, render, render_answers
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError
 from striate.errors import UserError
+from striate.vlm import image_token_id
 
 IGNORED = -100
 """The label of a token that no loss is taken of."""
@@ -76,13 +77,6 @@ def encode(
     labels = tokens["input_ids"].masked_fill(~labelled, IGNORED)
     image_mask = tokens["input_ids"] == image_token_id(processor)
     return Example(tokens | encoded.vision, labels, image_mask, record.id, record.source)
-
-
-def image_token_id(processor: Any) -> int:
-    """The id of the tokens that image features take the place of."""
-    # The first id is the features' own; Pixtral and InternVL list those of borders behind it. Gemma 3's
-    # `image_token_id` is the mark in the prompt, not what it grows into.
-    return processor.image_token_ids[0]
 
 
 @dataclass(frozen=True)

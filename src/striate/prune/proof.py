@@ -94,7 +94,7 @@ def _marks(vlm: Vlm) -> list[int]:
     """Tokens with a meaning for the model's code: an image token that it made up itself would want an image."""
     named = {name: value for name, value in vars(vlm.model.config).items() if "_token_i" in name and value is not None}
     listed = (value if isinstance(value, list | tuple) else [value] for value in named.values())
-    return sorted({token for tokens in listed for token in tokens} | {vlm.image_token_id})
+    return sorted({token for tokens in listed for token in tokens})
 
 
 def prove_cut(vlm: Vlm, numbers: Numbering, prompts: Mapping[str, Inputs]) -> Outputs:

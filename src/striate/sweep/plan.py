@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from striate import __version__
 from striate.data import Record, RecordError, read
@@ -164,8 +164,7 @@ def read_plan(file: Path, *, workers: int = 1) -> Plan:
 def outline(model: str) -> Vlm:
     """A model without weights, from its config alone."""
     source = str(model_folder(model))
-    check_config(source)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = check_config(source)
     with torch.device("meta"):
         return Vlm.of(AutoModelForImageTextToText.from_config(config), source)
 

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -98,10 +99,30 @@ class Vlm:
         """
         return cls(model, find_parts(model), source)
 
+    @classmethod
+    def sketched(cls, config: PreTrainedConfig, source: str = "") -> Vlm:
+        """A model of this config on the `meta` device: every module, and no weights.
+
+        Raises:
+            UserError: the config makes no model, or one that cannot be taken apart.
+        """
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config)
+        except Exception as error:  # whatever a family trips over when its config lacks something
+            raise UserError(f"the config makes no {config.model_type} model: {first_line(error)}") from error
+        return cls.of(model, source)
+
     @cached_property
     def processor(self) -> Any:
-        """The model's processor (`AutoProcessor`)."""
-        return load_processor(self.source)
+        """The model's processor (`AutoProcessor`).
+
+        Raises:
+            UserError: there is none, or it writes another image token than the model looks for.
+        """
+        processor = load_processor(self.source)
+        self._check_image_token(processor)
+        return processor
 
     @property
     def tokenizer(self) -> Any:
@@ -152,21 +173,9 @@ class Vlm:
         return self.model.device
 
     @property
-    def image_token_id(self) -> int:
-        """The token that stands for one image feature in `input_ids`.
-
-        Raises:
-            UserError: neither the model's config nor its processor names one.
-        """
-        config = self.model.config
-        for found in (getattr(config, "image_token_id", None), getattr(config, "image_token_index", None)):
-            if found is not None:
-                return int(found)
-        if self.source and getattr(self.processor, "image_token_id", None) is not None:
-            return int(self.processor.image_token_id)
-        raise UserError(
-            f"{type(config).__name__} names no image token (image_token_id, image_token_index); set it in config.json"
-        )
+    def image_token_id(self) -> int | None:
+        """The token that stands for one image feature in `input_ids`; None where the config names none."""
+        return next((token for token in self._image_tokens().values() if token is not None), None)
 
     def region_parameters(self, region: Region) -> tuple[str, ...]:
         """Exact names of the parameters in the region's decoder layers, in model order.
@@ -264,6 +273,21 @@ class Vlm:
         finally:
             handle.remove()
 
+    def _image_tokens(self) -> dict[str, int | None]:
+        """What the config calls the image token, with its id. Families that need no such token have no name for it."""
+        fields = vars(self.model.config)
+        return {name: fields[name] for name in ("image_token_id", "image_token_index") if name in fields}
+
+    def _check_image_token(self, processor: Any) -> None:
+        # Where config.json does not name it, the config has the default of its family, which is another token here.
+        named = self._image_tokens()
+        if named and (written := image_token_id(processor)) not in named.values():
+            looks_for = "no image token" if self.image_token_id is None else f"image token {self.image_token_id}"
+            raise UserError(
+                f"{self.source}: the model looks for {looks_for}, its processor writes {written} "
+                f"({processor.image_token}): set {next(iter(named))} to {written} in config.json"
+            )
+
     def _below(self, *prefixes: str) -> tuple[str, ...]:
         dotted = tuple(f"{prefix}." for prefix in prefixes)
         return tuple(name for name, _ in self.model.named_parameters() if name in prefixes or name.startswith(dotted))
@@ -298,12 +322,24 @@ def load(
             output_loading_info=True,
         )  # fmt: skip
         model, report = loaded
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the model in {source}: {first_line(error)}") from error
     if report["missing_keys"]:
         name, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{source} lacks {count} weights of a {model.config.model_type} model, {name} among them")
     return Vlm.of(aligned(model.to(place)), source)
+
+
+def sketch(path: str | Path) -> Vlm:
+    """An LVLM's parts from its config alone: on the `meta` device, without weights.
+
+    `path` is a model folder, a run folder or a hub id. A folder may hold no more than config.json.
+
+    Raises:
+        UserError: no such model, not a vision-language model, or one that cannot be taken apart.
+    """
+    source = str(model_folder(path))
+    return Vlm.sketched(check_config(source), source)
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:
@@ -333,8 +369,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_config(source: str) -> None:
-    """Refuse early, before any weight is read, what is not a vision-language model.
+def check_config(source: str) -> PreTrainedConfig:
+    """The config of a model; refuses early, before any weight is read, what is not a vision-language model.
 
     Raises:
         UserError: no config, or a config of another kind of model.
@@ -352,6 +388,7 @@ def check_config(source: str) -> None:
             f"{source} holds a {config.model_type} model, which is not an image-text-to-text model; "
             "give a vision-language model, or make one with `striate assemble`"
         )
+    return config
 
 
 def load_processor(source: str) -> Any:
@@ -372,6 +409,20 @@ def load_processor(source: str) -> Any:
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")
     return processor
+
+
+def image_token_id(processor: Any) -> int:
+    """The id of the tokens that image features take the place of.
+
+    Raises:
+        UserError: the processor names none.
+    """
+    # The first id is the features' own; Pixtral and InternVL list those of borders behind it. Gemma 3's
+    # `image_token_id` is the mark in the prompt, not what it grows into.
+    found = processor.image_token_ids[0]
+    if found is None:
+        raise UserError(f"{type(processor).__name__} names no image token: striate cannot tell where images are")
+    return int(found)
 
 
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:

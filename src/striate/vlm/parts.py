@@ -2,8 +2,8 @@
 
 `transformers` can name the decoder, the vision encoder and the depth of nearly every model behind
 `AutoModelForImageTextToText`. One rule covers the rest: the decoder may sit one hop further down, and the projector is
-what stands beside tower and decoder, or, failing that, the merger inside the tower (Qwen, GLM). A model that
-the rule does not fit is refused with what was found.
+what stands beside tower and decoder, or, failing that, the merger inside the tower (Qwen, GLM). `_EXCEPTIONS` are the
+few families that the rule does not fit. Any other model that it does not fit is refused with what was found.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ from transformers import PreTrainedModel
 
 from striate.errors import UserError
 
-# Neighbours of tower and decoder that do not carry image features to the decoder.
-_OTHER_SENSES = ("audio", "speech", "video_tower", "vqmodel", "generation_")
+# Words in the names of what stands beside tower and decoder and is no projector: other senses, pictures that the model
+# makes, a second tower.
+_NO_PROJECTORS = ("audio", "speech", "video_tower", "vqmodel", "generation_", "high_res_vision_model")
+
+# Tower and projector by their names in the base model. Where both are one, patches reach the decoder through it alone;
+# of Idefics' two, the resampler is not in every model.
+_EXCEPTIONS = {
+    "fuyu": ("vision_embed_tokens", ("vision_embed_tokens",)),
+    "gemma4_unified": ("embed_vision", ("embed_vision.multimodal_embedder",)),
+    "git": ("image_encoder", ("visual_projection",)),
+    "idefics": ("vision_model", ("perceiver_resampler", "gated_cross_attn_layers")),
+    "inkling_mm_model": ("vision_tower", ("vision_tower",)),
+}
 
 
 @dataclass(frozen=True)
@@ -40,18 +51,35 @@ def find_parts(model: PreTrainedModel) -> Parts:
         raise UserError(f"{kind} is an encoder-decoder model: striate works on decoder-only vision-language models")
     names = {id(module): name for name, module in model.named_modules()}
     decoder, layers = _decoder_layers(model)
-    tower = model.get_encoder(modality="image")
-    if tower is None or tower is decoder or not names.get(id(tower)):
-        children = ", ".join(name for name, _ in model.base_model.named_children())
-        raise UserError(f"{kind} has no vision tower of its own; found only: {children}")
-    head = model.get_output_embeddings()
-    if head is None or id(head) not in names:
+    # Nemotron has its head inside the language model, and does not say so.
+    head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+    if id(head) not in names:
         raise UserError(f"{kind} has no language-model head")
-    tower_name = names[id(tower)]
-    projector = _projector(model, tower_name, names[id(decoder)], names[id(head)])
+    if kind in _EXCEPTIONS:
+        tower, projector = _excepted(model, names)
+    else:
+        tower = names.get(id(model.get_encoder(modality="image")), "")
+        if tower in ("", names[id(decoder)]):
+            raise UserError(f"{kind} has no vision tower of its own; found only: {_children(model)}")
+        projector = _projector(model, tower, names[id(decoder)], names[id(head)])
     if not projector:
-        raise UserError(f"{kind}: nothing found between the tower ({tower_name}) and the decoder")
-    return Parts(tower_name, projector, names[id(layers)], names[id(head)])
+        raise UserError(f"{kind}: nothing found between the tower ({tower}) and the decoder")
+    return Parts(tower, projector, names[id(layers)], names[id(head)])
+
+
+def _excepted(model: PreTrainedModel, names: dict[int, str]) -> tuple[str, tuple[str, ...]]:
+    """Tower and projector of a family in the table."""
+    base = model.base_model
+    prefix = f"{names[id(base)]}." if names[id(base)] else ""
+    tower, projector = _EXCEPTIONS[model.config.model_type]
+    there = set(names.values())
+    if prefix + tower not in there:
+        raise UserError(f"{model.config.model_type}: no {tower} in it; found only: {_children(model)}")
+    return prefix + tower, tuple(prefix + name for name in projector if prefix + name in there)
+
+
+def _children(model: PreTrainedModel) -> str:
+    return ", ".join(name for name, _ in model.base_model.named_children())
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -63,14 +91,15 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
             if isinstance(child, nn.ModuleList) and len(child) == depth:
                 return decoder, child
         inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
-        decoder = inner if inner is not decoder else getattr(decoder, "model", decoder)
+        below = getattr(decoder, "model", getattr(decoder, "encoder", decoder))  # the encoder of BERT's kin
+        decoder = inner if inner is not decoder else below
     found = ", ".join(f"{name} ({type(child).__name__})" for name, child in decoder.named_children())
     kind = model.config.model_type
     raise UserError(f"{kind}: no list of {depth} decoder layers in {type(decoder).__name__}; found: {found}")
 
 
 def _projector(model: PreTrainedModel, tower: str, decoder: str, head: str) -> tuple[str, ...]:
-    """Names of what stands beside tower and decoder, or of the mergers inside the tower."""
+    """Names of what stands beside tower and decoder, or of the mergers and connectors inside the tower."""
     holder = tower.rpartition(".")[0]
     beside = model.get_submodule(holder)
     prefix = f"{holder}." if holder else ""
@@ -79,12 +108,14 @@ def _projector(model: PreTrainedModel, tower: str, decoder: str, head: str) -> t
         prefix + name
         for name, child in beside.named_children()
         if not any(other == prefix + name or other.startswith(f"{prefix}{name}.") for other in taken)
-        and not name.startswith(_OTHER_SENSES)
+        and not any(word in name for word in _NO_PROJECTORS)
         and any(True for _ in child.parameters())
     ]
     # A bare parameter of the holder (LLaVA-NeXT's `image_newline`) goes between image features: it belongs here too.
     found += [prefix + name for name, _ in beside.named_parameters(recurse=False)] if found else []
     if not found:
         tower_module = model.get_submodule(tower)
-        found = [f"{tower}.{name}" for name, _ in tower_module.named_children() if "merger" in name]
+        found = [
+            f"{tower}.{name}" for name, _ in tower_module.named_children() if "merger" in name or "connector" in name
+        ]
     return tuple(found)
