@@ -207,6 +207,22 @@ def test_images_inside_the_folder(folder: Path, name: str) -> None:
     assert ImageFolder(folder).locate(str(folder / "flag.png"), "x").is_file()
 
 
+def test_an_image_that_becomes_a_link_is_found_out(folder: Path) -> None:
+    images = ImageFolder(folder)
+    assert images.locate("deep/flag.png", "x") == (folder / "deep/flag.png").resolve()
+    (folder / "deep/flag.png").unlink()
+    (folder / "deep/flag.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(RecordError, match="is outside the image folder"):
+        images.locate("deep/flag.png", "x")
+    for name in ("up/images/flag.png", "deep/.", "deep/..", "deep/", "up"):  # through a link, and no file
+        for _ in range(2):
+            if name == "up/images/flag.png":
+                assert images.locate(name, "x") == (folder / "flag.png").resolve()
+            else:
+                with pytest.raises(RecordError, match=r"is not a file|is outside"):
+                    images.locate(name, "x")
+
+
 @pytest.mark.parametrize(("name", "message"), [
     ("../secret.png", "is outside the image folder"),
     ("/etc/passwd", "is outside the image folder"),

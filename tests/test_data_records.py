@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from striate.data import Record, RecordError, Skipped, open_image, read
+from striate.data import Record, RecordError, Skipped, open_image, read, stored
+from striate.data.images import ImageFolder
+from striate.data.spelling import record_of
 from striate.errors import UserError
 
 IMAGE = {"type": "image"}
@@ -176,6 +180,81 @@ def test_unreadable_data_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"nobody/nothing: no such file here, and not loadable from the hub"):
         read("nobody/nothing")
+
+
+# Large files stay on disk.
+
+
+def llava_rows(number: int) -> list[dict[str, Any]]:
+    """Records with and without a picture, letters of one to four bytes, an id that says which."""
+    letters = ["plain", "ä\u2028", "\u4e2d", "\U0001f408"]
+    return [
+        {"id": str(index), "conversations": [
+            {"from": "human", "value": ("<image>\n" if index % 3 else "") + letters[index % 4]},
+            {"from": "gpt", "value": "red" * (1 + index % 5)},
+        ]} | ({"image": "a.png"} if index % 3 else {})
+        for index in range(number)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 100, 10**6])
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}, None])
+def test_a_list_comes_in_blocks_of_any_size(
+    folder: Path, block: int, layout: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "BLOCK", block)
+    rows = llava_rows(9)
+    text = "\n".join(map(json.dumps, rows)) if layout is None else f" {json.dumps(rows, **layout)}\n"
+    (folder / "train.json").write_text("\ufeff" + text, encoding="utf-8")
+    found = read(folder / "train.json").records
+    alone = [record_of(row, f"train.json:{number}", ImageFolder(folder)) for number, row in enumerate(rows, 1)]
+    assert list(found) == alone
+    assert [record.source for record in found] == [f"train.json:{number}" for number in range(1, 10)]
+    assert all(isinstance(entry, stored.Place) for entry in found.entries)
+
+
+@pytest.mark.parametrize("text", [
+    '[{"text": "a"}\n, {"text" "b"}]', '[\n {"text": "a"},\n]', '[{"text": "a"}] ]', '[{"text": "a"}', "[1 2]", "[,]",
+    '[{"text": "\U0001f408"},\n\n {"text": "b]', "[tru]", "[1", "[", '[{"text": "a"},',
+])  # fmt: skip
+@pytest.mark.parametrize("block", [1, 5, 10**6])
+def test_a_broken_list_is_refused_where_it_breaks(
+    folder: Path, text: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "BLOCK", block)
+    (folder / "train.json").write_text(text, encoding="utf-8")
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(RecordError, match="not valid JSON") as caught:
+        read(folder / "train.json", on_bad="skip")
+    line, column = map(int, re.findall(r"line (\d+) column (\d+)", str(caught.value))[0])
+    assert line == expected.value.lineno
+    assert abs(column - expected.value.colno) <= 1  # some say "a comma goes on to nothing", others where nothing is
+
+
+def test_what_is_known_of_a_record_without_reading_it(folder: Path) -> None:
+    (folder / "train.json").write_text(json.dumps(llava_rows(12)))
+    found = read(folder / "train.json").records
+    in_memory = stored.Stored(list(found))
+    assert [found.size(index) for index in range(12)] == [in_memory.size(index) for index in range(12)]
+    assert [record.id for record in found.take([7, 2])] == ["7", "2"]
+    assert [record.id for record in found[::5]] == ["0", "5", "10"]
+    (folder / "a.png").unlink()
+    assert found[0].id == "0"
+    with pytest.raises(RecordError, match=r"train.json:2: image a.png not found"):
+        found[1]
+
+
+def test_a_file_that_changes_under_a_training_is_refused(folder: Path) -> None:
+    path = folder / "train.json"
+    path.write_text(json.dumps(llava_rows(3)))
+    found = read(path).records
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match=r"train.json has changed since its records were read: start again"):
+        found[0]
+    path.unlink()
+    with pytest.raises(UserError, match=r"train.json: cannot be read \(No such file or directory\)"):
+        found[0]
 
 
 # Bad input.

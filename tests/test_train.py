@@ -275,6 +275,18 @@ def test_interrupt_leaves_a_resumable_run(model: Path, data: Path, tmp_path: Pat
     assert changed(weights(whole.path), weights(resumed.path)) == set()
 
 
+def test_a_first_step_of_text_alone_is_no_fault(model: Path, tmp_path: Path) -> None:
+    path = write_data(tmp_path, records=4)
+    words = " ".join(["a red cat"] * 20)  # longer than any record with a picture: they come first
+    talk = [{"from": "human", "value": words}, {"from": "gpt", "value": words}]
+    path.write_text(
+        json.dumps([{"id": f"text{n}", "conversations": talk} for n in range(4)] + json.loads(path.read_text()))
+    )
+    run = tune(model, path, tmp_path / "run", replace(OPTIONS, steps=2))
+    assert [entry["step"] for entry in run.history()] == [1, 2]
+    assert not run.skipped()
+
+
 def test_audit_finds_a_parameter_without_gradient(model: Path, data: Path, tmp_path: Path) -> None:
     # Text alone gives the projector no gradient: a run that says it trains it must not go on.
     rows = json.loads(data.read_text())

@@ -220,10 +220,12 @@ class Run:
         """The evaluated records; empty before the run was evaluated."""
         return list(self._lines(PREDICTIONS))
 
-    def skip(self, entry: dict[str, Any]) -> None:
-        """Add a record that was left out, {"source", "reason"}, unless it is listed already."""
-        if entry not in self.skipped():
-            self._append(SKIPPED, entry)
+    def skip(self, *entries: dict[str, Any]) -> None:
+        """Add records that were left out, {"source", "reason"}, unless they are listed already."""
+        listed = set(map(_line, self.skipped()))
+        for line, entry in {_line(entry): entry for entry in entries}.items():
+            if line not in listed:
+                self._append(SKIPPED, entry)
 
     def skipped(self) -> list[dict[str, Any]]:
         """The records that were left out."""

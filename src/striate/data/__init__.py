@@ -5,6 +5,7 @@ from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError, Skipped
 from striate.data.records import Records, read
+from striate.data.stored import Stored
 
 __all__ = [
     "IGNORED",
@@ -17,6 +18,7 @@ __all__ = [
     "RecordError",
     "Records",
     "Skipped",
+    "Stored",
     "collate",
     "encode",
     "open_image",

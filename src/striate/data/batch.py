@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
 from striate.data.record import Record, RecordError, Skipped
+from striate.data.stored import Stored
 
 CHARS_PER_TOKEN = 4
 """A usual rate, good enough to sort by."""
@@ -112,7 +113,7 @@ class Examples(Dataset[Example | Skipped]):
         truncate_text: bool = False,
         generation: bool = False,
     ):
-        self.records = records
+        self.records = records if isinstance(records, Stored) else Stored(records)
         self.encode = partial(
             encode,
             processor=processor,
@@ -136,14 +137,10 @@ class Examples(Dataset[Example | Skipped]):
 
         An image counts as many tokens as those of the first readable record with images have.
         """
+        sizes = [self.records.size(index) for index in range(len(self))]
         per_image = 0
-        for index, record in enumerate(self.records):
-            if record.images and isinstance(example := self[index], Example):
-                per_image = int(example.image_mask.sum()) // len(record.images)
+        for index, size in enumerate(sizes):
+            if size.images and isinstance(example := self[index], Example):
+                per_image = int(example.image_mask.sum()) // size.images
                 break
-        return [_num_chars(r) // CHARS_PER_TOKEN + per_image * len(r.images) for r in self.records]
-
-
-def _num_chars(record: Record) -> int:
-    parts = (part for message in record.messages for part in message["content"])
-    return len(record.text) + sum(len(part.get("text", "")) for part in parts)
+        return [size.characters // CHARS_PER_TOKEN + per_image * size.images for size in sizes]

@@ -7,7 +7,7 @@ import os
 import stat
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class ImageFolder:
 
     root: Path
     allow_urls: bool = False
+    _real: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def locate(self, value: Any, source: str) -> ImageSource:
         """What `value` (a path, URL, bytes, image, or a `{"bytes", "path"}` pair) stands for.
@@ -54,18 +55,29 @@ class ImageFolder:
         return self._file(value, source)
 
     def _file(self, name: str, source: str) -> Path:
-        root = os.path.realpath(self.root)
+        # In a folder that really is inside, a file that is no link is inside. Half a million pictures lie in few
+        # folders, so that one question a picture is left to ask; what has another answer is looked at closely.
+        parent, last = os.path.split(name)
         try:
-            path = os.path.realpath(os.path.join(root, name))
-            inside = os.path.commonpath((root, path)) == root
-            regular = inside and stat.S_ISREG(os.stat(path).st_mode)
+            if parent not in self._real:
+                self._real[parent] = self._inside(parent)
+            folder = self._real[parent]
+            if folder is not None and stat.S_ISREG(os.lstat(os.path.join(folder, last)).st_mode):
+                return Path(folder, last)
+            path = self._inside(name)
+            regular = path is not None and stat.S_ISREG(os.stat(path).st_mode)
         except (OSError, ValueError):
             raise RecordError(source, f"image {_brief(name)} not found in {self.root}; set --images") from None
-        if not inside:
+        if path is None:
             raise RecordError(source, f"image {_brief(name)} is outside the image folder {self.root}; set --images")
         if not regular:
             raise RecordError(source, f"image {_brief(name)} in {self.root} is not a file")
         return Path(path)
+
+    def _inside(self, name: str) -> str | None:
+        """Where a name leads through all its links, if that is inside the folder."""
+        root, real = os.path.realpath(self.root), os.path.realpath(os.path.join(self.root, name))
+        return real if os.path.commonpath((root, real)) == root else None
 
 
 def open_image(image: ImageSource, source: str = "") -> Image.Image:

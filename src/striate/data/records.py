@@ -7,34 +7,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from striate.data.images import ImageFolder
-from striate.data.record import Cell, ImageSource, Record, RecordError, Skipped
+from striate.data.record import Cell, Record, RecordError, Skipped
+from striate.data.spelling import record_of
+from striate.data.stored import Element, JsonFile, Place, Size, Stored, elements, lines, parsed
 from striate.errors import UserError, nearest
 
-MARK = "<image>"
-"""Where an image belongs in a text, in both spellings."""
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
 class Records:
-    """The sound records of a data file, in its order, and the ones left out."""
+    """The sound records of a data file, in its order, and the ones left out.
 
-    records: Sequence[Record]
+    Those of JSON files are read again from their places when asked for: half a million take 0.2 GB.
+    """
+
+    records: Stored
     skipped: list[Skipped]
 
     def __len__(self) -> int:
@@ -66,24 +62,50 @@ def read(
     file of annotations, `mscoco_val2014_annotations.json`: that of the questions,
     `OpenEnded_mscoco_val2014_questions.json`, is looked for beside it and in `../Questions`.
     """
-    records: list[Record] = []
+
+    @cache
+    def folder(home: Path) -> ImageFolder:
+        return ImageFolder(Path(images or home), allow_urls)
+
+    @cache
+    def file(place: Path) -> JsonFile:
+        return JsonFile.of(place, folder(place.parent))
+
+    entries: list[Record | Place] = []
     skipped: list[Skipped] = []
-    for source, row, home in _rows(path, split):
+    for row in _rows(path, split):
         try:
-            records.append(_record(row, source, ImageFolder(Path(images or home), allow_urls)))
+            value = parsed(row.value, row.source) if isinstance(row.value, bytes) else row.value
+            record = record_of(value, row.source, folder(row.home))
         except RecordError as error:
             if on_bad == "stop":
                 raise
             skipped.append(error.skipped)
-    if not records:
+            continue
+        if row.place:
+            place, element = row.place
+            entries.append(Place(file(place), element.number, element.start, element.length, Size.of(record)))
+        else:
+            entries.append(record)
+    if not entries:
         why = f"none of its {len(skipped)} records can be used: {skipped[0].reason}" if skipped else "it is empty"
         raise UserError(f"{path}: {why}")
-    return Records(records, skipped)
+    return Records(Stored(entries), skipped)
 
 
-# Where rows come from: each is (source, row, the folder its images are in unless told otherwise).
+# Where rows come from.
 
-Row = tuple[str, Any, Path]
+
+class Row(NamedTuple):
+    """What is to become a record; `home` is the folder its images are in unless told otherwise.
+
+    `place` is the JSON file and the element in it, where it can be read again.
+    """
+
+    source: str
+    value: Any
+    home: Path
+    place: tuple[Path, Element] | None = None
 
 
 def _rows(path: str | Path, split: str) -> Iterator[Row]:
@@ -117,17 +139,9 @@ def _json_rows(path: Path, split: str) -> Iterator[Row]:
             yield from benchmark
             return
         file.seek(0)
-        rows = _load_json(file.read(), path.name) if is_list else file  # a line is parsed when its turn comes
-        for number, row in enumerate(rows, 1):
-            if is_list or row.strip():
-                yield f"{path.name}:{number}", row, path.parent
-
-
-def _load_json(data: bytes, source: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also wrong encoding, absurd numbers or nesting
-        raise RecordError(source, f"not valid JSON ({error}); mend or remove it") from None
+        name, home = path.name, path.parent  # `Path` makes both anew each time
+        for element in elements(file, name) if is_list else lines(file):
+            yield Row(f"{name}:{element.number}", element.value, home, (path, element))
 
 
 # Benchmarks as they are published: one object a file. What is wrong with a question is found when it becomes a record.
@@ -167,7 +181,7 @@ def _ocr_vqa_rows(path: Path, books: dict[str, dict[str, Any]], split: str) -> I
         for question, answer in pairs if book.get("split") == OCR_VQA_SPLITS[split] else ():
             number += 1
             row = _question(f"images/{name}.jpg", question, [answer], f"ocrvqa_{split}")
-            yield f"{path.name}:{number}", row, path.parent
+            yield Row(f"{path.name}:{number}", row, path.parent)
 
 
 def _tdiuc_rows(path: Path, annotations: list[dict[str, Any]], subset: str) -> Iterator[Row]:
@@ -177,7 +191,7 @@ def _tdiuc_rows(path: Path, annotations: list[dict[str, Any]], subset: str) -> I
         answers = [answer.get("answer") for answer in one.get("answers", ())]
         question = questions.get(one.get("question_id"))
         row = _question(image, question, answers, f"tdiuc_{one.get('question_type')}")
-        yield f"{path.name}:{number}", row, path.parent
+        yield Row(f"{path.name}:{number}", row, path.parent)
 
 
 def _tdiuc_questions(path: Path) -> dict[Any, Any]:
@@ -185,7 +199,7 @@ def _tdiuc_questions(path: Path) -> dict[Any, Any]:
     name = f"OpenEnded_{path.name.replace('annotations', 'questions')}"
     for file in (path.parent / name, path.parent.parent / "Questions" / name):
         if file.exists():
-            listed = _load_json(file.read_bytes(), file.name).get("questions", ())
+            listed = parsed(file.read_bytes(), file.name).get("questions", ())
             return {one["question_id"]: one["question"] for one in listed}
     raise UserError(f"{path}: its questions, {name}, are neither beside it nor in ../Questions")
 
@@ -240,129 +254,8 @@ def _dataset_rows(dataset: Any, name: str, home: Path) -> Iterator[Row]:
                         Cell(dataset, number, column, index) if _holds_bytes(value) else value
                         for index, value in enumerate(values)
                     ]
-        yield f"{name}:{number + 1}", row, home
+        yield Row(f"{name}:{number + 1}", row, home)
 
 
 def _holds_bytes(value: Any) -> bool:
     return isinstance(value.get("bytes") if isinstance(value, dict) else value, bytes)
-
-
-# One row to one record.
-
-
-def _record(row: Any, source: str, folder: ImageFolder) -> Record:
-    if isinstance(row, bytes):
-        row = _load_json(row, source)
-    if not isinstance(row, dict):
-        raise RecordError(source, f"a record must be an object, found {_kind(row)}")
-    row = {key: value for key, value in row.items() if value is not None}
-    turns = row.get("messages", row.get("conversations"))
-    if turns is None and "text" not in row:
-        found = ", ".join(map(str, row)) or "nothing"
-        raise RecordError(source, f"expected 'conversations', 'messages' or 'text', found {found}")
-    listed = row.get("images") or row.get("image") or []  # some text-only records have an empty image
-    listed = listed if isinstance(listed, list) else [listed]
-    messages, images = _conversation(turns, [folder.locate(one, source) for one in listed], source, folder)
-    return Record(
-        id=str(row.get("id", source)),
-        messages=messages,
-        images=images,
-        source=source,
-        text="" if messages else _text(row, source),
-        task=_string(row.get("task", ""), "task", source),
-        metric=_string(row.get("metric", ""), "metric", source),
-        answers=_strings(row.get("answers", []), "answers", source),
-        choices=_strings(row.get("choices", []), "choices", source),
-    )
-
-
-def _conversation(
-    turns: Any, listed: list[ImageSource], source: str, folder: ImageFolder
-) -> tuple[tuple[dict[str, Any], ...], tuple[ImageSource, ...]]:
-    """The turns in the one spelling, and their images in the order of the marks."""
-    if turns is None:
-        if listed:
-            raise RecordError(source, "a plain text record cannot have images")
-        return (), ()
-    if not isinstance(turns, list) or not turns:
-        raise RecordError(source, f"the conversation must be a list of turns, found {_kind(turns)}")
-    messages = [_message(turn, number, source) for number, turn in enumerate(turns, 1)]
-    if all(message["role"] != "user" for message in messages):
-        raise RecordError(source, "the conversation has no question: no turn of 'human' or 'user'")
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    if listed and not parts:  # LLaVA's habit: the images come before the first question
-        question = next(message for message in messages if message["role"] == "user")
-        parts = [{"type": "image"} for _ in listed]
-        question["content"] = [*parts, *question["content"]]
-    own = sum("image" in part for part in parts)
-    if len(parts) - own != len(listed):
-        raise RecordError(source, f"{len(parts) - own} {MARK} marks for {len(listed)} images; they must be as many")
-    waiting = iter(listed)
-    images = [folder.locate(part.pop("image"), source) if "image" in part else next(waiting) for part in parts]
-    return tuple(messages), tuple(images)
-
-
-def _message(turn: Any, number: int, source: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise RecordError(source, f"turn {number} must be an object, found {_kind(turn)}")
-    role = turn.get("from", turn.get("role"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise RecordError(source, f"turn {number}: unknown role {str(role)[:40]!r}; expected {', '.join(ROLES)}")
-    content = turn.get("value", turn.get("content"))
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise RecordError(source, f"turn {number}: the content must be text or a list, found {_kind(content)}")
-    parts = [new for part in parts for new in _parts(part, number, source)]
-    if ROLES[role] == "assistant":
-        parts = [{"type": "text", "text": _answer(parts, number, source)}]
-    elif not parts:
-        raise RecordError(source, f"turn {number} is empty")
-    return {"role": ROLES[role], "content": parts}
-
-
-def _parts(part: Any, number: int, source: str) -> list[dict[str, Any]]:
-    """A content part, its text cut at the image marks; an image that the part itself names stays in it."""
-    match part:
-        case {"type": "text", "text": str(text)}:
-            # A line break beside a mark belongs to the mark: chat templates write their own.
-            pieces = re.split(rf"\n?({MARK})\n?", text)
-            return [{"type": "image"} if p == MARK else {"type": "text", "text": p} for p in pieces if p]
-        case {"type": "image" | "image_url"}:
-            named = [part[key] for key in ("image", "url", "path", "image_url") if part.get(key) is not None]
-            return [{"type": "image", "image": named[0]} if named else {"type": "image"}]
-    raise RecordError(source, f"turn {number}: a content part must be text or an image, found {str(part)[:60]}")
-
-
-def _answer(parts: list[dict[str, Any]], number: int, source: str) -> str:
-    if any(part["type"] == "image" for part in parts):
-        raise RecordError(source, f"turn {number}: an answer cannot hold an image")
-    answer = "".join(part["text"] for part in parts)
-    if not answer.strip():
-        raise RecordError(source, f"turn {number}: the answer is empty")
-    return answer
-
-
-def _text(row: dict[str, Any], source: str) -> str:
-    text = _string(row["text"], "text", source)
-    if not text.strip():
-        raise RecordError(source, "the text is empty")
-    return text
-
-
-def _string(value: Any, field: str, source: str) -> str:
-    if not isinstance(value, str):
-        raise RecordError(source, f"'{field}' must be text, found {_kind(value)}")
-    return value
-
-
-def _strings(value: Any, field: str, source: str) -> tuple[str, ...]:
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str | int | float) for one in values):
-        raise RecordError(source, f"'{field}' must be a list of texts, found {str(value)[:60]}")
-    return tuple(map(str, values))
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", type(None): "nothing", bool: "true or false"}
-
-    return names.get(type(value), "a number")

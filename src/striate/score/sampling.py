@@ -43,13 +43,14 @@ class Sampling:
         if self.samples < 1 or self.batch < 1:
             raise UserError(f"at least one sample and a batch of one are needed, not {self.samples} and {self.batch}")
         found = read(data, images=images, allow_urls=self.allow_urls, on_bad=self.on_bad)
-        answered = [one for record in found if (one := _answered(record))]
+        answered = [index for index, record in enumerate(found) if _answered(record)]
         if not answered:
             raise UserError(f"{data}: none of its {len(found)} records has an answer to measure layers on")
         if self.samples < len(answered):
             drawn = random.Random(self.seed).sample(range(len(answered)), self.samples)
             answered = [answered[index] for index in sorted(drawn)]
-        return Sample(answered, found.skipped)
+        records = map(_answered, found.records.take(answered))
+        return Sample([record for record in records if record], found.skipped)
 
     def batches(self, vlm: Vlm, sample: Sample) -> Iterator[Batch]:
         """The sample's records in batches of like length on the model's device; adds bad ones to `sample.skipped`.

@@ -257,8 +257,7 @@ def _reached(vlm: Vlm, records: Records, tower: Named) -> Named:
 
 def _check_records(records: Records, run: Run) -> None:
     """List what was left out, and stop when that is too much or all."""
-    for record in records.skipped:
-        run.skip({"source": record.source, "reason": record.reason})
+    run.skip(*({"source": record.source, "reason": record.reason} for record in records.skipped))
     total = len(records.records) + len(records.skipped)
     if len(records.skipped) > MOST_SKIPPED * total:
         first = records.skipped[0]

@@ -81,13 +81,19 @@ def fit(
         if options.compile:
             stack.enter_context(compiled(vlm))
         bridge = list(groups["projector"].parameters.values()) if "projector" in groups else []
+        pictured = any(examples.records.size(index).images for index in range(len(examples)))
+        audit = Audit(
+            network, trained,
+            visual={name for part, group in groups.items() if part != "layers" for name in group.parameters},
+            saw=lambda: not pictured or any(bool(batch.image_mask.any()) for batch in trainer.step),
+        )  # fmt: skip
         interrupt, log = Interrupt(), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
         trainer = RegionTrainer(
             vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
             shortcuts=shortcuts, checkpointing=checkpointing, thinning=thinning, teacher=teacher,
             model=network, args=arguments, train_dataset=examples,
             data_collator=partial(collate, pad_id=vlm.pad_token_id),
-            callbacks=[Audit(network, trained), Freeze(bridge, projector_share), log, interrupt],
+            callbacks=[audit, Freeze(bridge, projector_share), log, interrupt],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         stack.callback(log.bar.stop)
@@ -142,7 +148,7 @@ def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
     Raises:
         UserError: not one of the records can be read.
     """
-    with_images_first = sorted(range(len(examples)), key=lambda index: not examples.records[index].images)
+    with_images_first = sorted(range(len(examples)), key=lambda index: not examples.records.size(index).images)
     read = ((index, examples[index]) for index in with_images_first)
     found = list(islice(((index, example) for index, example in read if isinstance(example, Example)), 2))
     if not found:

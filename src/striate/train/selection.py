@@ -22,7 +22,7 @@ def drawn(records: Records, samples: int | str | None, *, seed: int) -> Records:
     # `random()` is the one method whose sequence Python promises to keep in every version.
     draw = random.Random(seed).random
     ranked = sorted(range(total), key=lambda _: draw())
-    return replace(records, records=[records.records[index] for index in sorted(ranked[: num_drawn(samples, total)])])
+    return replace(records, records=records.records.take(sorted(ranked[: num_drawn(samples, total)])))
 
 
 def num_drawn(samples: int | str, total: int) -> int:
