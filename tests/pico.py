@@ -37,6 +37,7 @@ _SIGLIP = {
     "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "image_size": 32, "patch_size": 8,
 }  # fmt: skip
+_TOWER = {key: value for key, value in _SIGLIP.items() if key != "model_type"}
 _IMAGE = 6
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "patch_size": 8}
@@ -169,9 +170,95 @@ MORE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Still more, for the whole path (tests/families.py): experts, linear attention, DeepStack by layer, other bridges.
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+           "layer_types": ["linear_attention", "full_attention"] * (DEPTH // 2)}  # fmt: skip
+_QFORMER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64,
+            "encoder_hidden_size": 32, "cross_attention_frequency": 1}  # fmt: skip
+_SAM = {"hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 128,
+        "patch_size": 8, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [1]}  # fmt: skip
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "aria": {
+        "vision_config": {**_SIGLIP, "model_type": "idefics3_vision"}, "projector_patch_to_query_dict": {"16": 4},
+        "text_config": {**_TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    },
+    "blip-2": {
+        "vision_config": {**_TOWER}, "qformer_config": _QFORMER, "num_query_tokens": 4,
+        "text_config": {"model_type": "opt", "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": DEPTH,
+                        "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 512,
+                        "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
+    },
+    "deepseek_vl": {"vision_config": _SIGLIP, "text_config": {"model_type": "llama", **_TEXT}},
+    "fuyu": {"patch_size": 8, "image_size": 32, "text_config": {"model_type": "persimmon", **_TEXT}},
+    "got_ocr2": {"vision_config": _SAM, "text_config": {"model_type": "qwen2", **_TEXT}},
+    "glm4v_moe": {
+        "vision_config": _GLM_TOWER,
+        "text_config": {
+            **_TEXT, "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        },
+    },
+    "idefics2": {
+        "vision_config": {**_SIGLIP, "model_type": "idefics2_vision"},
+        "perceiver_config": {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
+                             "resampler_head_dim": 8, "num_key_value_heads": 2},
+        "text_config": {"model_type": "mistral", **_TEXT, "sliding_window": 8},
+    },
+    "janus": {
+        "vision_config": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+                          "patch_size": 8, "projection_dim": 32},
+        "vq_config": {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 32, "base_channels": 32,
+                      "channel_multiplier": [1], "num_res_blocks": 1, "num_patches": 4, "projection_dim": 32,
+                      "image_token_embed_dim": 32},
+        "text_config": {"model_type": "llama", **_TEXT},
+    },
+    "llama4": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+            "image_size": 32, "patch_size": 8, "projector_input_dim": 32, "projector_output_dim": 32,
+            "vision_output_dim": 32,
+        },
+        "text_config": {
+            "model_type": "llama4_text", **_TEXT, "moe_layers": [1, 3], "num_local_experts": 2,
+            "intermediate_size_mlp": 64, "attention_chunk_size": 16,
+        },
+    },
+    "paddleocr_vl": {
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                          "image_size": 32, "patch_size": 8},
+        "text_config": {**_TEXT, "rope_parameters": _MROPE},
+    },
+    "qwen3_5": {
+        "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32},
+        "text_config": {**_TEXT, **_LINEAR, "rope_parameters": _MROPE},
+    },
+    "qwen3_5_moe": {
+        "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32},
+        "text_config": {**_TEXT, **_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 32,
+                        "rope_parameters": _MROPE},
+    },
+    "qwen3_vl_moe": {
+        "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
+        "text_config": {**_TEXT, **_EXPERTS, "rope_parameters": _MROPE},
+    },
+    "video_llava": {
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model"}, "vision_feature_layer": -1,
+        "text_config": {"model_type": "llama", **_TEXT},
+    },
+    "vipllava": {
+        "vision_config": {**_TOWER, "model_type": "clip_vision_model"}, "vision_feature_layers": [-1, -2],
+        "text_config": {"model_type": "llama", **_TEXT},
+    },
+}  # fmt: skip
+
+
 def pico_more(name: str, *, depth: int = DEPTH, **text: Any) -> PreTrainedModel:
-    """A model of `MORE`; `text` are other settings of its language model. Its weights are large enough to matter."""
-    settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **MORE[name]}
+    """A model of `MORE` or `OTHERS`; `text` are other settings of its language model. Its weights are large enough to
+    matter."""
+    settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **{**MORE, **OTHERS}[name]}
     settings["text_config"] = settings["text_config"] | {"num_hidden_layers": depth} | text
     torch.manual_seed(0)
     config = AutoConfig.for_model(settings.pop("family", name), **settings)
@@ -182,30 +269,72 @@ def pico_more(name: str, *, depth: int = DEPTH, **text: Any) -> PreTrainedModel:
     return model
 
 
-def pico_prompts(name: str) -> dict[str, dict[str, torch.Tensor]]:
-    """What a model of `MORE` takes with an image ("image") and without one ("text"), as its processor would give it."""
-    torch.manual_seed(1)
-    text = torch.randint(10, 120, (1, 13))
-    num_tokens = {"mistral3": 4, "aya_vision": 4, "cohere2_vision": 4, "glm4v": 4, "ovis2": 17, "lfm2_vl": 4}
-    image = torch.full((1, num_tokens.get(name, 16)), _IMAGE)
-    if name == "ovis2":
-        image[0, 0] = 7  # an indicator in front of the image
-    pixels: dict[str, torch.Tensor] = {"pixel_values": torch.randn(1, 3, 32, 32)}
+# Image tokens of one picture, where they are not 16; and the token that has to stand before them.
+_TOKENS = dict.fromkeys(
+    ("mistral3", "aya_vision", "cohere2_vision", "glm4v", "glm4v_moe", "lfm2_vl", "aria", "blip-2",
+     "idefics2", "llama4", "paddleocr_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"), 4
+) | {"ovis2": 16, "mllama": 1}  # fmt: skip
+_LEADS = {"ovis2": 7, "glm4v": 7, "glm4v_moe": 7}
+_TYPED = ("glm4v", "glm4v_moe", "paddleocr_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe")  # want a type of each token
+_PATCHED = {"fuyu": (1, 16, 192), **dict.fromkeys(_TYPED, (16, 3 * 2 * 8 * 8)), "paddleocr_vl": (16, 3, 8, 8)}
+
+
+def pico_pixels(name: str) -> dict[str, torch.Tensor]:
+    """One picture as the family's own processor would give it to a model of `MORE` or `OTHERS`."""
+    size = (1, 1, 3, 32, 32) if name == "idefics2" else (1, 3, 128, 128) if name == "got_ocr2" else (1, 3, 32, 32)
+    pixels = {"pixel_values": torch.randn(*_PATCHED.get(name, size))}
+    if name == "fuyu":
+        return {"image_patches": pixels["pixel_values"]}
+    if name in _TYPED:
+        pixels["image_grid_thw"] = torch.tensor([[1, 4, 4]])
     if name == "mistral3":
         pixels["image_sizes"] = torch.tensor([[32, 32]])
-    if name == "glm4v":
-        image = torch.cat([torch.full((1, 1), 7), image], dim=1)
-        pixels = {"pixel_values": torch.randn(16, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     if name == "lfm2_vl":
         pixels = {"pixel_values": torch.randn(1, 16, 3 * 8 * 8), "spatial_shapes": torch.tensor([[4, 4]]),
                   "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long)}  # fmt: skip
     if name == "mllama":
-        image = image[:, :1]
         pixels = {"pixel_values": torch.randn(1, 1, 1, 3, 16, 16), "aspect_ratio_ids": torch.ones(1, 1).long(),
-                  "aspect_ratio_mask": torch.ones(1, 1, 1).long(),
-                  "cross_attention_mask": torch.ones(1, 14, 1, 1).long()}  # fmt: skip
+                  "aspect_ratio_mask": torch.ones(1, 1, 1).long()}  # fmt: skip
+    if name == "video_llava":
+        pixels = {"pixel_values_images": pixels["pixel_values"]}
+    return pixels
+
+
+def pico_prompts(name: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What a model of `MORE` takes with an image ("image") and without one ("text"), as its processor would give it."""
+    torch.manual_seed(1)
+    text = torch.randint(10, 120, (1, 13))
+    image = torch.full((1, _TOKENS.get(name, 16)), _IMAGE)
+    if name in _LEADS:
+        image = torch.cat([torch.full((1, 1), _LEADS[name]), image], dim=1)
+    pixels = pico_pixels(name)
+    if name == "mllama":
+        pixels["cross_attention_mask"] = torch.ones(1, 14, 1, 1).long()
     ids = torch.cat([text[:, :4], image, text[:, 4:]], dim=1)
-    if name == "glm4v":
+    if name in _TYPED:
         pixels["mm_token_type_ids"] = (ids == _IMAGE).long()
     with_image = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     return {"image": with_image, "text": {"input_ids": text, "attention_mask": torch.ones_like(text)}}
+
+
+class PicoReader(LlavaProcessor):
+    """A real processor whose pictures are laid out as a family has them. What they show is drawn by lot."""
+
+    name: str
+
+    def _process_images(self, images: Any, **_: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
+        pictures = [pico_pixels(self.name) for batch in images for _ in batch]
+        lead = self.tokenizer.convert_ids_to_tokens([_LEADS[self.name]]) if self.name in _LEADS else []
+        mark = " ".join([*lead, *[self.image_token] * _TOKENS.get(self.name, 16)])
+        return {key: torch.cat([one[key] for one in pictures]) for key in pictures[0]}, [mark] * len(pictures)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, return_mm_token_type_ids=self.name in _TYPED, **kwargs)
+
+
+def pico_reader(name: str) -> PicoReader:
+    """What reads records for a model of `MORE` or `OTHERS`, with the pico tokenizer."""
+    size = {"height": 32, "width": 32}
+    reader = PicoReader(SiglipImageProcessorPil(size=size), pico_tokenizer(), chat_template=TEMPLATE)
+    reader.name = name
+    return reader

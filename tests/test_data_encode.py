@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from itertools import groupby
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from pico import FAMILIES as MODELS
 from pico import pico
 from PIL import Image
-from templates import FAMILIES, PINPOINTS, TEMPLATES, llava, processor
+from templates import FAMILIES, PINPOINTS, TEMPLATES, llava, processor, tokenizer
 from torch.utils.data import DataLoader
-from transformers import LlavaProcessor
+from transformers import LlavaProcessor, Ovis2ImageProcessorPil, Ovis2Processor
+from transformers.processing_utils import ProcessorMixin
 
 from striate.data import (
     IGNORED,
@@ -325,6 +327,19 @@ def test_there_is_an_image_token_for_every_feature(family: str) -> None:
     assert model(**batch.inputs).logits.shape[:2] == batch.labels.shape
     for example in (encode(one, reader) for one in (ONE, TWO)):
         assert example.image_mask.any()
+
+
+def test_image_tokens_that_a_processor_does_not_name() -> None:
+    # The mark in the prompt grows into other tokens: the features' own, and those between them.
+    tokens = tokenizer(atom="<IMG_ATOM>", start="<IMG_START>", end="<IMG_END>", grid="<IMG_GRID>")
+    images = Ovis2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=False)
+    with patch.object(ProcessorMixin, "check_argument_for_proper_class"):
+        reader = Ovis2Processor(images, tokens, chat_template=TEMPLATES["chatml"], image_seq_length=5)
+    example = encode(TWO, reader)
+    assert example.image_mask.sum() == 2 * 5
+    shown = reader.tokenizer.convert_ids_to_tokens(example.inputs["input_ids"][example.image_mask])
+    assert set(shown) == {"<IMG_ATOM>"}
+    assert learnt(example, reader) == ["no, a cat<|im_end|>"]
 
 
 def test_paligemma_takes_question_and_answer_apart() -> None:

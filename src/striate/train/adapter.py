@@ -37,7 +37,7 @@ def lora_config(
     if not targets:
         raise UserError(f"region {region} has no linear modules to adapt")
     parts = zip(vlm.parts.projector, vlm.projector, strict=True)
-    modules = [name for name, part in parts if isinstance(part, nn.Module)]
+    modules = [one for name, part in parts if isinstance(part, nn.Module) for one in _one_by_one(name, part)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -47,6 +47,11 @@ def lora_config(
         modules_to_save=modules if projector else None,
         task_type="CAUSAL_LM",
     )
+
+
+def _one_by_one(name: str, part: nn.Module) -> list[str]:
+    """A list of modules (Qwen3-VL's DeepStack mergers) by its members: peft saves no lists."""
+    return [f"{name}.{index}" for index in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
 
 
 def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[PeftModel, dict[str, Named]]:

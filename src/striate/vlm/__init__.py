@@ -275,13 +275,17 @@ class Vlm:
 
     def _image_tokens(self) -> dict[str, int | None]:
         """What the config calls the image token, with its id. Families that need no such token have no name for it."""
-        fields = vars(self.model.config)
-        return {name: fields[name] for name in ("image_token_id", "image_token_index") if name in fields}
+        config = self.model.config
+        names = (config.attribute_map.get(name, name) for name in ("image_token_id", "image_token_index"))
+        return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
     def _check_image_token(self, processor: Any) -> None:
-        # Where config.json does not name it, the config has the default of its family, which is another token here.
+        # Where config.json does not name it, the config has the default of its family, which is a word or nothing here.
         named = self._image_tokens()
-        if named and (written := image_token_id(processor)) not in named.values():
+        if not named:
+            return
+        written = image_token_id(processor)
+        if not {written, *processor.tokenizer.added_tokens_decoder} & set(named.values()):
             looks_for = "no image token" if self.image_token_id is None else f"image token {self.image_token_id}"
             raise UserError(
                 f"{self.source}: the model looks for {looks_for}, its processor writes {written} "
@@ -419,10 +423,16 @@ def image_token_id(processor: Any) -> int:
     """
     # The first id is the features' own; Pixtral and InternVL list those of borders behind it. Gemma 3's
     # `image_token_id` is the mark in the prompt, not what it grows into.
+    if token := _IMAGE_TOKENS.get(type(processor).__name__):
+        return int(processor.tokenizer.convert_tokens_to_ids(token))
     found = processor.image_token_ids[0]
     if found is None:
         raise UserError(f"{type(processor).__name__} names no image token: striate cannot tell where images are")
     return int(found)
+
+
+# Processors that do not say which it is: what they name is the end of a row (Fuyu) or the mark in the prompt.
+_IMAGE_TOKENS = {"FuyuProcessor": "|SPEAKER|", "Llama4Processor": "<|patch|>", "Ovis2Processor": "<IMG_ATOM>"}
 
 
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:

@@ -1,0 +1,127 @@
+"""What striate does with every type behind `AutoModelForImageTextToText`: the one source of docs/families.md
+(`python scripts/families.py`) and of the tests that prove its cells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pico
+import templates
+import transformers
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from striate.errors import UserError
+from striate.prune.protected import protected_in
+from striate.vlm import Vlm
+
+TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+STEPS = ("tune full", "tune LoRA", "score", "reload")
+
+# What the default config of a type lacks. Towers of timm, which is not installed here, make place for SigLIP's.
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SIGLIP = {"model_type": "siglip_vision_model"}
+COMPLETED: dict[str, dict[str, Any]] = {
+    "aya_vision": {"vision_config": _SIGLIP},
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)}
+    },
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse"] * 32}},
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "moe_intermediate_size": 64, "top_k_experts": 2}},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 8711, "<image>": 3}},
+    "fast_vlm": {"vision_config": _SIGLIP},
+    "gemma4": {"vision_config": {}},
+    "gemma4_unified": {"vision_config": {}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "perception_lm": {"vision_config": {**_SIGLIP, "model_args": {"embed_dim": 768}}},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 1, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 1024,
+            "indexer_compress_ratio": 4,
+        }
+    },
+}  # fmt: skip
+
+# The pico models that the whole path is tried on, by type: with the family's own processor, or with a `PicoReader`.
+OWN = [name for name in templates.FAMILIES if name != "mistral3"]  # whose processor needs torchvision
+READ = [name for name in {**pico.MORE, **pico.OTHERS} if not name.startswith("llava_")]
+
+# What they cannot do, with what is said.
+CANNOT: dict[str, dict[str, str]] = {
+    "glm4v_moe": {"tune LoRA": "no: lora.ParamWrapper does not work with lora_dropout != 0."},
+    "llama4": {"tune LoRA": "no: 'tuple' object has no attribute 'dtype'"},  # its router gives two, peft wants one
+}
+
+# Types whose pico models are cut and reloaded in tests/test_prune_families.py.
+CUT = {*OWN, *(settings.get("family", name) for name, settings in pico.MORE.items()), "llama4"}
+
+
+def config_of(kind: str) -> Any:
+    """The default config of a type, completed."""
+    return AutoConfig.for_model(kind, **COMPLETED.get(kind, {}))
+
+
+def parts(kind: str) -> str:
+    """`yes`, or why the parts of a type are not found."""
+    config = config_of(kind)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return "no: its config is behind no class for images and text"
+    try:
+        Vlm.sketched(config)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{kind} ").removeprefix(f"{kind}: ")
+        return f"no: {reason}"
+    return "yes"
+
+
+def prune(kind: str) -> str:
+    """`protected: why` where a type has layers that cannot be cut, `yes` where cutting is proven, or nothing."""
+    config = config_of(kind)
+    depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) or 0
+    found = protected_in(config, depth)
+    if found:
+        reasons = "; ".join(dict.fromkeys(found.values()))
+        return f"protected: {'all' if len(found) == depth else len(found)} of {depth} layers: {reasons}"
+    return "yes" if kind in CUT else ""
+
+
+def row(kind: str) -> list[str]:
+    """The cells of a type."""
+    cells = [parts(kind)]
+    tried = kind in OWN or kind in READ
+    cells += [CANNOT.get(kind, {}).get(step, "yes") if tried else "" for step in STEPS]
+    return [f"`{kind}`", *cells, prune(kind) if cells[0] == "yes" else ""]
+
+
+def page() -> str:
+    """docs/families.md."""
+    transformers.logging.set_verbosity_error()  # some default configs are talked about
+    rows = [row(kind) for kind in TYPES]
+    found = sum(cells[1] == "yes" for cells in rows)
+    whole = sum(cells[2:6] == ["yes"] * 4 for cells in rows)
+    header = ["type", "parts", *STEPS, "prune"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return INTRODUCTION.format(
+        types=len(rows), version=transformers.__version__, found=found, whole=whole, completed=len(COMPLETED)
+    ) + "\n".join(lines) + "\n"  # fmt: skip
+
+
+INTRODUCTION = """# Families
+
+Written by `python scripts/families.py`, kept true by `tests/test_families.py`.
+
+The {types} types behind `AutoModelForImageTextToText` of transformers {version}.
+
+- **Parts**: tower, projector, decoder layers and head are found from the default config on the `meta` device, as
+  `striate inspect` does it: {found} of {types}. {completed} default configs lack values, which `COMPLETED` in
+  `tests/families.py` adds.
+- **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
+  LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
+- **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
+
+An empty cell was not tried. `tune` tries every short cut on the model before it takes it, and `prune` proves every cut,
+so that a type which does not hold is told so before anything is saved.
+
+"""
