@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def pico(family: str, **changes: Any) -> PreTrainedModel:
     """A model of the family with 4 decoder layers of width 32, seeded."""
     torch.manual_seed(0)
-    settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **FAMILIES[family], **changes}
+    # A copy: `transformers` writes into the rope parameters it is given, and families share them here.
+    settings = deepcopy({"image_token_id": _IMAGE, "image_token_index": _IMAGE, **FAMILIES[family], **changes})
     return AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **settings)).eval()
 
 
@@ -258,7 +260,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 def pico_more(name: str, *, depth: int = DEPTH, **text: Any) -> PreTrainedModel:
     """A model of `MORE` or `OTHERS`; `text` are other settings of its language model. Its weights are large enough to
     matter."""
-    settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **{**MORE, **OTHERS}[name]}
+    settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **deepcopy({**MORE, **OTHERS}[name])}
     settings["text_config"] = settings["text_config"] | {"num_hidden_layers": depth} | text
     torch.manual_seed(0)
     config = AutoConfig.for_model(settings.pop("family", name), **settings)
