@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick paper-mini test lint format bench clean
+.PHONY: demo quick paper-mini test faults lint format bench clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
@@ -17,6 +17,9 @@ paper-mini: .venv/ready  ## the paper's experiments in small: hours, can be stop
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest
+
+faults: .venv/ready  ## kills, full disks, broken and hostile input, all of it: the table of docs/reliability.md
+	$(BIN)/python -m pytest tests/faults --full --table docs/reliability.md
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .
