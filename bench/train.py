@@ -50,7 +50,9 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import striate
-from striate.data import Batch, Examples, Records, collate, read
+from striate.cost import Counts, Setup, this_machine
+from striate.cost.outline import outline_of
+from striate.data import IGNORED, Batch, Examples, Records, collate, read
 from striate.run import Run
 from striate.train import TUNE, in_full
 from striate.train.fitting import fit
@@ -329,24 +331,28 @@ def one(name: str, about: About, depth: int | None) -> None:
     print(json.dumps(vars(found)))
 
 
-def floor(about: About) -> dict[str, float]:
+def step_of(about: About, folder: str) -> tuple[Vlm, Batch]:
+    """The model and one step's records as one batch."""
+    shape, device = SHAPES[about.shape], torch.device(about.device)
+    vlm = build(shape, device, getattr(torch, about.dtype))
+    examples = Examples(read(write_records(Path(folder), shape, about.batch)).records, vlm.processor)
+    batch = collate([examples[index] for index in range(len(examples))], pad_id=vlm.pad_token_id)
+    return vlm, batch.to(device)
+
+
+def floor(vlm: Vlm, batch: Batch, about: About) -> dict[str, float]:
     """FLOPs that a step of striate's must do, the rate of large products here, and the seconds that makes."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from striate.train.loss import Shortcuts, answer_losses
     from striate.train.packing import record_by_record
 
-    shape, device, dtype = SHAPES[about.shape], torch.device(about.device), getattr(torch, about.dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        vlm = build(shape, device, dtype)
-        records = read(write_records(Path(folder), shape, about.batch))
-        examples = Examples(records.records, vlm.processor)
-        batch: Batch = collate([examples[index] for index in range(len(examples))], pad_id=0).to(device)
-        in_full(vlm, vlm.train_only(striate.Region.parse("uniform:25%", vlm.depth)))
-        cast = torch.autocast(device.type, torch.bfloat16, enabled=about.dtype == "bfloat16")
-        with FlopCounterMode(display=False) as counter, record_by_record(vlm), cast:
-            answer_losses(vlm, vlm.model, batch, shortcuts=Shortcuts(True, True)).mean().backward()
-    width = shape.text["hidden_size"]
+    device, shape = torch.device(about.device), SHAPES[about.shape]
+    in_full(vlm, vlm.train_only(striate.Region.parse("uniform:25%", vlm.depth)))
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=about.dtype == "bfloat16")
+    with FlopCounterMode(display=False) as counter, record_by_record(vlm), cast:
+        answer_losses(vlm, vlm.model, batch, shortcuts=Shortcuts(True, True)).mean().backward()
+    width, dtype = shape.text["hidden_size"], getattr(torch, about.dtype)
     left = torch.randn(int(batch.inputs["attention_mask"].sum()), width, dtype=dtype, device=device)
     right = torch.randn(shape.text["intermediate_size"], width, dtype=dtype, device=device)
     seconds = []
@@ -360,6 +366,20 @@ def floor(about: About) -> dict[str, float]:
     rate = 2 * left.numel() * len(right) / median(seconds)
     flops = counter.get_total_flops()
     return {"flops": flops, "tokens": len(left), "flops_a_second": rate, "seconds": flops / rate}
+
+
+def foretold(vlm: Vlm, batch: Batch, about: About) -> float:
+    """The seconds a step that `striate cost` says from the config, the mean lengths and its own look at the machine."""
+    answers, pictured = int((batch.labels != IGNORED).sum()), int(batch.image_mask.sum())
+    texts = int(batch.inputs["attention_mask"].sum()) - answers - pictured
+    setup = Setup(
+        "full", batch=about.batch, micro_batch=about.batch, image_tokens=pictured // about.batch,
+        text_tokens=round(texts / about.batch), answer_tokens=round(answers / about.batch),
+    )  # fmt: skip
+    dtype = "bfloat16" if about.dtype == "bfloat16" else "float32"
+    sketch = outline_of(vlm.model.config, kept_as=getattr(torch, about.dtype), dtype=dtype)
+    step = Counts(sketch, setup).step(striate.Region.parse("uniform:25%", vlm.depth))
+    return step.seconds(*this_machine(dtype).reached)
 
 
 def take_turns(names: list[str], about: About, turns: int) -> dict[str, dict[str, Any]]:
@@ -436,16 +456,20 @@ def main() -> None:
         "contestants": take_turns(options.only, about, options.turns),
     }
     compare(report["contestants"])
-    report["floor"] = floor(about)
+    with tempfile.TemporaryDirectory() as folder:
+        vlm, batch = step_of(about, folder)
+    report["foretold"] = {"seconds": foretold(vlm, batch, about)}
+    report["floor"] = floor(vlm, batch, about)
     if "striate" in report["contestants"]:
         ours = report["contestants"]["striate"]["seconds_a_step"]
+        report["foretold"]["measured_to_foretold"] = ours / report["foretold"]["seconds"]
         report["floor"]["ratio"] = ours / report["floor"]["seconds"]
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     for name, work in report["contestants"].items():
         print(f"{name:26} {work['seconds_a_step']:7.2f} s a step  {work['speedup_vs_all_layer_lora']:5.2f} x  "
               f"peak {work['peak_gb']:6.2f} GB, {work['memory_ratio']:.2f} x")  # fmt: skip
-    print(f"floor {report['floor']['seconds']:.2f} s a step")
+    print(f"floor {report['floor']['seconds']:.2f} s a step, foretold {report['foretold']['seconds']:.2f} s")
 
 
 if __name__ == "__main__":

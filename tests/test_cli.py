@@ -133,3 +133,10 @@ def test_a_line_is_all_that_is_said(tmp_path: Path) -> None:
     assert (said.returncode, said.stdout) == (2, "")
     nowhere = tmp_path / "nowhere.yaml"
     assert said.stderr.splitlines() == [f"striate sweep: {nowhere} cannot be read: No such file or directory"]
+
+
+def test_help_says_nothing_but_the_help() -> None:
+    asked = subprocess.run([sys.executable, "-m", "striate", "tune", "--help"], capture_output=True, text=True)
+    assert asked.returncode == 0
+    assert asked.stdout.startswith("usage: striate tune")
+    assert asked.stderr == ""

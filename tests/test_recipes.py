@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_import import PAPER, full_size
+from transformers import AutoConfig
 
 import striate
 from striate.cli import VERBS, parser_of
@@ -80,3 +82,9 @@ def test_the_pipeline_is_understood(name: str) -> None:
     assert start["projector"].parents[1] == exported["out"]
     assert str(tuned["model"]) == str(start["out"])
     assert (aligned["options"].batch, aligned["options"].learning_rate) == (256, 1e-3)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_config_beside_the_recipe_is_what_the_import_makes(name: str) -> None:
+    stored = AutoConfig.for_model(**json.loads((RECIPES / f"{name}.json").read_text()))
+    assert stored.to_diff_dict() == full_size(name).config.to_diff_dict()

@@ -96,8 +96,8 @@ def run_verb(name: str, words: list[str], *, debug: bool) -> int:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         raise UserError(f"no such verb: {hint}")
     module, _, attribute = VERBS[name][0].partition(":")
-    if "-h" not in words and "--help" not in words:
-        _quiet(debug)
+    if not debug:
+        _quiet()
     function = getattr(importlib.import_module(module), attribute)
     parser = parser_of(name, function)
     result = function(**call_arguments(function, parser.parse_args(spelt_out(function, words))))
@@ -133,10 +133,8 @@ def spelt_out(function: Callable[..., Any], words: list[str]) -> list[str]:
     return [flag(subject), *words] if bare and subject else words
 
 
-def _quiet(debug: bool) -> None:
-    """Our own words only: libraries' bars and notes stay away unless one debugs."""
-    if debug:
-        return
+def _quiet() -> None:
+    """Our own words only: libraries' bars and notes stay away."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
