@@ -43,13 +43,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--only", nargs="+", choices=ARMS, default=list(ARMS), help="arms; the first one is always there"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    arms = {name: changes for name, changes in ARMS.items() if name in ("defaults", *args.only)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in args.seeds:
         out = prepared(args.out / f"seed-{seed}", seed, args.steps)
-        for name, changes in ARMS.items():
+        for name, changes in arms.items():
             found[name].append(measured(out, name, changes, seed, args.steps))
     rows = {name: summary(runs, found["defaults"]) for name, runs in found.items()}
     for name, row in rows.items():

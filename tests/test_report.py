@@ -779,3 +779,32 @@ def test_nothing_sticks_out_sideways(runs: list[Path], tmp_path: Path, picture: 
     wide, letters = map(int, browse(page, script, width).split())
     assert wide == width
     assert letters > 1000
+
+
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [
+        (["all_seed-0", "all_seed-1"], "all"),
+        (["last_seed-0+cut", "last_seed-1+cut"], "last+cut"),
+        (["a-0", "a-1"], "a"),
+        (["first", "second"], "first / second"),
+        (["0", "1"], "0 / 1"),
+    ],
+)
+def test_runs_over_seeds_are_called_by_what_their_names_share(folders: list[str], name: str, tmp_path: Path) -> None:
+    for seed, folder in enumerate(folders):
+        make_run(tmp_path / folder, seed=seed)
+    (arm,) = compare([tmp_path / folder for folder in folders]).arms
+    assert arm.name == name
+
+
+def test_a_run_is_set_against_the_reference_of_its_own_seed(tmp_path: Path) -> None:
+    for seed, visual in enumerate([(0.8, 0.6), (0.6, 0.4)]):
+        make_run(tmp_path / f"all-{seed}", seed=seed, visual=visual)
+        make_run(tmp_path / f"last-{seed}", region="last:25%", seed=seed, visual=tuple(value / 2 for value in visual))
+    make_run(tmp_path / "alone", region="first:25%", seed=7, visual=(0.4, 0.3))
+    rows = {row.name: row for row in compare([tmp_path]).rows}
+    assert {name: row.reference for name, row in rows.items()} == {
+        "all-0": "all-0", "all-1": "all-1", "last-0": "all-0", "last-1": "all-1", "alone": "all-0",
+    }  # fmt: skip
+    assert [rows[name].kept.share.value for name in ("last-0", "last-1", "alone")] == pytest.approx([0.5, 0.5, 0.5])

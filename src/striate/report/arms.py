@@ -80,7 +80,7 @@ def _once(row: Row) -> tuple[Any, ...]:
 
 
 def _names(groups: Sequence[Sequence[Row]]) -> list[str]:
-    """A name for each: of single runs their own; of several the one they share, else what their names share."""
+    """A name for each: of single runs their own; of several the one that they share, perhaps but for the seed."""
     wanted = [_name(group) for group in groups]
     taken = {group[0].name for group in groups if len(group) == 1}
     return [
@@ -92,9 +92,11 @@ def _names(groups: Sequence[Sequence[Row]]) -> list[str]:
 def _name(group: Sequence[Row]) -> str:
     if len(group) == 1:
         return group[0].name
-    own = {str(row.info.get("name") or row.run.path.name) for row in group}
-    if len(own) == 1:
-        return own.pop()
+    own = {str(row.info.get("name") or row.run.path.name): row.info.get("seed") for row in group}
+    shared = {re.sub(r"[-_ ]?(seed[-_=]?)?#", "", _unseeded(name, seed)) for name, seed in own.items()}
+    for names in (set(own), shared):
+        if len(names) == 1 and all(names):
+            return names.pop()
     return " / ".join(sorted(own))[:60]
 
 

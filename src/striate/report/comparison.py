@@ -115,8 +115,8 @@ class Comparison:
 def compare(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
     """Read runs, and folders of runs, and set them against `reference`.
 
-    By default that is the first that tuned all layers, else the first. Runs on other records are set against the
-    run on those records that differs from the reference in the seed alone, where there is one. Retention is that of the
+    By default that is the first that tuned all layers, else the first. A run of another seed, or on other records, is
+    set against the run that differs from the reference in that alone, where there is one. Retention is that of the
     mean over visual tasks; see `Kept`. The mean of T tasks has the standard error sqrt(sum of s_t^2) / T.
     Raises `UserError` when there is no run, or a folder holds none.
     """
@@ -260,11 +260,19 @@ def _questions(row: Row) -> dict[str, tuple[str, int]]:
 
 
 def _counterpart(row: Row, reference: Row, rows: Sequence[Row]) -> Row:
-    """What the run is set against: the reference, or on other records its twin of another seed."""
-    if not row.tasks or not reference.tasks or not difference(row, reference):
+    """What the run is set against: the reference of its own seed, else the reference, else one on its records.
+
+    A seed decides on the order of the data and more, and runs that share it differ less by chance.
+    """
+    if not row.tasks or not reference.tasks:
         return reference
-    twins = (other for other in rows if other.tasks and other.treatment == reference.treatment)
-    return next((twin for twin in twins if twin.records and not difference(row, twin)), reference)
+    twins = [other for other in rows if other.tasks and other.treatment == reference.treatment]
+    twins.sort(key=lambda twin: (_seed(twin) != _seed(row), twin is not reference))
+    return next((twin for twin in twins if not difference(row, twin)), reference)
+
+
+def _seed(row: Row) -> Any:
+    return row.info.get("seed")
 
 
 def _against(row: Row, reference: Row) -> Row:
