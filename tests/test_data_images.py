@@ -22,7 +22,7 @@ from PIL import Image
 
 from striate.data import RecordError, open_image
 from striate.data import images as images_module
-from striate.data.images import MAX_PIXELS, MIN_SIDE, ImageFolder
+from striate.data.images import MAX_PIXELS, MAX_SIDE, MIN_SIDE, ImageFolder
 from striate.data.record import ImageSource
 
 # Left half red, right half blue, 8 x 6.
@@ -128,13 +128,13 @@ def test_the_callers_image_is_left_alone() -> None:
 # Refused.
 
 
-def bomb(side: int) -> bytes:
-    """A PNG of a few hundred bytes that says it has `side` x `side` pixels."""
+def bomb(side: int, high: int = 0) -> bytes:
+    """A PNG of a few hundred bytes that says it has `side` x `side` (or `high`) pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, high or side, 8, 2, 0, 0, 0)
     rows = zlib.compress(b"\0" * 1000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
@@ -143,6 +143,7 @@ def bomb(side: int) -> bytes:
     (bomb(9_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
     (bomb(12_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
     (bomb(60_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
+    (bomb(1, 2**24), f"image data has more than {MAX_SIDE:,} pixels on a side; scale it down"),
     (encoded(FLAG, "PNG")[:-30], "image data is damaged"),
     (encoded(FLAG.resize((99, 99)), "JPEG")[:-200], "image data is damaged"),
     (b"", "is not an image"),

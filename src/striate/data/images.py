@@ -23,6 +23,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 2**26
 """Larger images are refused before decoding: 67 million pixels are 200 MB as RGB."""
 
+MAX_SIDE = 2**16
+"""Pixels, about the most that JPEG can say. Sixteen million of them in one column cost over 5 s and 1.6 GB."""
+
 MIN_SIDE = 4
 """Pixels; slimmer images are widened. `transformers` takes a side of 1 or 3 for the colour channels."""
 
@@ -84,7 +87,7 @@ def open_image(image: ImageSource, source: str = "") -> Image.Image:
     """The image as upright 8-bit RGB, its first frame if it moves, transparency laid over white.
 
     Sides are at least `MIN_SIDE` pixels; 16-bit values are scaled, not clipped. Raises `RecordError`, naming
-    `source`, when it cannot be read, is truncated, or has more than `MAX_PIXELS` pixels.
+    `source`, when it cannot be read, is truncated, or has more than `MAX_PIXELS` pixels or `MAX_SIDE` on a side.
     """
     name = _name(image)
     if isinstance(image, str):
@@ -98,8 +101,10 @@ def open_image(image: ImageSource, source: str = "") -> Image.Image:
             return _upright_rgb(opened)
     except FileNotFoundError:
         raise RecordError(source, f"image {name} not found") from None
-    except (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise RecordError(source, f"image {name} has more than {MAX_PIXELS:,} pixels; scale it down") from None
+    except _TooLargeError as error:
+        raise RecordError(source, f"image {name} has more than {error}; scale it down") from None
     except Image.UnidentifiedImageError:
         raise RecordError(source, f"image {name} is not an image, or of a kind that is not read") from None
     except Exception as error:  # on broken bytes Pillow's decoders raise nearly anything
@@ -113,7 +118,9 @@ class _TooLargeError(Exception):
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """Changes `image` where it can: at the largest size each copy is 270 MB."""
     if image.width * image.height > MAX_PIXELS:
-        raise _TooLargeError
+        raise _TooLargeError(f"{MAX_PIXELS:,} pixels")
+    if max(image.size) > MAX_SIDE:
+        raise _TooLargeError(f"{MAX_SIDE:,} pixels on a side")
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):

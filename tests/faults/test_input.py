@@ -1,0 +1,255 @@
+"""Broken and hostile records and pictures: each becomes an example or a listed reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import struct
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from guard import BYTES, HangError, Watch, in_time, watched
+from pico import pico_processor
+from PIL import Image
+
+from striate.data import Examples, Skipped, collate, read
+from striate.errors import UserError
+
+PROCESSOR = pico_processor()
+
+
+def outcomes(data: Path, images: Path) -> Counter[str]:
+    """How many records of a file become examples, and how many are left out; anything else is a fault, by its name."""
+    with in_time():
+        try:
+            records = read(data, images=images, on_bad="skip")
+        except UserError:  # nothing is left
+            return Counter(refused=1)
+    found = Counter(refused=len(records.skipped))
+    examples = Examples(records.records, PROCESSOR)
+    for index in range(len(examples)):
+        try:
+            with in_time(), warnings.catch_warnings(action="ignore"):
+                example = examples[index]
+                batch = collate([example], pad_id=0)
+        except (Exception, HangError) as error:
+            found[f"{type(error).__name__}: {error} ({records.records[index].source})"[:300]] += 1
+            continue
+        refused = isinstance(example, Skipped)
+        assert len(batch) == (0 if refused else 1)
+        found["refused" if refused else "read"] += 1
+    return found
+
+
+def judge(found: Counter[str], watch: Watch, tried: int) -> tuple[int, list[str]]:
+    """How many were survived, and everything that is wrong."""
+    survived = found["read"] + found["refused"]
+    wrong = [name for name in found if name not in ("read", "refused")]
+    wrong += [f"opened {name}" for name in watch.opened]
+    wrong += [f"{watch.grown / 1e9:.1f} GB of memory"] if watch.grown > BYTES else []
+    return min(survived, tried), wrong
+
+
+# Pictures
+
+
+def pictures() -> list[tuple[str, bytes]]:
+    """Sound pictures of every kind that is read, by the end of their name."""
+    draw = np.random.default_rng(0)
+    colour = Image.fromarray(draw.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    deep = Image.fromarray(draw.integers(0, 2**16, (24, 24), dtype=np.uint16))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: to be turned by 90 degrees
+    frames = {"save_all": True, "append_images": [colour.rotate(90), colour.rotate(180)]}
+    return [
+        ("jpg", _saved(colour, "JPEG", exif=turned)),
+        ("jpg", _saved(colour.convert("CMYK"), "JPEG")),
+        ("jpg", _saved(colour, "JPEG", progressive=True)),
+        ("png", _saved(colour, "PNG")),
+        ("png", _saved(colour.convert("P"), "PNG", transparency=3)),
+        ("png", _saved(deep, "PNG")),
+        ("webp", _saved(colour, "WEBP")),
+        ("webp", _saved(colour, "WEBP", **frames)),
+        ("gif", _saved(colour.convert("P"), "GIF", **frames)),
+        ("tiff", _saved(colour, "TIFF", compression="tiff_lzw")),
+        ("tiff", _saved(deep, "TIFF")),
+        ("bmp", _saved(colour, "BMP")),
+    ]
+
+
+def _saved(image: Image.Image, kind: str, **settings: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **settings)
+    return file.getvalue()
+
+
+def bombs() -> list[tuple[str, bytes]]:
+    """Pictures that claim to be huge, or hold far more than they weigh."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    def png(wide: int, high: int, body: bytes) -> bytes:
+        header = struct.pack(">IIBBBBB", wide, high, 8, 0, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+    zeros = zlib.compress(bytes(10**7), 9)
+    text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8), 9))
+    sound = png(8, 8, zlib.compress(bytes(9 * 8)))
+    return [
+        ("png", png(2**31 - 1, 2**31 - 1, zeros)),
+        ("png", png(60000, 60000, zeros)),
+        ("png", png(1, 2**24, zeros)),
+        ("png", sound[:33] + text + sound[33:]),
+        ("gif", b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(3) + b",".ljust(40, b"\xff")),
+        ("bmp", b"BM" + bytes(12) + struct.pack("<IiiHHIIiiII", 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0)),
+        ("tiff", b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", 60000) + bytes(20)),
+    ]
+
+
+def spoilt(body: bytes, draw: random.Random) -> bytes:
+    """Cut off, bits turned over, bytes put in, left out, zeroed, made huge, or doubled."""
+    changed = bytearray(body)
+    for _ in range(draw.randint(1, 6)):
+        at, size = draw.randrange(len(changed) or 1), draw.randint(1, 64)
+        match draw.randrange(7):
+            case 0:
+                del changed[at:]
+            case 1 if changed:
+                changed[at] ^= 1 << draw.randrange(8)
+            case 2:
+                changed[at:at] = draw.randbytes(size)
+            case 3:
+                del changed[at : at + size]
+            case 4:
+                changed[at : at + size] = bytes(size)
+            case 5:
+                changed[at : at + 4] = b"\xff\xff\xff\x7f"
+            case 6:
+                changed += changed[at : at + size]
+    return bytes(changed)
+
+
+def test_spoilt_pictures(tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]) -> None:
+    draw, sound = random.Random(0), pictures()
+    images = tmp_path / "images"
+    images.mkdir()
+    files = [*sound, *bombs()]
+    whole = len(files)
+    files += [(end, spoilt(body, draw)) for end, body in (draw.choice(sound) for _ in range(amount(150, 2500)))]
+    rows = []
+    for number, (end, body) in enumerate(files):
+        # Every tenth lies about its kind.
+        name = f"{number}.{'png' if number > whole and number % 10 == 0 else end}"
+        (images / name).write_bytes(body)
+        rows.append({"id": str(number), "image": name, "conversations": _turns("<image>\nwhat is this ?", "a cat")})
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    with watched(tmp_path) as watch:
+        found = outcomes(data, images)
+    survived, wrong = judge(found, watch, len(files))
+    bad_day("pictures spoilt, of ten kinds, and bombs", len(files), survived)
+    assert not wrong
+    assert survived == len(files)
+    assert found["read"] >= len(sound)
+    assert found["refused"] >= len(bombs()) - 1  # hidden text can be passed over
+
+
+# Records
+
+
+def _turns(question: Any, answer: Any) -> list[dict[str, Any]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1.5, 10**400, "", " ", "\0", "\ud800", "<image>", "<image>" * 40, "a cat " * 3000, "\u202e",
+    "</s><user>", [], [[]], [None], {}, {"a": {"a": {}}}, {"bytes": "x"}, {"path": None}, "cat.jpg", ["cat.jpg"],
+    ["cat.jpg"] * 30, "~/cat.jpg",
+    "../secret.jpg", "/etc/passwd", "link.jpg", "images/../../secret.jpg", "a/" * 2000, "x" * 5000, "cat.jpg\0", ".",
+    "/dev/zero", "/dev/stdin", "fifo", "http://127.0.0.1:9/cat.jpg", "file:///etc/passwd", "data:image/png;base64,AAAA",
+]  # fmt: skip
+KEYS = (
+    "id",
+    "image",
+    "images",
+    "conversations",
+    "messages",
+    "task",
+    "choices",
+    "answer",
+    "from",
+    "value",
+    "role",
+    "content",
+)
+
+
+def odd_records(number: int) -> Iterator[Any]:
+    """Sound records in which one to four values, somewhere, were replaced, renamed, doubled or taken away."""
+    draw = random.Random(1)
+    for index in range(number):
+        llava = {"id": str(index), "image": "cat.jpg", "conversations": _turns("<image>\nwhat is this ?", "a cat")}
+        content = [{"type": "image"}, {"type": "text", "text": "what is this ?"}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a cat"}]
+        record: Any = llava if index % 2 else {"id": index, "images": ["cat.jpg"], "messages": turns}
+        record = json.loads(json.dumps(record))
+        for _ in range(draw.randint(1, 4)):
+            record = _changed(record, draw)
+        yield record
+
+
+def _changed(value: Any, draw: random.Random) -> Any:
+    """The value with one place in it changed."""
+    inner = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
+    if not inner or draw.random() < 0.15:
+        return draw.choice(ODD)
+    at = draw.choice(inner)
+    kind = draw.random()
+    if kind < 0.1:
+        del value[at]
+    elif kind < 0.2 and isinstance(value, dict):
+        value[draw.choice(KEYS)] = value.pop(at)
+    elif kind < 0.3 and isinstance(value, list):
+        value.append(value[at])
+    else:
+        value[at] = _changed(value[at], draw)
+    return value
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A picture inside; a secret outside, and ways to it."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (32, 32), "red").save(images / "cat.jpg")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "secret.jpg")
+    (images / "link.jpg").symlink_to("../secret.jpg")
+    os.mkfifo(images / "fifo")
+    return images
+
+
+def test_odd_records(
+    folder: Path, tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]
+) -> None:
+    number, found = amount(600, 12_000), Counter[str]()
+    rows = list(odd_records(number))
+    with watched(folder, tmp_path / "data") as watch:
+        (tmp_path / "data").mkdir()
+        for begin in range(0, number, 200):  # in files: a reader that gives up on one gives up on 200
+            data = tmp_path / "data" / f"{begin}.json"
+            data.write_text(json.dumps(rows[begin : begin + 200]))
+            found += outcomes(data, folder)
+    survived, wrong = judge(found, watch, number)
+    bad_day("records with odd values, keys and paths", number, survived)
+    assert not wrong
+    assert survived == number
+    assert min(found["read"], found["refused"]) > number // 10
