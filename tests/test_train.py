@@ -256,7 +256,9 @@ def test_resume_refuses_other_options(model: Path, data: Path, tmp_path: Path) -
         tune(model, data, tmp_path / "run", replace(OPTIONS, learning_rate=1.0), resume=True)
 
 
-def test_interrupt_leaves_a_resumable_run(model: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])  # Ctrl-C; a scheduler whose time is up
+def test_interrupt_leaves_a_resumable_run(model: Path, data: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    before = signal.getsignal(sent)
     options = replace(OPTIONS, steps=5)
     whole = tune(model, data, tmp_path / "whole", options)
     real = RunLog.on_log
@@ -264,13 +266,14 @@ def test_interrupt_leaves_a_resumable_run(model: Path, data: Path, tmp_path: Pat
     def press(self: RunLog, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         real(self, args, state, *rest, **kwargs)
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "on_log", press)
         with pytest.raises(KeyboardInterrupt, match="step 3 of 5"):
             tune(model, data, tmp_path / "cut", options)
     assert striate.Run.open(tmp_path / "cut").info["status"] == "interrupted"
+    assert signal.getsignal(sent) == before
     resumed = tune(model, data, tmp_path / "cut", options, resume=True)
     assert changed(weights(whole.path), weights(resumed.path)) == set()
 

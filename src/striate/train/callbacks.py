@@ -109,18 +109,21 @@ class RunLog(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """On Ctrl-C: finish the step, save what a resumed run needs, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C, or SIGTERM from a scheduler: finish the step, save what a resumed run needs, stop. A second one stops
+    at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.asked = False
-        self.previous: Any = None
+        self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over Ctrl-C, where a handler can be set (in the main thread)."""
+        """Take over the signals, where a handler can be set (in the main thread)."""
         try:
-            self.previous = signal.signal(signal.SIGINT, self._ask)
+            self.previous = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         except ValueError:
-            self.previous = None
+            self.previous = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop when asked."""
@@ -128,14 +131,14 @@ class Interrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give Ctrl-C back."""
+        """Give the signals back."""
         self.restore()
 
     def restore(self) -> None:
-        """Put the previous handler back."""
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
-            self.previous = None
+        """Put the previous handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
 
     def _ask(self, *_: Any) -> None:
         if self.asked:
