@@ -25,8 +25,8 @@ from test_train import changed, weights, write_data
 
 import striate
 from striate.cli import main
+from striate.content import BLOCK, BLOCKS, content_of, difference, digest
 from striate.sweep import Forecast, Outcome, cells, sweep
-from striate.sweep.content import BLOCK, BLOCKS, content_of, difference, digest
 from striate.sweep.executor import PROGRAM
 from striate.sweep.forecast import predicted
 from striate.sweep.plan import num_records, num_steps, read_plan
@@ -154,7 +154,7 @@ def test_content_is_bytes_not_places(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "content of data is another" in difference({"data": digest(first)}, {"data": digest(second)})
     assert difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b was 2, now it is 3"
     assert difference({"a": 1}, {"a": 1}) == ""
-    monkeypatch.setattr("striate.sweep.content.WHOLE", BLOCKS * BLOCK)
+    monkeypatch.setattr("striate.content.WHOLE", BLOCKS * BLOCK)
     weights_file = tmp_path / "model.safetensors"
     data = bytearray(3 * BLOCKS * BLOCK)
     weights_file.write_bytes(data)

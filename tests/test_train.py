@@ -23,6 +23,7 @@ from striate.data import Batch, Examples, collate, read
 from striate.train import TrainOptions, answer_nll, last_saved, num_drawn
 from striate.train.adapter import adapt
 from striate.train.callbacks import RunLog
+from striate.train.finite import Losses
 from striate.train.loss import distilled
 from striate.train.order import LengthGrouped
 from striate.train.selection import drawn
@@ -198,27 +199,107 @@ def test_resumed_run_equals_uninterrupted_run(
     assert [entry["step"] for entry in resumed.history()] == [1, 2, 3, 4, 5]
 
 
-def test_a_torn_state_is_passed_over(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_state_is_whole_or_not_there(model: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=5, save_steps=2)
+    whole = tune(model, data, tmp_path / "whole", options)
+    state = tmp_path / "cut" / "state"
+    real = RegionTrainer._save_rng_state
+
+    def killed(self: RegionTrainer, output_dir: str) -> None:
+        real(self, output_dir)
+        if self.state.global_step == 4:
+            raise ValueError("killed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RegionTrainer, "_save_rng_state", killed)
+        with pytest.raises(ValueError, match="killed"):
+            tune(model, data, tmp_path / "cut", options)
+    assert sorted(file.name for file in (state / "part" / "checkpoint-4").iterdir())  # torn, and
+    assert last_saved(state) == str(state / "checkpoint-2")  # nobody's state
+    resumed = tune(model, data, tmp_path / "cut", options, resume=True)
+    assert changed(weights(whole.path), weights(resumed.path)) == set()
+
+
+def test_resume_auto_begins_goes_on_and_leaves_alone(model: Path, data: Path, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=5, save_steps=2)
     whole = tune(model, data, tmp_path / "whole", options)
 
-    class Kill(RunLog):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 4:
-                raise RuntimeError("killed")
+    class Crash(RunLog):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise ValueError("power cut")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.train.fitting.RunLog", Kill)
-        with pytest.raises(RuntimeError, match="killed"):
-            tune(model, data, tmp_path / "cut", options)
-    state = tmp_path / "cut" / "state"
-    assert last_saved(state) == str(state / "checkpoint-4")
-    file = state / "checkpoint-4" / "trainer_state.json"
-    file.write_text(file.read_text()[:50])
-    (state / "checkpoint-4" / "optimizer.pt").unlink()
-    assert last_saved(state) == str(state / "checkpoint-2")
-    resumed = tune(model, data, tmp_path / "cut", options, resume=True)
+        patch.setattr("striate.train.fitting.RunLog", Crash)
+        with pytest.raises(ValueError, match="power cut"):
+            tune(model, data, tmp_path / "run", options, resume="auto")
+    resumed = tune(model, data, tmp_path / "run", options, resume="auto")
     assert changed(weights(whole.path), weights(resumed.path)) == set()
+    file = resumed.checkpoint / "model.safetensors"
+    before = file.stat().st_mtime_ns
+    assert tune(model, data, tmp_path / "run", options, resume="auto").info["status"] == "finished"
+    assert file.stat().st_mtime_ns == before
+    with pytest.raises(striate.UserError, match="batch was 4, now it is 2"):
+        tune(model, data, tmp_path / "run", replace(options, batch=2), resume="auto")
+
+
+def test_resume_names_what_has_changed(model: Path, data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data.parent, copy)
+    tune(model, copy / data.name, tmp_path / "run", OPTIONS)
+    run = striate.Run.open(tmp_path / "run")
+    run.update(status="interrupted")
+    rows = json.loads((copy / data.name).read_text())
+    rows[0]["conversations"][1]["value"] = "a green cat"
+    (copy / data.name).write_text(json.dumps(rows))
+    run.update(content=run.info["content"] | {"code": "sha256 of another"})
+    with pytest.raises(striate.UserError, match="content of code is another; the content of data is another"):
+        tune(model, copy / data.name, tmp_path / "run", OPTIONS, resume=True)
+    forced = tune(model, copy / data.name, tmp_path / "run", replace(OPTIONS, save_steps=7), resume=True, force=True)
+    assert forced.info["status"] == "finished"
+    assert forced.info["warnings"] == [
+        "resumed although the content of code is another", "resumed although the content of data is another"
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def with_a_bad_word(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The pico model, in which one word's embedding is no number: every record with a dog in it spoils its step."""
+    vlm = striate.load(model)
+    with torch.no_grad():
+        vlm.model.get_input_embeddings().weight[vlm.tokenizer.convert_tokens_to_ids("dog")] = math.nan
+    out = tmp_path_factory.mktemp("bad") / "llava"
+    vlm.model.save_pretrained(out)
+    vlm.processor.save_pretrained(out)
+    return out
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_record(
+    with_a_bad_word: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(striate.UserError, match=r"of step \d are not finite; records: [15](, [15])? \("):
+        tune(with_a_bad_word, data, tmp_path / "run", replace(OPTIONS, steps=6))
+    assert striate.Run.open(tmp_path / "run").info["status"] == "failed"
+
+
+def test_a_step_that_is_passed_over_changes_nothing(with_a_bad_word: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=6, batch=1, micro_batch=1, warmup=0.0, weight_decay=0.1)
+    run = tune(with_a_bad_word, data, tmp_path / "run", replace(options, skip_nonfinite=2))
+    passed = [entry for entry in run.history() if "not_finite" in entry]
+    assert {name for entry in passed for name in entry["not_finite"]} <= {"1", "5"}
+    assert passed
+    assert all(entry["loss"] is None and entry["grad_norm"] is None for entry in passed)
+    assert all(math.isfinite(entry["loss"]) for entry in run.history() if entry not in passed)
+    assert len(run.info["warnings"]) == len(passed)
+    assert all(torch.isfinite(w).all() for name, w in weights(run.path).items() if "layers" in name)
+
+
+def test_a_spike_is_far_above_the_losses_before_it() -> None:
+    even = [2.0, 2.1, 1.9, 2.05, 1.95] * 4
+    assert not Losses(even).spike(2.9)  # 10 deviations, but less than half as much again
+    assert Losses(even).spike(3.1)
+    assert not Losses(even[:10]).spike(30.0)  # too few to know
+    assert not Losses([1.0, 3.0] * 10).spike(7.0)  # the usual deviation is 1.48
 
 
 def test_a_draw_of_records_is_nested_and_goes_by_the_seed_alone(model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import docstring_parser
 from jsonargparse import Namespace
@@ -35,6 +35,11 @@ class Option:
     def several(self) -> bool:
         """Whether it takes more than one word: `--data a.json b.json`."""
         return "Sequence" in str(self.hint)
+
+    @property
+    def switch(self) -> bool:
+        """Whether naming it is enough: `--resume`, also where it can take a word, `--resume auto`."""
+        return self.hint is bool or bool in get_args(self.hint)
 
     @property
     def flag(self) -> str:

@@ -3,7 +3,8 @@
 Only this module knows its file names:
 
 runs/<name>/
-    run.json            verb, status, options, versions, seed, machine, timings, parent model or run
+    run.json            verb, status, options, versions, seed, machine, timings, parent model or run, warnings,
+                        digests of code, data and model
     region.json         the layers that were trained or kept
     scores.json         one number per layer and score
     log.jsonl           one line a training step
@@ -151,6 +152,12 @@ class Run:
         """Replace fields of `info`."""
         self._write(INFO, self.info | fields)
 
+    def warn(self, text: str) -> None:
+        """Keep a warning, once, for whoever reads about the run later."""
+        warnings = self.info.get("warnings", [])
+        if text not in warnings:
+            self.update(warnings=[*warnings, text])
+
     @property
     def region(self) -> Region | None:
         """The layers that this run trained or kept; None when it has no region."""
@@ -252,6 +259,8 @@ class Run:
 
     def _replace(self, name: str, text: str) -> None:
         """Write all of `text` to disk before it takes the place of `name`."""
+        if _leaves_writing():
+            return
         part = self.path / f".{name}.{os.getpid()}"
         with _writing(self.path / name):
             try:
@@ -264,6 +273,8 @@ class Run:
                 part.unlink(missing_ok=True)
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
+        if _leaves_writing():
+            return
         with _writing(self.path / name), open(self.path / name, "ab+") as file:
             if file.tell() and _last_byte(file) != b"\n":
                 file.seek(0)  # a line that a crash tore must not spoil the next
@@ -371,6 +382,11 @@ def _gpu() -> str | None:
         return None
     count, name = torch.cuda.device_count(), torch.cuda.get_device_name(0)
     return name if count == 1 else f"{count} x {name}"
+
+
+def _leaves_writing() -> bool:
+    """Whether this is one of several processes that were launched together, and not the first: that one writes."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager

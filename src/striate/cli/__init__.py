@@ -119,6 +119,10 @@ def parser_of(name: str, function: Callable[..., Any]) -> ArgumentParser:
             parser.add_argument(option.flag, nargs="+", required=option.required, default=fallback, **settings)
         elif option.hint is bool:
             parser.add_argument(option.flag, action="store_true", default=option.default, **settings)
+        elif option.switch:
+            parser.add_argument(
+                option.flag, nargs="?", const=True, type=option.hint, default=option.default, **settings
+            )
         elif option.required:
             parser.add_argument(option.flag, type=option.hint, required=True, **settings)
         else:
@@ -203,6 +207,8 @@ def _tell_run(verb: str, run: Run) -> None:
             f"in {training['seconds']:.1f} s ({training['samples_per_second']:.1f} records/s, "
             f"{training['peak_memory_gb']:.2f} GB)"
         )
+    for warning in run.info.get("warnings", ()):
+        output.print(f"warning: {warning}", markup=False, style="yellow")
     if skipped := run.skipped():
         output.print(f"{len(skipped)} records left out: see {run.path}/skipped.jsonl")
     if verb in ("score", "revert"):

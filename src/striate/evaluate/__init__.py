@@ -14,7 +14,8 @@ from striate.errors import UserError, nearest
 from striate.evaluate import harness
 from striate.evaluate.answers import Likelihood, answer, choose, likelihood
 from striate.evaluate.prediction import Prediction, by_task, predict, resolve, summary
-from striate.evaluate.progress import complete, identity, launched
+from striate.evaluate.progress import complete, identity
+from striate.processes import launched
 from striate.run import Run, check_place, place
 from striate.vlm import load
 

@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import Progress
 
 from striate.data import Record, RecordError, Skipped
 from striate.data.record import Cell, ImageSource
 from striate.evaluate.prediction import Prediction, predict
+from striate.processes import Rank
 from striate.run import Run, model_folder
 from striate.vlm import Vlm
 
 Found = dict[int, Prediction | Skipped]
 
 
-@dataclass(frozen=True)
-class Rank:
-    """This process among those that work together: its number, from 0, and how many there are."""
-
-    number: int = 0
-    of: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.number == 0
-
-    def merged(self, found: Found) -> Found:
-        """What all processes found, in each of them; every process has to call this equally often."""
-        if self.of == 1:
-            return found
-        return {index: one for part in gather_object([found]) for index, one in part.items()}
-
-
-def launched(device: str | None) -> Rank:
-    """This process among those that `accelerate launch` or torchrun started; from here on it has its own GPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # alone: nothing of the process is to be settled here
-        return Rank()
-    state = PartialState(cpu=device == "cpu")
-    return Rank(state.process_index, state.num_processes)
+def merged(rank: Rank, mine: Found) -> Found:
+    """What all processes found, in each of them; every process has to call this equally often."""
+    return {index: one for part in rank.gathered(mine) for index, one in part.items()}
 
 
 def identity(model: str | Path, records: Sequence[Record], **options: Any) -> dict[str, Any]:
@@ -93,14 +69,14 @@ def complete(
         KeyboardInterrupt: says how many are saved.
     """
     saved = run.begin_predictions(dict(evaluation)) if run else []
-    known = rank.merged({index: one for batch in saved for index, one in _restored(batch)})
+    known = merged(rank, {index: one for batch in saved for index, one in _restored(batch)})
     seconds, began = sum(batch["seconds"] for batch in saved), time.monotonic()
     share = (rank.number, rank.of)
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("eval", total=len(records), completed=len(known))
         try:
             for mine in predict(vlm, records, known=frozenset(known), share=share, **options):
-                found = rank.merged(mine)
+                found = merged(rank, mine)
                 for one in found.values():
                     if stop and isinstance(one, Skipped):
                         raise RecordError(one.source, one.reason)

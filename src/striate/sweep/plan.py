@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from striate import __version__
+from striate.content import Contents, difference
 from striate.data import Record, RecordError, read
 from striate.errors import UserError, nearest
 from striate.evaluate import resolve, select
@@ -28,7 +29,6 @@ from striate.region import SCORES, Region
 from striate.run import model_folder
 from striate.score.table import Scores
 from striate.sweep.cell import FILE, NOTES, Cell
-from striate.sweep.content import Contents, difference
 from striate.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
 from striate.train import num_drawn
 from striate.train.memory import full_tuning_fits

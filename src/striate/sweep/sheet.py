@@ -25,7 +25,7 @@ KEYS = {"model": True, "data": True, "images": False, "eval": True, "out": True,
         "grid": True}  # fmt: skip
 # The verbs, and what of each the sweep decides itself.
 VERBS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "tune": (tune, ("model", "data", "images", "out", "resume")),
+    "tune": (tune, ("model", "data", "images", "out", "resume", "force")),
     "eval": (evaluate, ("model", "out")),
     "prune": (prune, ("model", "out", "dry_run")),
 }

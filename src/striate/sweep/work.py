@@ -19,7 +19,7 @@ from striate.run import INFO, Run
 from striate.sweep.cell import FAILED, FINISHED, INTERRUPTED, RUNNING, Cell
 from striate.sweep.plan import Plan, Recipe
 from striate.sweep.sheet import Values
-from striate.train import last_saved, tune
+from striate.train import tune
 from striate.vlm import first_line
 
 
@@ -54,13 +54,14 @@ def _free() -> None:
 
 
 def _tuned(out: Path, values: Values, progress: bool) -> None:
-    """Go on from the last saved state; without one, start anew."""
-    if _finished(out):
-        return
-    resume = (out / INFO).is_file() and last_saved(Run(out).state) is not None
-    if not resume:
+    """Go on from the last saved state; without one, start anew.
+
+    What the cell is made from has been compared; a change of code alone is noted in the run.
+    """
+    if not (out / INFO).is_file():
         shutil.rmtree(out, ignore_errors=True)
-    tune(**call_arguments(tune, values | {"out": out, "resume": resume}) | {"progress": progress})
+    wanted = values | {"out": out, "resume": "auto", "force": True}
+    tune(**call_arguments(tune, wanted) | {"progress": progress})
     _free()
 
 

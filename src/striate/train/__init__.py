@@ -7,10 +7,7 @@ plain checkpoint in the type that the model came in.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,17 +16,20 @@ from transformers import set_seed
 
 from striate.data import Example, Examples, Records, collate, read
 from striate.errors import UserError
+from striate.processes import launched
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.run import Run
 from striate.train.adapter import adapt, lora_config
 from striate.train.card import model_card
-from striate.train.fitting import fit, in_bfloat16, last_saved, need_bitsandbytes
+from striate.train.fitting import fit, in_bfloat16, need_bitsandbytes
 from striate.train.loss import Teacher, answer_nll
 from striate.train.memory import full_tuning_fits
 from striate.train.nf4 import bring_back, hold_in_nf4
 from striate.train.options import ALIGN, TUNE, TrainOptions
+from striate.train.saved import check_room, last_saved
 from striate.train.selection import drawn, num_drawn
+from striate.train.stage import Resume, Stage
 from striate.train.trainer import MOST_SKIPPED, Group, Named
 from striate.vlm import Plan, Vlm, default_device, load
 
@@ -44,7 +44,8 @@ def align(
     images: Path | None = None,
     allow_urls: bool = False,
     tower: bool = False,
-    resume: bool = False,
+    resume: Resume = False,
+    force: bool = False,
     progress: bool = False,
     options: TrainOptions = ALIGN,
 ) -> Run:
@@ -57,7 +58,8 @@ def align(
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: fetch images given as URLs.
         tower: train the vision encoder too, for a fresh one.
-        resume: go on with the interrupted run in `out`.
+        resume: go on with the run in `out` that was stopped; auto: where there is one, else begin.
+        force: resume although data, model, code or options are not as they were.
         progress: show a progress bar.
         options: how to train.
 
@@ -65,13 +67,16 @@ def align(
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
     asked = {"model": model, "data": data, "images": images, "allow_urls": allow_urls, "tower": tower}
-    if not resume:
-        Run.check_free(out)
+    stage = Stage("align", out, asked, options, launched(options.device))
+    before = stage.before(resume, force=force)
+    if before and before.info["status"] == "finished":
+        return before
     vlm, saved_as = _open_model(model, options)
     region = Region((), vlm.depth, "none")
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
-    with _stage("align", out, asked, options, resume) as run:
+    with stage.recording(before) as run:
         _check_records(records, run)
+        check_room(run.path, vlm.model.num_parameters() * saved_as.itemsize)
         plan = vlm.train_only(region, tower=tower)
         _place(vlm, region, options)
         named = in_full(vlm, plan)
@@ -80,7 +85,8 @@ def align(
         if tower:
             groups["tower"] = Group(_reached(vlm, records, named["tower"]), rate)
         fit(vlm, vlm.model, run, records, groups, options, progress=progress)
-        _save(vlm, run, region, saved_as, options)
+        if stage.rank.first:
+            _save(vlm, run, region, saved_as, options)
     return run
 
 
@@ -100,7 +106,8 @@ def tune(
     dropout: float = 0.05,
     teacher: str | None = None,
     distillation: float = 0.5,
-    resume: bool = False,
+    resume: Resume = False,
+    force: bool = False,
     progress: bool = False,
     options: TrainOptions = TUNE,
 ) -> Run:
@@ -122,7 +129,8 @@ def tune(
         dropout: of LoRA.
         teacher: a model whose probabilities of the answers' tokens are learnt as well; it stays in memory.
         distillation: the teacher's share of the loss, above 0 and up to 1.
-        resume: go on with the interrupted run in `out`.
+        resume: go on with the run in `out` that was stopped; auto: where there is one, else begin.
+        force: resume although data, model, code or options are not as they were.
         progress: show a progress bar.
         options: how to train.
 
@@ -134,15 +142,18 @@ def tune(
     asked |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector, **lora}
     asked |= {"teacher": teacher, "distillation": distillation if teacher else None}
     share = _projector_share(projector)
-    if not resume:
-        Run.check_free(out)
+    stage = Stage("tune", out, asked, options, launched(options.device))
+    before = stage.before(resume, force=force)
+    if before and before.info["status"] == "finished":
+        return before
     vlm, saved_as = _open_model(model, options)
     chosen = Region.parse(region, vlm.depth)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     part = drawn(records, samples, seed=options.seed)
-    with _stage("tune", out, asked, options, resume) as run:
+    with stage.recording(before) as run:
         run.write_region(chosen)
         _check_records(records, run)
+        check_room(run.path, vlm.model.num_parameters() * saved_as.itemsize)
         plan = vlm.train_only(chosen, projector=share > 0)
         _place(vlm, chosen, options)
         if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device, options.optimizer)):
@@ -157,28 +168,9 @@ def tune(
         fit(vlm, network, run, part, groups, options, progress=progress, teacher=taught, projector_share=share)
         if network is not vlm.model:
             network.merge_and_unload()
-        _save(vlm, run, chosen, saved_as, options)
+        if stage.rank.first:
+            _save(vlm, run, chosen, saved_as, options)
     return run
-
-
-@contextmanager
-def _stage(verb: str, out: Path, asked: dict[str, Any], options: TrainOptions, resume: bool) -> Iterator[Run]:
-    """The run of one stage, new or taken up again, recording how it ends."""
-    recorded = json.loads(json.dumps({**asked, **vars(options)}, default=str))
-    if resume:
-        run = Run.open(out)
-        if run.info["status"] == "finished":
-            raise UserError(f"{out} is finished: there is nothing to resume")
-        before = run.info["options"]
-        changed = sorted(name for name in recorded if recorded[name] != before.get(name))
-        if changed or run.info["verb"] != verb:
-            other = ", ".join(changed) or run.info["verb"]
-            raise UserError(f"{out} was started with other options ({other}): repeat them to resume")
-        run.update(status="running")
-    else:
-        run = Run.create(out, verb=verb, options=recorded, seed=options.seed, parent=str(asked["model"]))
-    with run.recording():
-        yield run
 
 
 def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dtype]:

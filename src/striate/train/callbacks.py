@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from striate.errors import UserError
+from striate.processes import Rank
 from striate.run import Run
+from striate.train.finite import Losses
 
 
 class Audit(TrainerCallback):
@@ -81,12 +84,17 @@ class RunLog(TrainerCallback):
 
     def __init__(self, run: Run, *, bar: bool, notes: Sequence[str] = ()) -> None:
         self.run, self.began, self.notes = run, 0.0, notes
+        self.ids: list[str] = []  # of the step's records
+        self.marks: dict[str, Any] = {}  # what else its line is to say
+        self.losses = Losses()
         self.bar = Progress(*Progress.get_default_columns(), TimeElapsedColumn(), transient=True, disable=not bar)
         self.task = self.bar.add_task("", start=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self.began = time.monotonic()
+        done = [entry for entry in self.run.history() if entry["step"] <= state.global_step]
+        self.losses = Losses([entry["loss"] for entry in done if entry["loss"] is not None])
         self.bar.start()
         if not self.bar.disable:
             for note in self.notes:
@@ -99,23 +107,36 @@ class RunLog(TrainerCallback):
         self.bar.stop()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Keep the step's loss, gradient norm and learning rate."""
+        """Keep the step's loss, gradient norm and learning rate, and whose records made the loss leap."""
         if not logs or "loss" not in logs:
             return
-        seconds = round(time.monotonic() - self.began, 3)
-        entry: dict[str, Any] = {"step": state.global_step, "loss": logs["loss"], "lr": logs.get("learning_rate")}
-        self.run.log(entry | {"grad_norm": logs.get("grad_norm"), "seconds": seconds})
+        seconds, marks, self.marks = round(time.monotonic() - self.began, 3), self.marks, {}
+        loss = None if "not_finite" in marks else logs["loss"]
+        if loss is not None and self.losses.spike(loss):
+            marks["spike"] = self.ids
+        entry: dict[str, Any] = {"step": state.global_step, "loss": loss, "lr": logs.get("learning_rate")}
+        norm = logs.get("grad_norm") if loss is not None else None
+        self.run.log(entry | {"grad_norm": norm, "seconds": seconds, **marks})
         self.bar.update(self.task, completed=state.global_step, description=f"loss {logs['loss']:.3f}")
+
+    def warn(self, text: str) -> None:
+        """Keep a warning in the run; with a bar, show it above it."""
+        if not self.bar.disable:
+            self.bar.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        with suppress(UserError):  # a full disk is one of the things to be warned of
+            self.run.warn(text)
 
 
 class Interrupt(TrainerCallback):
-    """On Ctrl-C, or SIGTERM from a scheduler: finish the step, save what a resumed run needs, stop. A second one stops
-    at once."""
+    """On Ctrl-C, or SIGTERM from a scheduler: finish the step, save what a resumed run needs, stop. Another one, a
+    second later or more, stops at once: a launcher passes on what the terminal has sent already."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SOON = 1.0  # seconds
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self.asked: float | None = None  # when, by the monotonic clock
         self.previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -126,8 +147,10 @@ class Interrupt(TrainerCallback):
             self.previous = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop when asked."""
-        if self.asked:
+        """Save and stop when any process was asked; signals need not reach all of them in the same step."""
+        first = next((asked for asked in self.rank.gathered(self.asked) if asked is not None), None)
+        if first is not None:
+            self.asked = self.asked or first
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -141,7 +164,8 @@ class Interrupt(TrainerCallback):
         self.previous = {}
 
     def _ask(self, *_: Any) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked is not None and now - self.asked > self.SOON:
             self.restore()
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self.asked or now

@@ -10,25 +10,24 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from striate.data import Batch, Example, Examples, Records, Skipped, collate
 from striate.errors import UserError
+from striate.processes import Rank
 from striate.run import Run
 from striate.train.callbacks import Audit, Freeze, Interrupt, RunLog
 from striate.train.checkpointing import SHARE, Checkpointing
+from striate.train.lockstep import Even, Together
 from striate.train.loss import Shortcuts, Teacher, answer_losses
 from striate.train.memory import MOMENT_BYTES, PeakMemory, activations, free_bytes
 from striate.train.options import TrainOptions
 from striate.train.packing import compiled, record_by_record
+from striate.train.saved import KEPT, last_saved
 from striate.train.shortcuts import check_thinning, proven
 from striate.train.thinning import Thinning
 from striate.train.trainer import MOST_SKIPPED, Group, Named, RegionTrainer
@@ -70,7 +69,8 @@ def fit(
             vlm, probe.batch.to(vlm.device), packing=options.packing, sharded=_sharded(arguments), autocast=autocast
         )
         thinning = Thinning(options.image_tokens, options.seed)
-        if 0 < projector_share < 1 and arguments.world_size > 1:
+        rank = Rank(arguments.process_index, arguments.world_size)
+        if 0 < projector_share < 1 and rank.of > 1:
             raise UserError("--projector as a share is for one process: others would wait for its gradients")
         if thinning.share < 1:
             check_thinning(vlm, probe.batch.to(vlm.device), shortcuts, autocast)
@@ -87,12 +87,17 @@ def fit(
             visual={name for part, group in groups.items() if part != "layers" for name in group.parameters},
             saw=lambda: not pictured or any(bool(batch.image_mask.any()) for batch in trainer.step),
         )  # fmt: skip
-        interrupt, log = Interrupt(), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
+        interrupt, log = Interrupt(rank), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
+        micro_batches = arguments.per_device_train_batch_size * rank.of
+        pad_id = vlm.pad_token_id
         trainer = RegionTrainer(
-            vlm=vlm, run=run, groups=groups, most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
+            vlm=vlm, run=run, run_log=log, groups=groups,
+            most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
+            most_not_finite=options.skip_nonfinite,
             shortcuts=shortcuts, checkpointing=checkpointing, thinning=thinning, teacher=teacher,
-            model=network, args=arguments, train_dataset=examples,
-            data_collator=partial(collate, pad_id=vlm.pad_token_id),
+            model=network, args=arguments,
+            train_dataset=Even(examples, step=micro_batches) if rank.of > 1 else examples,
+            data_collator=Together.of(examples, pad_id=pad_id) if rank.of > 1 else partial(collate, pad_id=pad_id),
             callbacks=[audit, Freeze(bridge, projector_share), log, interrupt],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -109,7 +114,7 @@ def fit(
         "total_parameters": sum(p.numel() for p in network.parameters()),
     }
     run.update(training=told | _pace(trainer, seconds) | _sizes(groups))
-    if interrupt.asked:
+    if interrupt.asked is not None:
         step, last = trainer.state.global_step, trainer.state.max_steps
         raise KeyboardInterrupt(f"stopped and saved at step {step} of {last}; the same command with --resume goes on")
 
@@ -207,21 +212,6 @@ def _num_workers(options: TrainOptions, device: torch.device, world: int) -> int
     return 0 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) // world - 1))
 
 
-def last_saved(state: Path) -> str | None:
-    """The last saved state of a training that is whole: a kill can tear one that was being written."""
-    for folder in sorted(state.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step, reverse=True):
-        try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))  # written last
-        except (OSError, ValueError, TypeError):
-            continue
-        return str(folder)
-    return None
-
-
-def _step(saved: Path) -> int:
-    return int(saved.name.rpartition("-")[2])
-
-
 def _arguments(run: Run, options: TrainOptions, device: torch.device) -> TrainingArguments:
     if options.optimizer == "adamw_8bit":
         need_bitsandbytes("--optimizer adamw_8bit")
@@ -246,7 +236,9 @@ def _arguments(run: Run, options: TrainOptions, device: torch.device) -> Trainin
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_steps": options.save_steps,
-        "save_total_limit": 2,
+        "save_total_limit": KEPT,
+        "ddp_find_unused_parameters": False,  # `Together` lets every process use all of them
+        "full_determinism": options.deterministic,
         "report_to": [options.report_to],
         "dataloader_num_workers": _num_workers(options, device, world),
         "remove_unused_columns": False,

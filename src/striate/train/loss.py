@@ -136,7 +136,8 @@ class _RowLosses(torch.autograd.Function):
                 if ctx.needs_input_grad[0]:
                     gradients += torch.autograd.grad(loss.sum(), chunk)
             losses.append(loss.detach())
-        ctx.save_for_backward(*([torch.cat(gradients)] if gradients else []))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(gradients) if gradients else torch.zeros_like(states))
         return torch.cat(losses) if losses else states.new_zeros(0)
 
     @staticmethod

@@ -47,12 +47,16 @@ class TrainOptions:
     """share of an image's tokens, drawn at random, that most early steps show the decoder; below 1 other results"""
     compile: bool = False
     """torch.compile for every decoder layer: a minute or more before the first step, less time for each"""
+    skip_nonfinite: int = 0
+    """steps with a loss or gradients that are not finite to pass over before the run stops; each is listed"""
     save_steps: int = 500
     """steps between saved states, for --resume"""
     workers: int | None = None
     """processes that read and encode records ahead; default: none on a CPU, whose cores train, else up to 8"""
     seed: int = 0
     """of fresh weights, dropout and data order"""
+    deterministic: bool = False
+    """only operations that give the same bytes on every run; slower on a GPU, a CPU has them anyway"""
     device: str | None = None
     """cpu to stay off a GPU"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch.utils.data import Sampler
@@ -13,17 +14,19 @@ class LengthGrouped(Sampler[int]):
     """Indices grouped so that the records of one optimiser step are about equally long, the groups in random order.
 
     The order is a function of seed and epoch alone. The longest group comes first: too little memory shows at once.
+    Up to `total` the indices go on, behind those of the records.
     """
 
-    def __init__(self, lengths: list[int], *, batch: int, seed: int) -> None:
+    def __init__(self, lengths: list[int], *, batch: int, seed: int, total: int | None = None) -> None:
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+        self.total = total or len(lengths)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of an epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.total
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -34,4 +37,4 @@ class LengthGrouped(Sampler[int]):
         full, rest = (groups[:-1], groups[-1:]) if len(groups[-1]) < self.batch else (groups, [])
         shuffled = torch.randperm(max(len(full) - 1, 0), generator=generator).tolist()
         order = [*full[:1], *(full[1 + place] for place in shuffled), *rest]
-        return (index for group in order for index in group)
+        return chain.from_iterable([*order, range(len(self.lengths), self.total)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,17 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from striate.data import IGNORED, Batch, Examples, Skipped
 from striate.errors import UserError
+from striate.processes import Rank
 from striate.run import Run
+from striate.train.callbacks import RunLog
 from striate.train.checkpointing import Checkpointing
+from striate.train.finite import not_finite
+from striate.train.lockstep import Even
 from striate.train.loss import Shortcuts, Teacher, answer_losses
 from striate.train.order import LengthGrouped
+from striate.train.saved import PART, missing_bytes, settle
 from striate.train.thinning import Thinning
 from striate.vlm import Vlm, first_line
 
@@ -39,24 +47,46 @@ class Group:
     rate: float
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process brings to an optimiser step: answer tokens, the ids of the records, and those left out."""
+
+    answers: int
+    ids: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+
+    @classmethod
+    def of(cls, batches: list[Batch]) -> Share:
+        """That of its batches. An example that stands in for others has no answer and is no record."""
+        answers = [((batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist(), batch) for batch in batches if len(batch)]
+        return cls(
+            sum(sum(counts) for counts, _ in answers),
+            tuple(name for counts, batch in answers for name, count in zip(batch.ids, counts, strict=True) if count),
+            tuple(one for batch in batches for one in batch.skipped),
+        )
+
+
 class RegionTrainer(Trainer):
     """`Trainer` on `Batch`es. The loss is the mean over the answer tokens of one optimiser step, on all devices.
 
-    `groups` are what trains; `most_skipped` is the share of records that may turn out to be bad before the run stops.
-    With a `teacher` the loss is `distilled`. Where memory does not suffice, the step is done again with more layers
-    computed again, as `checkpointing` allows.
+    `groups` are what trains; `most_skipped` is the share of records that may turn out to be bad before the run stops,
+    `most_not_finite` the number of steps with a loss or gradients that are not finite. With a `teacher` the loss is
+    `distilled`. Where memory does not suffice, the step is done again with more layers computed again, as
+    `checkpointing` allows. What happens is told to `run_log`.
     """
 
     model: PreTrainedModel
-    train_dataset: Examples
+    train_dataset: Examples | Even
 
     def __init__(
         self,
         *,
         vlm: Vlm,
         run: Run,
+        run_log: RunLog,
         groups: dict[str, Group],
         most_skipped: float,
+        most_not_finite: int,
         shortcuts: Shortcuts,
         checkpointing: Checkpointing,
         thinning: Thinning,
@@ -64,15 +94,19 @@ class RegionTrainer(Trainer):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.vlm, self.run, self.teacher = vlm, run, teacher
-        self.groups, self.most_skipped = groups, most_skipped
+        self.rank = Rank(self.args.process_index, self.args.world_size)
+        self.vlm, self.run, self.run_log, self.teacher = vlm, run, run_log, teacher
+        self.groups, self.most_skipped, self.most_not_finite = groups, most_skipped, most_not_finite
         self.model_accepts_loss_kwargs = True  # the loss below is already a mean over the whole optimiser step
         self.shortcuts, self.checkpointing, self.thinning = shortcuts, checkpointing, thinning
         self.step: list[Batch] = []
+        self.losses: dict[int, tuple[Batch, torch.Tensor]] = {}  # of the step's batches, by their identity
         self.start: list[torch.Tensor] = []
         self.samples = 0
         self.clock = Clock()
         self.left_out: dict[str, Skipped] = {}  # by source: a bad record comes up again in every epoch
+        self.not_finite = 0
+        self.part: Path | None = None  # the folder of a state that is being written
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -81,22 +115,23 @@ class RegionTrainer(Trainer):
         began = time.monotonic()
         batches = list(islice(epoch_iterator, num_batches))
         self.clock.note_wait(began)
+        shares = self.rank.gathered(Share.of(batches))
+        self._note_skipped([one for share in shares for one in share.skipped])
         batches = self.thinning.in_step(batches, self.state.global_step, self.state.max_steps)
-        self.step, self.start = batches, _random_states(device)
-        answers = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches if len(batch))
-        return batches, self.accelerator.gather(torch.tensor(answers, device=device)).sum().clamp(min=1)
+        self.step, self.losses, self.start = batches, {}, _random_states(device)
+        self.run_log.ids = [name for share in shares for name in share.ids]
+        self.samples += len(self.run_log.ids)
+        return batches, torch.tensor(max(1, sum(share.answers for share in shares)), device=device)
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Forward and backward of one batch; a batch of bad records only is passed over."""
         batch: Batch = inputs
-        self._note_skipped(batch)
         if not len(batch):
             return torch.zeros((), device=self.args.device)
-        self.samples += len(batch) * self.args.world_size
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, inputs, num_items_in_batch).nan_to_num(0, 0, 0)  # see _get_grad_norm
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -106,7 +141,7 @@ class RegionTrainer(Trainer):
 
     def _again(self, model: nn.Module, batch: Batch, num_items: Any, said: str) -> torch.Tensor:
         """The optimiser step up to this batch once more, from the same random numbers, with less memory."""
-        if not self.checkpointing.tighten():
+        if self.rank.of > 1 or not self.checkpointing.tighten():  # others would wait for this one's first try
             raise UserError(
                 f"out of memory ({said}): set --micro-batch below {len(batch)}, or --max-length, --method lora, "
                 "--checkpointing auto"
@@ -118,7 +153,6 @@ class RegionTrainer(Trainer):
         loss = torch.zeros((), device=self.args.device)
         for earlier in self.step:
             if len(earlier):
-                self.samples -= len(earlier) * self.args.world_size
                 loss = self.training_step(model, earlier, num_items)
             if earlier is batch:
                 break
@@ -130,8 +164,32 @@ class RegionTrainer(Trainer):
         """Loss of the answer tokens over their number in the optimiser step."""
         batch: Batch = inputs.to(self.args.device)
         losses = answer_losses(self.vlm, model, batch, shortcuts=self.shortcuts, teacher=self.teacher)
+        self.losses[id(inputs)] = (batch, losses.detach())
         loss = losses.sum() / num_items_in_batch
         return loss * self.accelerator.num_processes  # devices average their gradients; the mean is over all tokens
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the gradients before they are used: what is not finite stops here, in every process."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        there = [losses.sum() for _, losses in self.losses.values()]
+        total = torch.stack(there).sum() if there else torch.zeros((), device=self.args.device)
+        if norm is not None:  # DeepSpeed has none yet
+            total = total + 0 * torch.as_tensor(norm, device=total.device)
+        if not all(self.rank.gathered(bool(total.isfinite()))):
+            self._pass_over(model)
+        return norm
+
+    def _pass_over(self, model: nn.Module) -> None:
+        """Leave the step's gradients unused, while the budget lasts."""
+        ids = [name for found in self.rank.gathered(not_finite(self.losses.values())) for name in found]
+        self.not_finite += 1
+        listed = f"{', '.join(ids[:20])}{' ...' if len(ids) > 20 else ''}"
+        said = f"loss or gradients of step {self.state.global_step + 1} are not finite; records: {listed}"
+        if self.not_finite > self.most_not_finite:
+            raise UserError(f"{said} (look at these, lower --learning-rate, or pass over some: --skip-nonfinite 3)")
+        self.run_log.warn(f"{said}: passed over")
+        self.run_log.marks |= {"not_finite": ids}
+        model.zero_grad(set_to_none=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group for each part that trains, with its own learning rate; no decay on norms and biases."""
@@ -156,7 +214,8 @@ class RegionTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGrouped(self.train_dataset.lengths, batch=step, seed=self.args.data_seed or self.args.seed)
+        lengths, total = self.train_dataset.lengths, len(self.train_dataset)
+        return LengthGrouped(lengths, batch=step, seed=self.args.data_seed or self.args.seed, total=total)
 
     # The Trainer would save the whole model under the names of the hub and load it under the names in memory, which for
     # most LVLMs match nowhere: it resumes from the untrained weights with a warning. What trains is also all that is
@@ -178,20 +237,58 @@ class RegionTrainer(Trainer):
     def _trained(self) -> Named:
         return {name: parameter for group in self.groups.values() for name, parameter in group.parameters.items()}
 
-    def _note_skipped(self, batch: Batch) -> None:
-        for record in batch.skipped:
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.part or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a state under another name, and give it its own when it is whole and on the disk.
+
+        Where there is no room for it, the run goes on without, with a warning.
+        """
+        state = Path(str(self.args.output_dir))
+        state.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            shutil.rmtree(state / PART, ignore_errors=True)  # a kill left it
+        self.rank.wait()
+        self.part, failed = state / PART, ""
+        try:
+            if missing := missing_bytes(state, self._state_bytes()):
+                raise OSError(f"{missing / 1e9:.2f} GB more are needed")
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+            if not missing_bytes(state, self._state_bytes()):
+                raise
+            failed = f"no room in {state} to save the state of step {self.state.global_step}: {first_line(error)}"
+        finally:
+            self.part = None
+        failed = next(filter(None, self.rank.gathered(failed)), "")
+        if failed:
+            shutil.rmtree(state / PART, ignore_errors=True)
+            self.run_log.warn(failed)
+        elif self.args.should_save:
+            settle(state / PART / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", state)
+        self.rank.wait()
+
+    def _state_bytes(self) -> int:
+        """What a saved state takes: what trains, and the optimiser's moments."""
+        assert self.optimizer is not None
+        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self._trained().values(), *moments))
+
+    def _note_skipped(self, skipped: list[Skipped]) -> None:
+        for record in skipped:
             if record.source not in self.left_out:
                 self.left_out[record.source] = record
                 self.run.skip({"source": record.source, "reason": record.reason})
         bad = [record for record in self.left_out.values() if not record.too_long]  # too long is not bad
-        total = len(self.train_dataset)
+        total = len(self.train_dataset.lengths)
         if len(bad) > self.most_skipped * total:
             raise UserError(
                 f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {self.most_skipped:.0%} "
                 f"allowed; see {self.run.path}/skipped.jsonl)"
             )
         if len(self.left_out) == total:
-            last = batch.skipped[-1]
+            last = next(reversed(self.left_out.values()))
             raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
 
 

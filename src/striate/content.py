@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,27 @@ def digest(file: Path) -> str:
         return f"sha256 of blocks {found.hexdigest()}"
 
 
-def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first thing that is not the same, in words; empty when all is."""
+def code() -> str:
+    """Digest of striate's own source."""
+    sources = Path(__file__).parent
+    found = hashlib.sha256()
+    for file in sorted(sources.rglob("*.py")):
+        found.update(f"{file.relative_to(sources)} {digest(file)}".encode())
+    return f"sha256 {found.hexdigest()}"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that is not the same, in words."""
     for key in [*now, *(key for key in before if key not in now)]:
         was, is_now = before.get(key), now.get(key)
         if was == is_now:
             continue
         if any("sha256" in str(value) for value in (was, is_now)):
-            return f"the content of {key} is another"
-        return f"{key} was {was}, now it is {is_now}"
-    return ""
+            yield f"the content of {key} is another"
+        else:
+            yield f"{key} was {was}, now it is {is_now}"
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first thing that is not the same, in words; empty when all is."""
+    return next(differences(before, now), "")
