@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import islice, zip_longest
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -27,6 +29,15 @@ class Rank:
     def gathered(self, mine: T) -> list[T]:
         """What each process has, in their order, in each of them; every process has to call this equally often."""
         return [mine] if self.of == 1 else gather_object([mine])
+
+    def share(self, items: Iterable[T]) -> Iterator[T]:
+        """What falls to this process when items are dealt out in turn."""
+        return islice(items, self.number, None, self.of)
+
+    def in_turn(self, mine: list[T]) -> list[T]:
+        """The lists of all processes as one, in each of them, in the order in which `share` dealt them out."""
+        turns: Any = zip_longest(*self.gathered(mine), fillvalue=self)
+        return [one for turn in turns for one in turn if one is not self]
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from striate import plot
 from striate.errors import UserError
+from striate.processes import Rank, launched
 from striate.run import Run, check_place, place
 from striate.score import weights
 from striate.score.figures import figures, looks
@@ -83,12 +84,15 @@ def score(
             a bad record; a model whose weights are broken.
     """
     options = dict(locals())
-    check_place(model, out)  # refused now, not after the work
+    rank = launched(device)
+    progress = progress and rank.first
+    if rank.first:
+        check_place(model, out)  # refused now, not after the work
     sampling = Sampling(samples, batch, max_length, seed, on_bad_record, allow_urls)
     sample = Sample(()) if data is None else sampling.draw(data, images)
     names = choose(metrics, backbone=backbone is not None, data=data is not None, images=sample.has_images)
     found: dict[str, Score] = {}
-    with place(model, out, verb="score", options=options) as run:
+    with _place(model, out, "score", options, rank) as run:
         try:
             of_weights = [name for name in names if name in weights.METRICS]
             if of_weights and backbone is not None:
@@ -96,16 +100,21 @@ def score(
             if len(of_weights) < len(names):
                 vlm = load(model, device=device, dtype=dtype)
                 batches = partial(sampling.shown, vlm, sample, progress=progress)
-                for scores in measure(vlm, names, batches, backbone=backbone):
+                for scores in measure(vlm, names, batches, backbone=backbone, rank=rank):
                     _keep(scores, found, run, model)
-                if "image_attention" in names and (picture := looks(vlm, sample.records, max_length=max_length)):
+                if (
+                    rank.first
+                    and "image_attention" in names
+                    and (picture := looks(vlm, sample.records, max_length=max_length))
+                ):
                     plot.save(picture, run.figures, "image_attention_map")
         except KeyboardInterrupt:
             kept = f"what was measured is in {run.path}, marked as partial" if found else "nothing was measured yet"
             raise KeyboardInterrupt(f"stopped; {kept}") from None
         finally:
             _list_skipped(run, sample)
-        _finish(found, run, model)
+        if rank.first:
+            _finish(found, run, model)
     return run
 
 
@@ -154,7 +163,10 @@ def revert(
         UserError: no data, an unknown group, a backbone that does not match (names the tensor), a bad record.
     """
     options = dict(locals())
-    check_place(model, out)
+    rank = launched(device)
+    progress = progress and rank.first
+    if rank.first:
+        check_place(model, out)
     sampling = Sampling(samples, batch, max_length, seed, on_bad_record, allow_urls)
     files = {kind: file for kind, file in (("visual", visual), ("text", text)) if file is not None}
     if not files:
@@ -164,18 +176,26 @@ def revert(
         raise UserError(f"none of the {len(drawn['visual'].records)} records of {visual} has an image (--visual)")
     vlm = load(model, device=device, dtype=dtype)
     layers = parse_groups(groups, vlm.depth)
-    with place(model, out, verb="revert", options=options) as run:
+    with _place(model, out, "revert", options, rank) as run:
         with ExitStack() as stack:
             streams = ((kind, sampling.shown(vlm, sample, kind, progress=progress)) for kind, sample in drawn.items())
             sets = {kind: stack.enter_context(closing(stream)) for kind, stream in streams}
-            found = reverted(vlm, layers, backbone=backbone, sets=sets)
+            found = reverted(vlm, layers, backbone=backbone, sets=sets, rank=rank)
         for sample in drawn.values():
             _list_skipped(run, sample)
         results = {kind: _told(one) for kind, one in found.items()}
         run.write_results({"reverted": results})
         figure = plot.reverted({kind: plot.Reverted.from_json(one) for kind, one in results.items()})
-        plot.save(figure, run.figures, "reverted")
+        if rank.first:
+            plot.save(figure, run.figures, "reverted")
     return run
+
+
+def _place(
+    model: str | Path, out: Path | None, verb: str, options: dict[str, Any], rank: Rank
+) -> AbstractContextManager[Run]:
+    """Where results go, as in `place`; what other processes than the first would write there goes nowhere."""
+    return place(model, out, verb=verb, options=options) if rank.first else nullcontext(Run(Path(out or model)))
 
 
 def _keep(scores: Iterable[Score], found: dict[str, Score], run: Run, model: str | Path) -> None:
@@ -190,6 +210,11 @@ def _finish(found: Mapping[str, Score], run: Run, model: str | Path) -> None:
     run.write_scores(scores.to_json())
     for drawn in figures(scores, run.region):
         plot.save(drawn.figure, run.figures, drawn.name)
+
+
+def _save_looks(picture: plot.Figure | None, run: Run) -> None:
+    if picture is not None:
+        plot.save(picture, run.figures, "image_attention_map")
 
 
 def _table(found: Mapping[str, Score], model: str | Path, *, partial: bool) -> Scores:

@@ -6,7 +6,6 @@ as many forward passes as there are layers, for each kind of change.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,8 +74,7 @@ class Causal:
         self.vlm, self.names = vlm, tuple(names)
         self.backbone = Backbone(vlm, backbone) if "revert_perplexity" in names else None
         self.kinds = [kind for name in names for kind in KINDS[name]]
-        self.found: dict[str, list[Tensor]] = defaultdict(list)  # by kind: [B, L] each; `clean`: [B] each
-        self.counts: list[int] = []
+        self.kept: list[tuple[dict[str, Tensor], Tensor, tuple[int, ...]]] = []  # by batch, see `add`
 
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
@@ -94,14 +92,12 @@ class Causal:
             clean = answers.sums(answers.nll(replay.logits))
             answers.check(clean)
             layers = [self._layer(replay, layer) for layer in range(self.vlm.depth)]
-        for kind in self.kinds:
-            self.found[kind].append(torch.stack([found[kind] for found in layers], dim=1).cpu())
-        self.found["clean"].append(clean.cpu())
-        self.counts += answers.counts
+        found = {kind: torch.stack([one[kind] for one in layers], dim=1).cpu() for kind in self.kinds}  # B L each
+        self.kept.append((found, clean.cpu(), answers.counts))
 
     def perplexity(self) -> tuple[float, float]:
         """Perplexity of the unchanged model over the same samples, and its standard error."""
-        value, error = perplexity(torch.cat(self.found["clean"]), torch.tensor(self.counts))
+        value, error = perplexity(torch.cat([clean for _, clean, _ in self.kept]), self._counts())
         return float(value), float(error)
 
     def scores(self) -> list[Score]:
@@ -110,7 +106,11 @@ class Causal:
         Raises:
             UserError: `layer_contribution` was asked for and no sample has an image.
         """
-        return [self._score(METRICS[name]) for name in self.names] if self.counts else []
+        return [self._score(METRICS[name]) for name in self.names] if self.kept else []
+
+    def _counts(self) -> Tensor:
+        """The number of each sample's answer tokens [N]."""
+        return torch.tensor([count for _, _, counts in self.kept for count in counts])
 
     def _layer(self, replay: Replay, layer: int) -> dict[str, Tensor]:
         """By kind of change, a number for each sample [B]."""
@@ -132,13 +132,13 @@ class Causal:
             return answers.sums(answers.nll(replay.run(layer)))
 
     def _score(self, metric: Metric) -> Score:
-        kinds = {kind: torch.cat(self.found[kind]) for kind in KINDS[metric.name]}  # N L each
+        kinds = {kind: torch.cat([found[kind] for found, _, _ in self.kept]) for kind in KINDS[metric.name]}  # N L each
         if metric.name == "layer_contribution":
             if kinds["image"].isnan().all():
                 raise UserError("layer_contribution is about image tokens, and no record has an image")
             return Score.of_samples(metric, kinds["image"], parts=kinds)
         (losses,) = kinds.values()
-        values, errors = perplexity(losses, torch.tensor(self.counts))
+        values, errors = perplexity(losses, self._counts())
         return Score.of(metric, tuple(values.tolist()), stderr=tuple(errors.tolist()), n=len(losses))
 
 

@@ -38,7 +38,7 @@ class Gradient:
 
     def __init__(self, vlm: Vlm, names: Sequence[str] = ("gradient",)) -> None:
         self.vlm, self.names = vlm, tuple(names)
-        self.samples: list[Tensor] = []  # [B, L] each
+        self.kept: list[Tensor] = []  # by batch [B, L]
 
     def add(self, batch: Batch) -> None:
         """Measure the samples of a batch.
@@ -59,13 +59,13 @@ class Gradient:
                 loss.backward(retain_graph=row + 1 < len(losses))
                 rows.append(squares.clone())
         sizes = torch.tensor([sum(p.numel() for p in _weights(layer)) for layer in self.vlm.layers])
-        self.samples.append((torch.stack(rows) / sizes).sqrt())
+        self.kept.append((torch.stack(rows) / sizes).sqrt())
 
     def scores(self) -> list[Score]:
         """The score over the samples measured so far; none before the first."""
-        if not self.samples:
+        if not self.kept:
             return []
-        return [Score.of_samples(METRICS[name], torch.cat(self.samples)) for name in self.names]
+        return [Score.of_samples(METRICS[name], torch.cat(self.kept)) for name in self.names]
 
     @contextmanager
     def _listening(self) -> Iterator[Tensor]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import Any, Protocol
 
 from striate.data import Batch
 from striate.errors import UserError, nearest
+from striate.processes import Rank
 from striate.score import causal, gradient, states, weights
 from striate.score.table import Metric, Score
 from striate.vlm import Vlm
@@ -16,7 +17,9 @@ METRICS: dict[str, Metric] = {**states.METRICS, **causal.METRICS, **gradient.MET
 
 
 class Measure(Protocol):
-    """What takes batches and at any time has the scores of those until then."""
+    """What takes batches and at any time has the scores of those until then, from what it keeps of each batch."""
+
+    kept: list[Any]
 
     def add(self, batch: Batch) -> None: ...
     def scores(self) -> list[Score]: ...
@@ -49,12 +52,18 @@ def choose(metrics: str | Sequence[str], *, backbone: bool, data: bool, images: 
 
 
 def measure(
-    vlm: Vlm, names: Sequence[str], batches: Callable[[str], Generator[Batch]], *, backbone: str | None = None
+    vlm: Vlm,
+    names: Sequence[str],
+    batches: Callable[[str], Generator[Batch]],
+    *,
+    backbone: str | None = None,
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
 ) -> Iterator[list[Score]]:
     """The named scores, some at a time: first those of one forward pass, then those of many, then gradients.
 
-    `batches(title)` gives the batches once more for every kind of measuring, and is closed after it. A keyboard
-    interrupt first gives the scores of the batches until then, and goes on when the next ones are asked for.
+    `batches(title)` gives the batches once more for every kind of measuring, and is closed after it. Of several
+    processes each takes its share of them, and has all scores. A keyboard interrupt of one that is alone first gives
+    the scores of the batches until then, and goes on when the next ones are asked for.
 
     Raises:
         UserError: what the measures raise; see `States`, `Causal` and `Gradient`.
@@ -62,11 +71,14 @@ def measure(
     for title, taken in _measures(vlm, names, backbone):
         try:
             with closing(batches(title)) as stream:  # takes its progress bar off the screen, whatever happens
-                for batch in stream:
+                for batch in rank.share(stream):
                     taken.add(batch)
         except KeyboardInterrupt:
+            if rank.of > 1:
+                raise
             yield [score for score in taken.scores() if score.n]
             raise
+        taken.kept = rank.in_turn(taken.kept)
         yield taken.scores()
 
 

@@ -15,6 +15,7 @@ import torch
 
 from striate.data import Batch
 from striate.errors import UserError
+from striate.processes import Rank
 from striate.region import Region
 from striate.score.backbone import Backbone
 from striate.score.likelihood import Answers, perplexity
@@ -89,12 +90,14 @@ def revert(
     *,
     backbone: str | Path | None,
     sets: Mapping[str, Iterable[Batch]],
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
 ) -> dict[str, Reversion]:
     """Perplexity of each data set (`visual`, `text`, ...) with each group of layers put back to the backbone.
 
     `backbone` is a folder; None for a model with unmerged adapters, which are switched off instead. Weights are put
     back one layer at a time, while it runs. A batch costs one forward pass, and one for each group from its first layer
-    on and for the backbone, in which tower and projector need not run again.
+    on and for the backbone, in which tower and projector need not run again. Of several processes each takes its share
+    of the batches, and has all results.
 
     Raises:
         UserError: the backbone does not match, a set has no samples, a sample no answer, or a loss is no number.
@@ -107,7 +110,7 @@ def revert(
             raise UserError(f"the group {name!r} is for {region.depth} layers, this model has {vlm.depth}")
     found = {}
     for name, batches in sets.items():
-        tuned, *others = _perplexities(vlm, before, list(reverted.values()), batches, name)
+        tuned, *others = _perplexities(vlm, before, list(reverted.values()), batches, name, rank)
         named = dict(zip(reverted, others, strict=True))
         whole = named.pop("")
         found[name] = Reversion(tuned, named, whole)
@@ -116,12 +119,11 @@ def revert(
 
 @torch.no_grad()
 def _perplexities(
-    vlm: Vlm, backbone: Backbone, regions: Sequence[Region], batches: Iterable[Batch], name: str
+    vlm: Vlm, backbone: Backbone, regions: Sequence[Region], batches: Iterable[Batch], name: str, rank: Rank
 ) -> list[Perplexity]:
     """Of the tuned model, and with each of the regions reverted."""
-    losses: list[torch.Tensor] = []
-    counts: list[int] = []
-    for batch in batches:
+    kept: list[tuple[torch.Tensor, tuple[int, ...]]] = []
+    for batch in rank.share(batches):
         if not len(batch):
             continue
         batch = batch.to(vlm.device, vlm.model.dtype)
@@ -133,9 +135,10 @@ def _perplexities(
             for region in regions:
                 with backbone.reverted(region):
                     columns.append(answers.sums(answers.nll(replay.run(min(region, default=0)))))
-        losses.append(torch.stack(columns, dim=1).cpu())  # B 1+G
-        counts += answers.counts
-    if not counts:
+        kept.append((torch.stack(columns, dim=1).cpu(), answers.counts))  # B 1+G
+    kept = rank.in_turn(kept)
+    if not kept:
         raise UserError(f"the {name} set has no samples")
-    values, errors = perplexity(torch.cat(losses), torch.tensor(counts))
+    counts = [count for _, counts in kept for count in counts]
+    values, errors = perplexity(torch.cat([losses for losses, _ in kept]), torch.tensor(counts))
     return [Perplexity(*pair, len(counts)) for pair in zip(values.tolist(), errors.tolist(), strict=True)]

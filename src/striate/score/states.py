@@ -135,8 +135,7 @@ class States:
     def __init__(self, vlm: Vlm, names: Collection[str]) -> None:
         self.vlm = vlm
         self.metrics = [METRICS[name] for name in names]
-        self._samples: list[Samples] = []
-        self._blocks: tuple[Tensor | float, int] = 0.0, 0  # summed over samples, and their number
+        self.kept: list[tuple[Samples, Tensor, int]] = []  # by batch; the blocks summed over its samples, their number
 
     def add(self, batch: Batch) -> None:
         """Measure one batch, which is on the model's device.
@@ -151,8 +150,7 @@ class States:
         with at_rest(self.vlm.model):
             seen = _watched(self.vlm, batch, attention=attention)
         blocks = angular_distance(seen.ends).cpu()  # B L L
-        self._samples.append(_by_sample(seen, blocks))
-        self._blocks = self._blocks[0] + blocks.sum(dim=0), self._blocks[1] + len(batch)
+        self.kept.append((_by_sample(seen, blocks), blocks.sum(dim=0), len(batch)))
 
     def scores(self) -> list[Score]:
         """The scores of the batches so far."""
@@ -160,12 +158,12 @@ class States:
 
     def _score(self, metric: Metric) -> Score:
         none = torch.empty(0, self.vlm.depth)
-        found = [samples[metric.name] for samples in self._samples] or [{"all": none}]
+        found = [samples[metric.name] for samples, _, _ in self.kept] or [{"all": none}]
         parts = {part: torch.cat([one[part] for one in found]) for part in found[0]}
         table = None
-        if metric.name == "angular_distance" and self._samples:
-            total, num_samples = self._blocks
-            table = tuple(tuple(row) for row in torch.as_tensor(total / num_samples).tolist())
+        if metric.name == "angular_distance" and self.kept:
+            _, blocks, numbers = zip(*self.kept, strict=True)
+            table = tuple(tuple(row) for row in (torch.stack(blocks).sum(dim=0) / sum(numbers)).tolist())
         return Score.of_samples(metric, parts.pop("all"), parts=parts, table=table)
 
 

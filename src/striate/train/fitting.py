@@ -85,9 +85,9 @@ def fit(
         audit = Audit(
             network, trained,
             visual={name for part, group in groups.items() if part != "layers" for name in group.parameters},
-            saw=lambda: not pictured or any(bool(batch.image_mask.any()) for batch in trainer.step),
+            saw=lambda: not pictured or trainer.pictured,
         )  # fmt: skip
-        interrupt, log = Interrupt(rank), RunLog(run, bar=progress, notes=[*notes, str(checkpointing)])
+        interrupt, log = Interrupt(rank), RunLog(run, bar=progress and rank.first, notes=[*notes, str(checkpointing)])
         micro_batches = arguments.per_device_train_batch_size * rank.of
         pad_id = vlm.pad_token_id
         trainer = RegionTrainer(

@@ -49,19 +49,31 @@ class Group:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process brings to an optimiser step: answer tokens, the ids of the records, and those left out."""
+    """What one process brings to an optimiser step: answer tokens, the ids of the records and whether any has a
+    picture, and the records left out. An example that stands in for others has no answer and is no record."""
 
     answers: int
     ids: tuple[str, ...]
+    pictured: bool
     skipped: tuple[Skipped, ...]
 
     @classmethod
     def of(cls, batches: list[Batch]) -> Share:
-        """That of its batches. An example that stands in for others has no answer and is no record."""
-        answers = [((batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist(), batch) for batch in batches if len(batch)]
+        """That of its batches."""
+        rows = [
+            (count, name, pictured)
+            for batch in batches
+            if len(batch)
+            for count, name, pictured in zip(
+                (batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist(), batch.ids,
+                batch.image_mask.any(dim=1).tolist(), strict=True,
+            )
+            if count
+        ]  # fmt: skip
         return cls(
-            sum(sum(counts) for counts, _ in answers),
-            tuple(name for counts, batch in answers for name, count in zip(batch.ids, counts, strict=True) if count),
+            sum(count for count, _, _ in rows),
+            tuple(name for _, name, _ in rows),
+            any(pictured for _, _, pictured in rows),
             tuple(one for batch in batches for one in batch.skipped),
         )
 
@@ -102,6 +114,7 @@ class RegionTrainer(Trainer):
         self.step: list[Batch] = []
         self.losses: dict[int, tuple[Batch, torch.Tensor]] = {}  # of the step's batches, by their identity
         self.start: list[torch.Tensor] = []
+        self.pictured = False  # whether any record of the step, of all processes, has a picture
         self.samples = 0
         self.clock = Clock()
         self.left_out: dict[str, Skipped] = {}  # by source: a bad record comes up again in every epoch
@@ -119,6 +132,7 @@ class RegionTrainer(Trainer):
         self._note_skipped([one for share in shares for one in share.skipped])
         batches = self.thinning.in_step(batches, self.state.global_step, self.state.max_steps)
         self.step, self.losses, self.start = batches, {}, _random_states(device)
+        self.pictured = any(share.pictured for share in shares)
         self.run_log.ids = [name for share in shares for name in share.ids]
         self.samples += len(self.run_log.ids)
         return batches, torch.tensor(max(1, sum(share.answers for share in shares)), device=device)
@@ -177,7 +191,16 @@ class RegionTrainer(Trainer):
             total = total + 0 * torch.as_tensor(norm, device=total.device)
         if not all(self.rank.gathered(bool(total.isfinite()))):
             self._pass_over(model)
+        elif self.rank.of > 1:
+            self._forget_stand_ins()
         return norm
+
+    def _forget_stand_ins(self) -> None:
+        """Take away gradients that only examples standing in for others have left: they are 0, and would move Adam."""
+        for part, group in self.groups.items():
+            if not self.run_log.ids or (part != "layers" and not self.pictured):
+                for parameter in group.parameters.values():
+                    parameter.grad = None
 
     def _pass_over(self, model: nn.Module) -> None:
         """Leave the step's gradients unused, while the budget lasts."""
