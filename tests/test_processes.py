@@ -112,7 +112,8 @@ def test_records_that_cannot_be_used_do_not_hold_up_the_others(model: Path, data
     assert len(left_out) in range(2, 8)
     assert together(2, train, model, data, tmp_path / "two", options, {"method": "full"}) == [0, 0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert striate.Run.open(tmp_path / "two").skipped() == left_out
+    noted = striate.Run.open(tmp_path / "two").skipped()
+    assert sorted(noted, key=str) == sorted(left_out, key=str)
 
 
 def test_a_bad_record_stops_all(model: Path, data: Path, tmp_path: Path) -> None:
