@@ -275,3 +275,10 @@ def test_global_settings_stay_as_they_were() -> None:
     for draw in (accuracy, tasks, losses, cost, curves, profiles, blocks, instances, overlay, reverted):
         plot.svg(draw(), "salt")
     assert dict(rcParams) == before
+
+
+def test_a_spike_is_a_dot_on_its_line() -> None:
+    style = plot.marks(["a"], "a")
+    figure = plot.losses({"a": [[(1.0, 2.0), (2.0, 9.0)]]}, style, {"a": [(2.0, 9.0)]})
+    lines = [tuple(zip(*map(list, line.get_data()), strict=True)) for line in figure.axes[0].lines]
+    assert lines == [((1.0, 2.0), (2.0, 9.0)), ((2.0, 9.0),)]

@@ -808,3 +808,19 @@ def test_a_run_is_set_against_the_reference_of_its_own_seed(tmp_path: Path) -> N
         "all-0": "all-0", "all-1": "all-1", "last-0": "all-0", "last-1": "all-1", "alone": "all-0",
     }  # fmt: skip
     assert [rows[name].kept.share.value for name in ("last-0", "last-1", "alone")] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_what_should_be_equal_and_is_not_is_told(runs: list[Path]) -> None:
+    content = {"code": "sha256 a", "data": "sha256 b", "model config.json": "sha256 c"}
+    others = {"code": "sha256 z", "data": "sha256 y", "model config.json": "sha256 c"}
+    versions = {"torch": "2.13.0", "striate": "1"}
+    Run.open(runs[0]).update(content=content, versions=versions)
+    Run.open(runs[1]).update(content=others, versions=versions | {"torch": "2.12.0", "striate": "2"}, warnings=["odd"])
+    Run.open(runs[1]).log({"step": 900, "loss": 9.5, "lr": 0.0, "spike": ["17"]})
+    first, second, *_ = compare([*runs[:2]], reference=runs[0]).rows
+    assert first.notes == ()
+    assert second.notes == (
+        "odd", "1 loss spike", f"trained on other records than {first.name}", f"by other code than {first.name}",
+        f"torch 2.12.0, {first.name} with 2.13.0",
+    )  # fmt: skip
+    assert second.spikes == ((900, 9.5),)

@@ -79,16 +79,24 @@ def tasks(values: Mapping[str, Mapping[str, Estimate]], style: Mapping[str, Mark
 
 
 @rc_context(STYLE)
-def losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], style: Mapping[str, Mark]) -> Figure:
+def losses(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    style: Mapping[str, Mark],
+    spikes: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Figure:
     """Training loss (cross-entropy of an answer token, in nats) by step.
 
-    Each name has the curves of one run or more; every run is a line of at most `POINTS` block means.
+    Each name has the curves of one run or more; every run is a line of at most `POINTS` block means. `spikes` are
+    marked one by one.
     """
     figure, (axes,) = _figure(2.6, {name: mark for name, mark in style.items() if name in curves}, lines=True)
     for name, runs in curves.items():
         for curve in runs:
             (line,) = axes.plot(*thinned(curve), color=style[name].colour, linewidth=1.3 if len(runs) == 1 else 0.7)
             tip(line, name)
+        for step, loss in (spikes or {}).get(name, ()):
+            (dot,) = axes.plot([step], [loss], color=style[name].colour, marker="o", markersize=4, linestyle="")
+            tip(dot, f"{name}: {loss:.2f} in step {step:.0f}")
     axes.set(xlabel="step", ylabel="loss")
     tidy(axes, "y")
     return figure

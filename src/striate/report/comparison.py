@@ -16,6 +16,7 @@ from striate.region import Region
 from striate.report.arms import Arm, arms, treatment
 from striate.report.folders import Found, found
 from striate.report.pairing import PERPLEXITY, Answers, Kept, paired, processor, unpaired
+from striate.report.unlike import unlike
 from striate.run import INFO, Run
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Row:
     reference: str = ""
     values: tuple[tuple[str, str], ...] = ()
     curve: tuple[tuple[float, float], ...] = ()
+    spikes: tuple[tuple[float, float], ...] = ()
     scores: Scores | None = None
     reverted: Mapping[str, plot.Reverted] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -155,6 +157,10 @@ def _row(name: str, run: Run) -> Row:
     notes = [str(info["status"])] if info["status"] != "finished" else []
     notes += [LAYERWISE.get(info["verb"], "not evaluated")] if not tasks else []
     notes += [f"{skipped} record{'s' * (skipped > 1)} left out"] if skipped else []
+    notes += info.get("warnings", [])
+    history = run.history()
+    spikes = tuple((entry["step"], entry["loss"]) for entry in history if "spike" in entry)
+    notes += [f"{len(spikes)} loss spike{'s' * (len(spikes) > 1)}"] if spikes else []
     name, region = str(info.get("name") or name), run.region
     answers = Answers.of(run.predictions())
     return Row(
@@ -172,7 +178,8 @@ def _row(name: str, run: Run) -> Row:
         text=_mean(tasks, "text"),
         scores=_scores(run),
         reverted={kind: plot.Reverted.from_json(found) for kind, found in (results.get("reverted") or {}).items()},
-        curve=tuple((entry["step"], entry["loss"]) for entry in run.history() if entry.get("loss") is not None),
+        curve=tuple((entry["step"], entry["loss"]) for entry in history if entry.get("loss") is not None),
+        spikes=spikes,
         notes=tuple(notes),
     )
 
@@ -276,7 +283,9 @@ def _seed(row: Row) -> Any:
 
 
 def _against(row: Row, reference: Row) -> Row:
-    """The run with its retention, or with a note why it has none."""
+    """The run with its retention, or with a note why it has none, and with notes on what else is not the same."""
+    if row is not reference:
+        row = replace(row, notes=(*row.notes, *unlike(row.info, reference.info, reference.name)))
     if not row.tasks or not reference.tasks:
         return row
     if why := difference(row, reference):

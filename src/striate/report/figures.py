@@ -202,6 +202,7 @@ def _losses(comparison: Comparison) -> Iterator[Drawn]:
     }
     if not curves:
         return
+    spikes = {a.name: [spike for row in a.rows for spike in row.spikes] for a in comparison.arms}
     numbers = [
         {"run": row.name, "step": step, "loss": _known(loss)}
         for arm in comparison.arms
@@ -210,7 +211,9 @@ def _losses(comparison: Comparison) -> Iterator[Drawn]:
         for step, loss in zip(*plot.thinned(row.curve), strict=True)
     ]
     caption = f"Training loss by step; more than {plot.POINTS} steps are averaged in equal blocks. A line a run."
-    yield Drawn("loss", "Loss", plot.losses(curves, comparison.style), caption, numbers)
+    if any(spikes.values()):
+        caption += " Dots are losses far above those before them; their records are in log.jsonl."
+    yield Drawn("loss", "Loss", plot.losses(curves, comparison.style, spikes), caption, numbers)
 
 
 def _points(panels: Sequence[plot.Panel], across: str) -> Numbers:

@@ -1,0 +1,39 @@
+"""What a user without striate would run: transformers' Trainer on the whole LVLM, for the last column of the table."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def train_plainly(model: Path, data: Path, out: Path, **arguments: Any) -> None:
+    """Begin a training, or go on from the last saved state as the documentation has it; the model goes to `out`."""
+    processor = AutoProcessor.from_pretrained(model)
+    trainer = Trainer(
+        AutoModelForImageTextToText.from_pretrained(model),
+        TrainingArguments(
+            str(out / "state"), per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2,
+            logging_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
+            **{"save_total_limit": 2, **arguments},
+        ),
+        train_dataset=json.loads(data.read_text()),
+        data_collator=partial(_collate, processor, data.parent),
+    )  # fmt: skip
+    last = get_last_checkpoint(str(out / "state")) if (out / "state").is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(out / "checkpoint"))
+
+
+def _collate(processor: Any, images: Path, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    pictures = [Image.open(images / row["image"]).convert("RGB") for row in rows]
+    texts = ["\n".join(turn["value"].replace("\n", " ") for turn in row["conversations"]) for row in rows]
+    batch = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return inputs | {"labels": inputs["input_ids"]}
