@@ -14,14 +14,15 @@ import pytest
 import torch
 from launch import finish, start, together
 from pico import pico_llava
-from test_train import weights, write_data
+from test_train import changed, weights, write_data
 from torch.nn.parallel import DistributedDataParallel
 
 import striate
 from striate.data import Examples, read
 from striate.processes import Rank
 from striate.score import revert, score
-from striate.train import TrainOptions, tune
+from striate.train import TrainOptions, fitting, tune
+from striate.train.callbacks import RunLog
 from striate.train.lockstep import Even, Together
 
 OPTIONS = TrainOptions(
@@ -59,12 +60,12 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("settings", [{"method": "full"}, {"method": "lora", "rank": 4, "dropout": 0.0}])
-@pytest.mark.parametrize("packing", ["auto", "off"])
+@pytest.mark.parametrize("ways", [{}, {"packing": "off"}, {"shard": True}, {"shard": True, "checkpointing": "all"}])
 def test_two_processes_train_as_one(
-    model: Path, data: Path, tmp_path: Path, settings: dict[str, Any], packing: Any
+    model: Path, data: Path, tmp_path: Path, settings: dict[str, Any], ways: dict[str, Any]
 ) -> None:
-    options = replace(OPTIONS, packing=packing)
-    train(model, data, tmp_path / "one", options, settings)
+    options = replace(OPTIONS, **ways)
+    train(model, data, tmp_path / "one", replace(options, shard=False), settings)
     assert together(2, train, model, data, tmp_path / "two", options, settings) == [0, 0]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     assert len(losses(tmp_path / "two")) == 6
@@ -102,6 +103,75 @@ def test_a_frozen_layer_costs_no_communication(model: Path, data: Path, tmp_path
     trained = striate.Run.open(tmp_path / "run").info["training"]["trainable_parameters"]
     assert trained < 0.5 * sum(weight.numel() for weight in weights(model).values())
     assert int((tmp_path / "sent").read_text()) == 3 * 4 * trained
+
+
+def train_and_count_scattered(sent: Path, *arguments: Any) -> None:
+    """Train sharded, and note the bytes of gradients that are brought together."""
+    name = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(torch.distributed, n))
+    scatter = getattr(torch.distributed, name)
+    bytes_sent: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        bytes_sent.append(kwargs["input"].nbytes)
+        return scatter(*args, **kwargs)
+
+    setattr(torch.distributed, name, counted)
+    train(*arguments)
+    if os.environ["RANK"] == "0":
+        sent.write_text(str(sum(bytes_sent)))
+
+
+def test_a_frozen_layer_that_is_sharded_has_no_gradients_to_bring_together(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, steps=3, micro_batch=2, shard=True)
+    arguments = (model, data, tmp_path / "run", options, {"method": "full"})
+    assert together(2, train_and_count_scattered, tmp_path / "sent", *arguments) == [0, 0]
+    trained = striate.Run.open(tmp_path / "run").info["training"]["trainable_parameters"]
+    padding = 1.1  # odd rows are filled up so that each process has as many
+    assert 3 * 4 * trained <= int((tmp_path / "sent").read_text()) < padding * 3 * 4 * trained
+
+
+def crash(at: int, *arguments: Any) -> None:
+    """Train until a step, and fall over."""
+
+    class Crash(RunLog):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == at:
+                raise ValueError("power cut")
+
+    fitting.RunLog = Crash  # type: ignore[misc]
+    train(*arguments)
+
+
+@pytest.mark.parametrize("ways", [{}, {"shard": True}])
+def test_processes_resume_to_the_same_bits(model: Path, data: Path, tmp_path: Path, ways: dict[str, Any]) -> None:
+    options = replace(OPTIONS, save_steps=2, **ways)
+    settings = {"method": "full", "resume": "auto"}
+    assert together(2, train, model, data, tmp_path / "whole", options, settings) == [0, 0]
+    assert together(2, crash, 3, model, data, tmp_path / "cut", options, settings) == [1, 1]
+    assert together(2, train, model, data, tmp_path / "cut", options, settings) == [0, 0]
+    assert changed(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == set()
+
+
+def test_frozen_layers_in_bfloat16_are_sharded_beside_trained_ones_in_float32(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    vlm = striate.load(model, dtype="bfloat16")
+    vlm.model.save_pretrained(tmp_path / "half")
+    vlm.processor.save_pretrained(tmp_path / "half")
+    options = replace(OPTIONS, dtype="bfloat16", shard=True, micro_batch=2)
+    for method in ("full", "lora"):
+        arguments = (tmp_path / "half", data, tmp_path / method, options, {"method": method})
+        assert together(2, train, *arguments) == [0, 0]
+        before, after = weights(tmp_path / "half"), weights(tmp_path / method)
+        assert {name.split(".layers.")[-1][0] for name in changed(before, after) if ".layers." in name} == {"1", "3"}
+        assert losses(tmp_path / method)[-1] < losses(tmp_path / method)[0]
+
+
+def test_sharding_is_for_several_processes(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(striate.UserError, match="start several with torchrun"):
+        train(model, data, tmp_path / "run", replace(OPTIONS, shard=True), {"method": "full"})
 
 
 def test_records_that_cannot_be_used_do_not_hold_up_the_others(model: Path, data: Path, tmp_path: Path) -> None:

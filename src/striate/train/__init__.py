@@ -156,7 +156,8 @@ def tune(
         check_room(run.path, vlm.model.num_parameters() * saved_as.itemsize)
         plan = vlm.train_only(chosen, projector=share > 0)
         _place(vlm, chosen, options)
-        if method == "full" or (method == "auto" and full_tuning_fits(plan.trainable, vlm.device, options.optimizer)):
+        own = plan.trainable // (stage.rank.of if options.shard else 1)
+        if method == "full" or (method == "auto" and full_tuning_fits(own, _device(options), options.optimizer)):
             network: Any = vlm.model
             named, rate = in_full(vlm, plan), 2e-5
         else:
@@ -179,7 +180,7 @@ def _open_model(model: str | Path, options: TrainOptions) -> tuple[Vlm, torch.dt
     in_nf4 = options.frozen_layers == "nf4"
     if in_nf4:
         need_bitsandbytes("--frozen-layers nf4")
-    vlm = load(model, device="cpu" if in_nf4 else options.device, attn=options.attn)
+    vlm = load(model, device="cpu" if in_nf4 or options.shard else options.device, attn=options.attn)
     saved_as = vlm.model.dtype
     if not in_bfloat16(options.dtype, _device(options)):
         vlm.model.float()
@@ -191,8 +192,8 @@ def _device(options: TrainOptions) -> torch.device:
 
 
 def _place(vlm: Vlm, region: Region, options: TrainOptions) -> None:
-    """Hold frozen layers as asked, and bring the model to its device."""
-    device = _device(options)
+    """Hold frozen layers as asked, and bring the model to its device; one to be sharded goes there in parts, later."""
+    device = torch.device("cpu") if options.shard else _device(options)
     if options.frozen_layers == "nf4":
         dtype = torch.bfloat16 if in_bfloat16(options.dtype, device) else torch.float32
         hold_in_nf4(vlm, region, dtype, device)

@@ -17,6 +17,7 @@ from striate.errors import UserError
 from striate.processes import Rank
 from striate.run import Run
 from striate.train.finite import Losses
+from striate.train.sharding import own
 
 
 class Audit(TrainerCallback):
@@ -74,9 +75,12 @@ class Freeze(TrainerCallback):
 
 
 def checksum(parameter: torch.Tensor) -> int:
-    """The sum of a tensor's bit patterns as integers: any single changed value changes it."""
+    """The sum of a tensor's bit patterns as integers: any single changed value changes it.
+
+    Where it is spread over processes, of the part that is here.
+    """
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return int(parameter.detach().contiguous().view(bits).sum(dtype=torch.int64))
+    return int(own(parameter.detach()).contiguous().view(bits).sum(dtype=torch.int64))
 
 
 class RunLog(TrainerCallback):

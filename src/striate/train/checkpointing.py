@@ -62,6 +62,11 @@ class Checkpointing:
         fitting = (number for number in range(len(self.order)) if self.needed(number) <= self.free)
         self._take(numbers[wish] if wish in numbers else next(fitting, len(self.order)))
 
+    def at_least(self, number: int) -> None:
+        """So many layers, where it is fewer."""
+        if number > len(self.layers):
+            self._take(number)
+
     def tighten(self) -> bool:
         """Half of the layers that are left, too, after memory did not suffice. False when there is nothing to gain."""
         left = len(self.order) - len(self.layers)

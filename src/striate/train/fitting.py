@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -28,10 +28,11 @@ from striate.train.memory import MOMENT_BYTES, PeakMemory, activations, free_byt
 from striate.train.options import TrainOptions
 from striate.train.packing import compiled, record_by_record
 from striate.train.saved import KEPT, last_saved
+from striate.train.sharding import shard, unshard
 from striate.train.shortcuts import check_thinning, proven
 from striate.train.thinning import Thinning
-from striate.train.trainer import MOST_SKIPPED, Group, Named, RegionTrainer
-from striate.vlm import Vlm, multiplies_bfloat16
+from striate.train.trainer import MOST_SKIPPED, Group, RegionTrainer
+from striate.vlm import Vlm, default_device, multiplies_bfloat16
 
 
 def fit(
@@ -57,16 +58,16 @@ def fit(
     examples = Examples(
         records.records, vlm.processor, max_length=options.max_length, truncate_text=options.truncate_text
     )
-    trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
-    memory = PeakMemory(vlm.device)
+    device = torch.device(options.device) if options.device else default_device()
+    memory = PeakMemory(device)
     memory.start()
     began = time.monotonic()
     with ExitStack() as stack:
-        arguments = _arguments(run, options, vlm.device)
+        arguments = _arguments(run, options, device)
         autocast = partial(torch.autocast, vlm.device.type, torch.bfloat16, enabled=arguments.bf16)
         probe = _probe(examples, vlm, arguments.per_device_train_batch_size)
         shortcuts, notes = proven(
-            vlm, probe.batch.to(vlm.device), packing=options.packing, sharded=_sharded(arguments), autocast=autocast
+            vlm, probe.batch.to(vlm.device), packing=options.packing, sharded=options.shard, autocast=autocast
         )
         thinning = Thinning(options.image_tokens, options.seed)
         rank = Rank(arguments.process_index, arguments.world_size)
@@ -77,7 +78,10 @@ def fit(
         if shortcuts.packing:
             for model in (vlm, *([teacher.vlm] if teacher else [])):
                 stack.enter_context(record_by_record(model))
-        checkpointing = _plan(vlm, network, probe, shortcuts, autocast, trained, options)
+        checkpointing = _plan(vlm, network, probe, shortcuts, autocast, groups, options, device, rank)
+        if options.shard:
+            groups = _sharded(vlm, network, groups, arguments.device, rank)
+        trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
         if options.compile:
             stack.enter_context(compiled(vlm))
         bridge = list(groups["projector"].parameters.values()) if "projector" in groups else []
@@ -94,7 +98,7 @@ def fit(
             vlm=vlm, run=run, run_log=log, groups=groups,
             most_skipped=MOST_SKIPPED if options.on_bad_record == "skip" else 0.0,
             most_not_finite=options.skip_nonfinite,
-            shortcuts=shortcuts, checkpointing=checkpointing, thinning=thinning, teacher=teacher,
+            shortcuts=shortcuts, checkpointing=checkpointing, thinning=thinning, teacher=teacher, sharded=options.shard,
             model=network, args=arguments,
             train_dataset=Even(examples, step=micro_batches) if rank.of > 1 else examples,
             data_collator=Together.of(examples, pad_id=pad_id) if rank.of > 1 else partial(collate, pad_id=pad_id),
@@ -104,6 +108,8 @@ def fit(
         stack.callback(log.bar.stop)
         stack.callback(interrupt.restore)
         trainer.train(resume_from_checkpoint=last_saved(run.state))
+        if options.shard:
+            unshard(network, rank)
     seconds = time.monotonic() - began
     told = {
         "method": "full" if network is vlm.model else "lora",
@@ -172,8 +178,10 @@ def _plan(
     probe: Probe,
     shortcuts: Shortcuts,
     autocast: Callable[[], AbstractContextManager[None]],
-    trained: Named,
+    groups: dict[str, Group],
     options: TrainOptions,
+    device: torch.device,
+    rank: Rank,
 ) -> Checkpointing:
     """Which layers to compute again: by what two records keep, and the size of the largest micro-batch."""
     batch = probe.batch.to(vlm.device)
@@ -182,22 +190,32 @@ def _plan(
     hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
     width = torch.finfo(vlm.model.dtype).bits // 8
     tokens = int(batch.inputs["attention_mask"].sum())
-    to_come = (4 + MOMENT_BYTES[options.optimizer]) * sum(p.numel() for p in trained.values())  # gradient and moments
+    trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
+    to_come = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradient and moments
+    if options.shard:  # the weights are still to come, and of all each process has its part
+        to_come = (to_come + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.of
     checkpointing = Checkpointing(
         vlm,
         kept=kept.scaled(probe.scale),
-        free=SHARE * free_bytes(vlm.device) - to_come,
+        free=SHARE * free_bytes(device) - to_come,
         inputs=probe.scale * tokens * hidden * width,
         fixed=options.checkpointing != "auto",
     )
     checkpointing.choose(options.checkpointing)
+    if options.shard:  # to compute a layer again is to gather it again, which takes all processes
+        checkpointing.at_least(max(rank.gathered(len(checkpointing.layers))))
     return checkpointing
 
 
-def _sharded(arguments: TrainingArguments) -> bool:
-    """Whether parameters are spread over processes, by the trainer's arguments or by `accelerate launch`."""
-    launched = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-    return launched or bool(arguments.fsdp) or bool(arguments.deepspeed)
+def _sharded(
+    vlm: Vlm, network: nn.Module, groups: dict[str, Group], device: torch.device, rank: Rank
+) -> dict[str, Group]:
+    """What trains, after the model was spread over the processes: it is made of other parameters then."""
+    now = shard(vlm, network, device, rank)
+    return {
+        part: replace(group, parameters={name: now[name] for name in group.parameters})
+        for part, group in groups.items()
+    }
 
 
 def need_bitsandbytes(option: str) -> None:
@@ -217,6 +235,12 @@ def _arguments(run: Run, options: TrainOptions, device: torch.device) -> Trainin
         need_bitsandbytes("--optimizer adamw_8bit")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     share = options.batch // world
+    if options.shard and world == 1:
+        raise UserError("--shard spreads the model over processes, and there is one: start several with torchrun")
+    if options.shard and (options.optimizer != "adamw" or options.frozen_layers != "as_saved"):
+        raise UserError("--shard cannot be had with --optimizer adamw_8bit or --frozen-layers nf4")
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+        raise UserError("FSDP and DeepSpeed are not taken from accelerate's configuration: use torchrun and --shard")
     micro = min(options.micro_batch, share)
     if not micro or options.batch % (micro * world):
         raise UserError(f"batch {options.batch} is no multiple of micro_batch {micro} x {world} devices")

@@ -49,6 +49,8 @@ class TrainOptions:
     """torch.compile for every decoder layer: a minute or more before the first step, less time for each"""
     skip_nonfinite: int = 0
     """steps with a loss or gradients that are not finite to pass over before the run stops; each is listed"""
+    shard: bool = False
+    """spread all weights over the processes that torchrun started (FSDP2), for models that do not fit one device"""
     save_steps: int = 500
     """steps between saved states, for --resume"""
     workers: int | None = None

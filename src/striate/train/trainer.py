@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from striate.data import IGNORED, Batch, Examples, Skipped
@@ -29,6 +32,7 @@ from striate.train.lockstep import Even
 from striate.train.loss import Shortcuts, Teacher, answer_losses
 from striate.train.order import LengthGrouped
 from striate.train.saved import PART, missing_bytes, settle
+from striate.train.sharding import optimizer_state, put, set_optimizer_state, whole
 from striate.train.thinning import Thinning
 from striate.vlm import Vlm, first_line
 
@@ -83,8 +87,8 @@ class RegionTrainer(Trainer):
 
     `groups` are what trains; `most_skipped` is the share of records that may turn out to be bad before the run stops,
     `most_not_finite` the number of steps with a loss or gradients that are not finite. With a `teacher` the loss is
-    `distilled`. Where memory does not suffice, the step is done again with more layers computed again, as
-    `checkpointing` allows. What happens is told to `run_log`.
+    `distilled`. A `sharded` model is spread over the processes already. Where memory does not suffice, the step is
+    done again with more layers computed again, as `checkpointing` allows. What happens is told to `run_log`.
     """
 
     model: PreTrainedModel
@@ -103,9 +107,12 @@ class RegionTrainer(Trainer):
         checkpointing: Checkpointing,
         thinning: Thinning,
         teacher: Teacher | None = None,
+        sharded: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        # To the Trainer, one that came sharded: it is not wrapped, and keeps its place.
+        self.is_distributed_loading_by_transformers = sharded
         self.rank = Rank(self.args.process_index, self.args.world_size)
         self.vlm, self.run, self.run_log, self.teacher = vlm, run, run_log, teacher
         self.groups, self.most_skipped, self.most_not_finite = groups, most_skipped, most_not_finite
@@ -120,6 +127,10 @@ class RegionTrainer(Trainer):
         self.left_out: dict[str, Skipped] = {}  # by source: a bad record comes up again in every epoch
         self.not_finite = 0
         self.part: Path | None = None  # the folder of a state that is being written
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not isinstance(model, FSDPModule):  # it is where it belongs
+            super()._move_model_to_device(model, device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -185,6 +196,7 @@ class RegionTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm of the gradients before they are used: what is not finite stops here, in every process."""
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(norm) if isinstance(norm, torch.Tensor) else norm
         there = [losses.sum() for _, losses in self.losses.values()]
         total = torch.stack(there).sum() if there else torch.zeros((), device=self.args.device)
         if norm is not None:  # DeepSpeed has none yet
@@ -245,17 +257,45 @@ class RegionTrainer(Trainer):
     # worth writing while training.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained().items()}, folder / TRAINED)
+        trained = {name: whole(p.detach()).contiguous() for name, p in self._trained().items()}
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(trained, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved, trained = load_file(Path(resume_from_checkpoint) / TRAINED), self._trained()
         if saved.keys() != trained.keys():
             raise UserError(f"{resume_from_checkpoint} holds other parameters than those that train now")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+        for name, parameter in trained.items():
+            put(parameter, saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.lr_scheduler is not None
+        state = optimizer_state(self.model, _inner(self.optimizer))
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_distributed_loading_by_transformers or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        assert self.lr_scheduler is not None
+        set_optimizer_state(self.model, _inner(self.optimizer), state)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Gradients are brought together after every micro-batch: to wait would keep those of whole layers."""
+        yield
 
     def _trained(self) -> Named:
         return {name: parameter for group in self.groups.values() for name, parameter in group.parameters.items()}
@@ -335,6 +375,11 @@ class Clock:
     def share(self) -> float:
         """Time waited over all time, in [0, 1]."""
         return self.waited / (self.ended - self.began) if self.ended > self.began else 0.0
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser that `accelerate` has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
