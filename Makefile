@@ -21,10 +21,11 @@ test: .venv/ready  ## all tests
 faults: .venv/ready  ## kills, full disks, broken and hostile input, all of it: the table of docs/reliability.md
 	$(BIN)/python -m pytest tests/faults --full --table docs/reliability.md
 
-lint: .venv/ready  ## style and types
+lint: .venv/ready  ## style, types, known holes in packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/audit.py
 
 bench: .venv/ready  ## what training, scores and pruning cost, as ratios: bench/results/*.json
 	mkdir -p bench/results

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in one line.
 ORDER = [
-    "errors", "options", "region", "run", "content", "processes", "vlm", "assemble", "data", "trace", "plot", "score",
-    "train", "cost", "prune", "evaluate", "sweep", "report", "demo", "cli", "__main__",
+    "errors", "options", "region", "run", "content", "processes", "checkpoint", "vlm", "assemble", "data", "trace",
+    "plot", "score", "train", "cost", "prune", "evaluate", "sweep", "report", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ A test asks for `amount` when it can try more or less, and for `bad_day` to note
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,18 @@ class BadDay:
     @property
     def cells(self) -> tuple[str, ...]:
         return (self.fault, f"{self.tried:,}", f"{self.survived:,}", self.lost, self.trainer)
+
+
+def merged(days: list[BadDay]) -> list[BadDay]:
+    """Those of one fault as one."""
+    found: dict[str, BadDay] = {}
+    for day in days:
+        before = found.get(day.fault, replace(day, tried=0, survived=0))
+        found[day.fault] = replace(
+            before, tried=before.tried + day.tried, survived=before.survived + day.survived,
+            trainer=before.trainer or day.trainer,
+        )  # fmt: skip
+    return list(found.values())
 
 
 ROWS = pytest.StashKey[list[BadDay]]()
@@ -60,7 +72,7 @@ def bad_day(pytestconfig: pytest.Config) -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not (rows := config.stash[ROWS]):
+    if not (rows := merged(config.stash[ROWS])):
         return
     for line in table(rows):
         terminalreporter.write_line(line)

@@ -144,8 +144,9 @@ def _with_image_token(
 
 
 def _image_processor(vision: PreTrainedConfig, tower: Path | None, padding: bool) -> Any:
-    has_own = tower is not None and (tower / "preprocessor_config.json").is_file()
-    own = AutoImageProcessor.from_pretrained(tower, use_fast=False) if has_own else for_tower(vision)
+    own = for_tower(vision)
+    if tower is not None and (tower / "preprocessor_config.json").is_file():
+        own = AutoImageProcessor.from_pretrained(tower, use_fast=False, trust_remote_code=False)
     return padded(own) if padding else own
 
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration,
 
 from striate.assemble.lora import Adapter
 from striate.assemble.tensors import Stored, stored, weight_files
+from striate.checkpoint import check_folder
 from striate.errors import UserError
 from striate.run import model_folder
 from striate.vlm import first_line
@@ -84,9 +85,11 @@ class Original:
         """Read the config.
 
         Raises:
-            UserError: there is none, or it is of another kind of model than the paper's.
+            UserError: there is none, or it is of another kind of model than the paper's; a folder that `check_folder`
+                refuses.
         """
         folder = local(path)
+        check_folder(folder)
         config = read_json(folder / "config.json")
         original = cls(folder, config)
         if config.get("model_type") not in FAMILIES or "mm_projector_type" not in config:

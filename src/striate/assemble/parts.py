@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from striate.assemble.templates import IMAGE_TOKEN
+from striate.checkpoint import check_folder
 from striate.errors import UserError
 from striate.vlm import first_line
 
@@ -46,11 +47,14 @@ def tower(vision: str, *, image_size: int, patch_size: int) -> tuple[PreTrainedM
         )  # fmt: skip
         size = {"height": image_size, "width": image_size}
         return AutoModel.from_config(config), _siglip_image_processor(size), True
+    check_folder(Path(vision))
     try:
-        config = AutoConfig.from_pretrained(vision)
+        config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         # CLIP and SigLIP checkpoints hold a text half too; the vision config picks the vision class.
-        model = AutoModel.from_pretrained(vision, config=getattr(config, "vision_config", config), dtype=torch.float32)
-        return model, AutoImageProcessor.from_pretrained(vision, use_fast=False), False
+        model = AutoModel.from_pretrained(
+            vision, config=getattr(config, "vision_config", config), dtype=torch.float32, trust_remote_code=False
+        )
+        return model, AutoImageProcessor.from_pretrained(vision, use_fast=False, trust_remote_code=False), False
     except (OSError, ValueError) as error:
         sizes = ", ".join(TOWERS)
         raise UserError(
@@ -68,7 +72,9 @@ def language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 and its tokenizer; GGUF files are dequantised."""
     gguf = Path(llm).suffix == ".gguf"
     source = str(Path(llm).parent) if gguf else llm
-    extra = {"gguf_file": Path(llm).name} if gguf else {}
+    extra: dict[str, Any] = {"gguf_file": Path(llm).name} if gguf else {}
+    extra["trust_remote_code"] = False
+    check_folder(Path(source))
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)

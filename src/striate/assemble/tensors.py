@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from striate.checkpoint import check_folder
 from striate.errors import UserError
 from striate.vlm import first_line
 
@@ -59,8 +60,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights, safetensors before `.bin`; empty where there are none.
 
     Raises:
-        UserError: the index cannot be read, or names a file that is missing.
+        UserError: the index cannot be read, or names a file that is missing; a folder that `check_folder` refuses.
     """
+    check_folder(folder)
     for name in WHOLE:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():

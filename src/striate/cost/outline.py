@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from striate.errors import UserError
 from striate.run import model_folder
-from striate.vlm import Vlm, check_config
+from striate.vlm import Vlm, check_config, first_line
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -75,8 +75,11 @@ def outline(model: str | Path, *, dtype: Dtype = "bfloat16") -> Outline:
 def outline_of(config: Any, *, kept_as: torch.dtype, dtype: Dtype, source: str = "") -> Outline:
     """A model of this config with its frozen weights `kept_as` a type, its products in `dtype`."""
     mode = FakeTensorMode()
-    with mode, no_init_weights():
-        model = AutoModelForImageTextToText.from_config(config, dtype=kept_as)
+    try:
+        with mode, no_init_weights():
+            model = AutoModelForImageTextToText.from_config(config, dtype=kept_as)
+    except Exception as error:  # whatever a family trips over when its config lacks something
+        raise UserError(f"the config makes no {config.model_type} model: {first_line(error)}") from error
     model.requires_grad_(False).train()
     bare = Outline(Vlm.of(model, source), mode, dtype, None)
     return Outline(bare.vlm, mode, dtype, _picture_tokens(bare))

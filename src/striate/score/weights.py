@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from striate.checkpoint import check_folder
 from striate.errors import UserError
 from striate.run import model_folder
 from striate.score.table import Metric, Score
@@ -191,6 +192,7 @@ def _places(folder: Path) -> Iterator[Place]:
     """Every tensor of a checkpoint, from the headers of its files."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no model folder: weights are compared with those on disk")
+    check_folder(folder)
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as opened:

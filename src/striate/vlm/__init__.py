@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -20,10 +21,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from striate.checkpoint import check_folder
 from striate.errors import UserError
 from striate.region import Region
 from striate.run import model_folder
 from striate.vlm.parts import Parts, find_parts
+
+# What configs call their number of layers, and more of them than any model has: each costs time even without weights.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -313,12 +319,13 @@ def load(
         attn: attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`); default: its choice.
 
     Raises:
-        UserError: no such model, not a vision-language model, or one that cannot be taken apart.
+        UserError: no such model, not a vision-language model, one that cannot be taken apart, or too large a one; a
+            folder that `check_folder` refuses.
 
     Remote code is never run; weights are read from safetensors only.
     """
     source = str(model_folder(path))
-    check_config(source)
+    check_size(check_config(source), source, dtype)
     place = torch.device(device) if device else default_device()
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -326,7 +333,7 @@ def load(
             output_loading_info=True,
         )  # fmt: skip
         model, report = loaded
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a config can make a family trip over anything
         raise UserError(f"cannot load the model in {source}: {first_line(error)}") from error
     if report["missing_keys"]:
         name, count = min(report["missing_keys"]), len(report["missing_keys"])
@@ -377,13 +384,18 @@ def check_config(source: str) -> PreTrainedConfig:
     """The config of a model; refuses early, before any weight is read, what is not a vision-language model.
 
     Raises:
-        UserError: no config, or a config of another kind of model.
+        UserError: no config, or a config of another kind of model, or of more layers than any has; adapters that are
+            not merged; a folder that `check_folder` refuses.
     """
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise UserError(f"{source} is no model folder: it has no config.json")
+    if (Path(source) / "adapter_config.json").is_file():
+        raise UserError(f"{source} holds adapters beside a model: merge them into it, or take them away")
+    check_folder(Path(source))
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        odd = _odd_size(config.to_dict())
+    except Exception as error:  # a file that anybody may have written
         raise UserError(
             f"no model at {source!r}: expected a model folder, a run folder or a hub id ({first_line(error)})"
         ) from error
@@ -392,7 +404,36 @@ def check_config(source: str) -> PreTrainedConfig:
             f"{source} holds a {config.model_type} model, which is not an image-text-to-text model; "
             "give a vision-language model, or make one with `striate assemble`"
         )
+    if odd:
+        raise UserError(f"{source}: its config asks for {odd}, and no model has that")
     return config
+
+
+def check_size(config: PreTrainedConfig, source: str, dtype: str | torch.dtype = "auto") -> None:
+    """Refuse a model that this machine's memory could never hold, before anything is allocated for it.
+
+    Raises:
+        UserError: says how much it takes.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except Exception:  # loading will say what is wrong; some families have nothing for this device
+        return
+    kept: Any = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    needed, there = kept.itemsize * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(f"{source}: its weights take {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:.0f} GB")
+
+
+def _odd_size(config: Any) -> str:
+    """The first size in a config that no model has and that costs time before it fails; empty when there is none."""
+    if not isinstance(config, dict):
+        return ""
+    for key, value in config.items():
+        if isinstance(value, int) and (value > MOST_LAYERS if key in LAYERS else key == "hidden_size" and value < 1):
+            return f"{key} {value:,}"
+    return next(filter(None, map(_odd_size, config.values())), "")
 
 
 def load_processor(source: str) -> Any:
@@ -408,7 +449,7 @@ def load_processor(source: str) -> Any:
             f"the processor of {source} needs a package that is not installed: {first_line(error)} "
             "(several families need torchvision for their video half: pip install torchvision)"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # files that anybody may have written
         raise UserError(f"cannot load a processor from {source or 'nowhere'}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")
