@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from striate.cost import Counts, Machine, Outline, Setup, Step, cost, with_pictu
 from striate.cost.fit import ROOM, fit, size
 from striate.cost.machine import GPUS, this_machine
 from striate.cost.outline import outline_of
+from striate.cost.spread import Spread
 from striate.cost.tally import Tally, Work
 from striate.errors import UserError
 from striate.region import Region
@@ -309,3 +311,40 @@ def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds a llama model, which is not an image-text-to-text model"):
         cost([str(tmp_path)], gpu="h100")
+
+
+def on(devices: int, region: str = "3,5", **changes: Any) -> Step:
+    """A step of 4 records, 2 a pass, on some devices."""
+    return Counts(sketch(SMALL["llama"]), replace(SETUP, devices=devices, **changes)).step(Region.parse(region, 8))
+
+
+def test_what_devices_send_by_hand() -> None:
+    whole, trained = on(1).memory.weights, on(1).trainable
+    assert Spread().sent(on(1)) == 0
+    assert Spread().sent(on(2)) == 4 * trained  # 2 x 1/2 of the gradients
+    assert Spread().sent(on(4)) == pytest.approx(1.5 * 4 * trained)
+    # Sharded, one pass each: half of the weights twice, half of the gradients once.
+    assert Spread(shard=True).sent(on(2)) == pytest.approx(0.5 * (2 * whole + 4 * trained))
+    frozen = on(2, projector=False)
+    back = 5 / 8  # of the layers, those from the first trained one on
+    sent = 0.5 * (frozen.memory.weights * (1 + back) + 4 * frozen.trainable)
+    assert Spread(shard=True).sent(frozen) == pytest.approx(sent)
+
+
+def test_several_devices_take_as_long_as_the_slower_of_computing_and_sending() -> None:
+    alone = Spread().seconds(on(1), 1e12, 1e15)
+    assert alone == pytest.approx(on(1).seconds(1e12, 1e15))
+    assert Spread(link=1e15).seconds(on(2), 1e12, 1e15) == pytest.approx(alone / 2, rel=0.01)
+    assert Spread(link=1e3).seconds(on(2), 1e12, 1e15) == pytest.approx(4 * on(2).trainable / 1e3)
+
+
+def test_sharding_leaves_a_device_its_part_and_two_layers() -> None:
+    outline, way = sketch(SMALL["llama"]), Spread(shard=True)
+    one, two, many = (way.memory(on(devices), outline) for devices in (1, 2, 10**6))
+    assert one == pytest.approx(on(1).memory.peak)
+    assert one > two > many
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in outline.vlm.layers]
+    rest = sum(p.numel() for p in outline.vlm.model.parameters()) - sum(layers)
+    share = (rest + 2 * layers[0]) / (rest + sum(layers))
+    held = on(1).memory.peak - on(1).memory.weights - 12 * on(1).trainable
+    assert many == pytest.approx(held + share * on(1).memory.weights, rel=1e-3)

@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        errors.print(f"[red]striate {words[0]}:[/] ", end="")
+        process = os.environ.get("RANK", "0")  # of several, each says it: only one may have it
+        errors.print(f"[red]striate {words[0]}{f' (process {process})' if process != '0' else ''}:[/] ", end="")
         errors.print(str(error), markup=False)
         return 2
     except KeyboardInterrupt as stop:

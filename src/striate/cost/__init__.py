@@ -20,6 +20,7 @@ from striate.cost.fit import fit as largest
 from striate.cost.fit import size
 from striate.cost.machine import Machine, gpu, this_machine
 from striate.cost.outline import Dtype, Outline, outline
+from striate.cost.spread import Spread
 from striate.cost.step import Counts, Memory, Setup, Step
 from striate.errors import UserError
 from striate.plot import save
@@ -35,6 +36,7 @@ __all__ = [
     "Memory",
     "Outline",
     "Setup",
+    "Spread",
     "Step",
     "cost",
     "gpu",
@@ -71,12 +73,15 @@ def cost(
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     gpu: str | None = None,
     efficiency: float | None = None,
+    devices: int = 1,
+    shard: bool = False,
+    link: float = 50.0,
     fit: str | None = None,
     plot: Path | None = None,
 ) -> Costs:
     """What tuning a region takes: trained parameters, FLOPs, memory and time. Only the model's config is read.
 
-    Reading pictures and records is not in it, nor what several GPUs say to each other.
+    Reading pictures and records is not in it.
 
     Args:
         model: model folders, run folders, hub ids or config files; several can be compared.
@@ -94,6 +99,9 @@ def cost(
         gpu: a GPU of the table (h100, a100-80gb, rtx-4090, ...); default: this machine, measured for a second.
         efficiency: share of its rates that is reached, above 0 and up to 1; default: 0.6 of a GPU's peak rates, all of
             what was measured.
+        devices: how many GPUs share the batch.
+        shard: weights spread over them (tune --shard), instead of whole on each.
+        link: GB/s that each of them sends to the others; 50 is a network of 400 Gbit/s, one card a GPU.
         fit: a memory (24GB): propose the largest region of this kind that fits, micro-batch and checkpointing with it.
         plot: a file name for the figure, written as .svg, .png and .pdf: cost against how many layers train, and
             against where a quarter of them starts.
@@ -106,10 +114,16 @@ def cost(
     kind: Dtype = "bfloat16" if gpu and dtype == "auto" else here
     machine = _machine(gpu, efficiency, kind)
     setup = Setup(
-        method, projector == "train", rank, checkpointing == "all", batch, min(micro_batch, batch), image_tokens or 0,
-        text_tokens, answer_tokens,
+        method, projector == "train", rank, checkpointing == "all", batch,
+        max(1, min(micro_batch, batch // max(1, devices))), image_tokens or 0,
+        text_tokens, answer_tokens, devices,
     )  # fmt: skip
     _check(setup, image_tokens)
+    spread = Spread(shard, link * 1e9)
+    if devices < 1 or link <= 0 or batch % devices or (fit and devices > 1):
+        raise UserError(
+            f"--devices {devices}: a divisor of --batch {batch}, a --link above 0, and no --fit were expected"
+        )
     names = [model] if isinstance(model, str) else list(model)
     found: list[tuple[Outline, Setup]] = []
     rows = []
@@ -119,7 +133,7 @@ def cost(
         found.append((sketch, seen))
         step = largest(sketch, seen, region, room, machine) if room else _step(sketch, seen, region)
         everything = Counts(sketch, step.setup).step(Region.parse("all", sketch.vlm.depth))
-        rows.append(Cost(name, step, everything, machine, exact=sketch.picture_tokens is not None))
+        rows.append(Cost(name, step, everything, machine, spread, sketch))
     if plot is not None:
         save(drawn(dict(zip(_short(names), found, strict=True)), machine), plot.parent, plot.stem)
     return Costs(tuple(rows))

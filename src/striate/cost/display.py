@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from rich.table import Table
 
 from striate.cost.machine import Machine
+from striate.cost.outline import Outline
+from striate.cost.spread import Spread
 from striate.cost.step import Memory, Step
 
 KINDS = {
@@ -23,21 +25,19 @@ UNSEEN = "\nThe tower, which wants a real picture, is counted by its weights, no
 
 @dataclass(frozen=True)
 class Cost:
-    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine.
-
-    `exact`: the tower was counted by running it; else from the number of its weights.
-    """
+    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several."""
 
     name: str
     step: Step
     everything: Step
     machine: Machine
-    exact: bool
+    spread: Spread
+    outline: Outline
 
     @property
     def seconds(self) -> float:
         """Of an optimiser step."""
-        return self.step.seconds(*self.machine.reached)
+        return self.spread.seconds(self.step, *self.machine.reached)
 
     def __rich__(self) -> Table:
         """What, for the region, for all layers, and the share."""
@@ -54,7 +54,7 @@ class Cost:
             f"A record: {setup.image_tokens} image, {setup.text_tokens} text, {setup.answer_tokens} answer tokens.\n"
             f"A step: {setup.batch} records, {setup.micro_batch} a pass"
             f"{', activations recomputed' if setup.checkpointing else ''}.\n{_place(self.machine)}"
-            f"{'' if self.exact else UNSEEN}\n"
+            f"{_together(self.spread, setup.devices)}{'' if self.outline.picture_tokens is not None else UNSEEN}\n"
         )
         return shown
 
@@ -70,7 +70,11 @@ class Cost:
         for kind in fields(Memory):
             own, whole = (float(getattr(step.memory, kind.name)) for step in steps)
             rows.append((f"memory: {KINDS[kind.name]}", own, whole, "B"))
-        own, whole = (step.seconds(*self.machine.reached) for step in steps)
+        if self.step.setup.devices > 1:
+            own, whole = (self.spread.memory(step, self.outline) for step in steps)
+            rows.append(("memory of each device: peak", own, whole, "B"))
+            rows.append(("sent by each device, a step", self.spread.sent(steps[0]), self.spread.sent(steps[1]), "B"))
+        own, whole = (self.spread.seconds(step, *self.machine.reached) for step in steps)
         return [*rows, ("time of a step", own, whole, "s"), ("records a second", *self._rates(own, whole), "")]
 
     def _rates(self, own: float, whole: float) -> tuple[float, float]:
@@ -97,6 +101,13 @@ def _layers(layers: tuple[int, ...]) -> str:
 def _method(step: Step) -> str:
     method = f"LoRA of rank {step.setup.rank}" if step.setup.method == "lora" else "full weights"
     return f"{method}, projector {'trained' if step.setup.projector else 'frozen'}"
+
+
+def _together(spread: Spread, devices: int) -> str:
+    if devices == 1:
+        return ""
+    way = "weights sharded" if spread.shard else "weights whole on each"
+    return f"\n{devices} of them, {way}, each sending {spread.link / 1e9:g} GB/s while it computes."
 
 
 def _place(machine: Machine) -> str:

@@ -25,7 +25,7 @@ STEP_TRAFFIC, ADDING_TRAFFIC = 40, 12
 
 @dataclass(frozen=True)
 class Setup:
-    """How a region trains. Tokens are those of one record."""
+    """How a region trains. Tokens are those of one record; `devices` share the batch."""
 
     method: Trained = "full"
     projector: bool = True
@@ -36,6 +36,7 @@ class Setup:
     image_tokens: int = 0
     text_tokens: int = 64
     answer_tokens: int = 64
+    devices: int = 1
 
     @property
     def tokens(self) -> int:
@@ -44,8 +45,8 @@ class Setup:
 
     @property
     def passes(self) -> int:
-        """Forward passes of an optimiser step."""
-        return math.ceil(self.batch / self.micro_batch)
+        """Forward passes of an optimiser step, on each device."""
+        return math.ceil(self.batch / self.micro_batch / self.devices)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class Step:
         return self.forward.flops / self.setup.micro_batch, self.backward.flops / self.setup.micro_batch
 
     def seconds(self, rate: float, bandwidth: float) -> float:
-        """Seconds of the whole step at `rate` FLOPs and `bandwidth` bytes a second."""
+        """Seconds of the whole step at `rate` FLOPs and `bandwidth` bytes a second of each device."""
+        setup = self.setup
         once = self.forward.seconds(rate, bandwidth) + self.backward.seconds(rate, bandwidth)
-        return once * self.setup.batch / self.setup.micro_batch + self.optimiser.seconds(rate, bandwidth)
+        return once * setup.batch / setup.micro_batch / setup.devices + self.optimiser.seconds(rate, bandwidth)
 
 
 @dataclass(frozen=True)

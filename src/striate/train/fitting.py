@@ -239,8 +239,9 @@ def _arguments(run: Run, options: TrainOptions, device: torch.device) -> Trainin
         raise UserError("--shard spreads the model over processes, and there is one: start several with torchrun")
     if options.shard and (options.optimizer != "adamw" or options.frozen_layers != "as_saved"):
         raise UserError("--shard cannot be had with --optimizer adamw_8bit or --frozen-layers nf4")
-    if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
-        raise UserError("FSDP and DeepSpeed are not taken from accelerate's configuration: use torchrun and --shard")
+    launched_with = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+    if launched_with or {"fsdp", "deepspeed"} & {name for name, value in options.trainer.items() if value}:
+        raise UserError("a model is spread by --shard, not by settings of FSDP or DeepSpeed: leave them out")
     micro = min(options.micro_batch, share)
     if not micro or options.batch % (micro * world):
         raise UserError(f"batch {options.batch} is no multiple of micro_batch {micro} x {world} devices")
