@@ -169,6 +169,17 @@ def test_frozen_layers_in_bfloat16_are_sharded_beside_trained_ones_in_float32(
         assert losses(tmp_path / method)[-1] < losses(tmp_path / method)[0]
 
 
+@pytest.mark.parametrize("ways", [{}, {"shard": True}])
+def test_the_audit_is_kept(model: Path, data: Path, tmp_path: Path, ways: dict[str, Any]) -> None:
+    # Text alone gives the projector no gradient: no launch may go on that says it trains it.
+    rows = [row for row in json.loads(data.read_text()) if "image" not in row]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    arguments = (model, tmp_path / "text.json", tmp_path / "run", replace(OPTIONS, **ways), {"method": "full"})
+    assert together(2, train, *arguments) == [1, 1]
+    assert striate.Run.open(tmp_path / "run").info["status"] == "failed"
+    assert not striate.Run.open(tmp_path / "run").history()
+
+
 def test_sharding_is_for_several_processes(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(striate.UserError, match="start several with torchrun"):
         train(model, data, tmp_path / "run", replace(OPTIONS, shard=True), {"method": "full"})

@@ -63,6 +63,7 @@ def fit(
     memory.start()
     began = time.monotonic()
     with ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         arguments = _arguments(run, options, device)
         autocast = partial(torch.autocast, vlm.device.type, torch.bfloat16, enabled=arguments.bf16)
         probe = _probe(examples, vlm, arguments.per_device_train_batch_size)
