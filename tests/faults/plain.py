@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from guard import HangError, in_time
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,16 +26,34 @@ def train_plainly(model: Path, data: Path, out: Path, **arguments: Any) -> None:
             **{"save_total_limit": 2, **arguments},
         ),
         train_dataset=json.loads(data.read_text()),
-        data_collator=partial(_collate, processor, data.parent),
+        data_collator=partial(collated, processor, data.parent),
     )  # fmt: skip
     last = get_last_checkpoint(str(out / "state")) if (out / "state").is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(out / "checkpoint"))
 
 
-def _collate(processor: Any, images: Path, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    pictures = [Image.open(images / row["image"]).convert("RGB") for row in rows]
+def ended_by(processor: Any, images: Path, rows: list[Any]) -> str:
+    """How many records, or their pictures, would each have ended such a training."""
+    ended = 0
+    for row in rows:
+        try:
+            with in_time(), warnings.catch_warnings(action="ignore"):
+                collated(processor, images, [row])
+        except (Exception, HangError):
+            ended += 1
+    return f"an error at the first of {ended:,} ends it"
+
+
+def collated(processor: Any, images: Path, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch as a user writes it, for records as they should be."""
+    pictures = [_opened(images / row["image"]) for row in rows]
     texts = ["\n".join(turn["value"].replace("\n", " ") for turn in row["conversations"]) for row in rows]
     batch = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return inputs | {"labels": inputs["input_ids"]}
+
+
+def _opened(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
