@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
 from unittest.mock import patch
@@ -13,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pico import FAMILIES as MODELS
-from pico import pico
+from pico import MORE, OTHERS, pico, pico_more
 from PIL import Image
-from templates import FAMILIES, PINPOINTS, TEMPLATES, llava, processor, tokenizer
+from templates import FAMILIES, FURTHER, PINPOINTS, TEMPLATES, llava, processor, tokenizer
 from torch.utils.data import DataLoader
 from transformers import LlavaProcessor, Ovis2ImageProcessorPil, Ovis2Processor
 from transformers.processing_utils import ProcessorMixin
@@ -242,7 +243,7 @@ def test_processors_that_will_not_do() -> None:
     with pytest.raises(UserError, match="no end token"):
         encode(ONE, reader)
     reader = llava()
-    reader.get_text_with_replacements = lambda text, *_: (text, [[]])
+    reader.get_text_with_replacements = lambda text, *_: ([text[0].replace("What", "Which")], [[]])
     with pytest.raises(UserError, match="LlavaProcessor does not tell where it puts images"):
         encode(ONE, reader)
 
@@ -272,6 +273,8 @@ def test_too_long_is_dropped_or_cut_behind_the_images() -> None:
 
 # Families.
 
+READ = [*FAMILIES, *sorted(set(FURTHER) - {"mllama"})]
+
 
 def own_batch(reader, records: list[Record], side: str) -> dict:
     """What the family's own processor makes of the records in one call."""
@@ -288,7 +291,7 @@ def own_batch(reader, records: list[Record], side: str) -> dict:
     return dict(reader(text=texts, images=images, add_special_tokens=False, **options))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", READ)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_batch_is_what_the_processor_makes_of_it(family: str, side: str) -> None:
     reader = processor(family)
@@ -299,7 +302,7 @@ def test_a_batch_is_what_the_processor_makes_of_it(family: str, side: str) -> No
         torch.testing.assert_close(batch.inputs[key], value, rtol=0, atol=0, msg=key)
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"paligemma"}))
+@pytest.mark.parametrize("family", sorted(set(READ) - {"paligemma"}))
 def test_text_only_records_share_a_batch(family: str) -> None:
     reader = processor(family)
     batch = collate([encode(one, reader) for one in (TEXT, ONE, LONG)], pad_id=0)
@@ -327,6 +330,37 @@ def test_there_is_an_image_token_for_every_feature(family: str) -> None:
     assert model(**batch.inputs).logits.shape[:2] == batch.labels.shape
     for example in (encode(one, reader) for one in (ONE, TWO)):
         assert example.image_mask.any()
+
+
+@pytest.mark.parametrize("family", sorted(set(FURTHER) - {"aria", "mllama"}))  # Aria's pictures are large
+def test_there_is_an_image_token_for_every_feature_of_further_families(family: str) -> None:
+    reader = processor(family)
+    start = reader.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    about = deepcopy((MORE | OTHERS)[family]) | {"image_start_token_id": start, "vision_start_token_id": start}
+    about |= {"image_token_id": image_token_id(reader), "image_token_index": image_token_id(reader)}
+    with patch.dict(OTHERS, {family: about}):
+        model = pico_more(family, vocab_size=len(reader.tokenizer) + 1)
+    batch = collate([encode(one, reader) for one in (ONE, TWO, TEXT)], pad_id=0)
+    assert model(**batch.inputs).logits.shape[:2] == batch.labels.shape
+    for one in (ONE, TWO):
+        example = encode(one, reader)
+        assert example.image_mask.any()
+        assert not bool((example.labels[example.image_mask] != IGNORED).any())
+
+
+@pytest.mark.parametrize("family", READ)
+def test_answers_are_learnt_to_the_letter(family: str) -> None:
+    if family == "paligemma":
+        return  # one answer, without an end of turn: see below
+    reader, ends = processor(family), {"gemma3": "<end_of_turn>", "idefics3": "<end_of_utterance>"}
+    end = ends.get("idefics3" if family == "smolvlm" else family, "<|im_end|>")
+    for one, said in ((TWO, ["no, a cat"]), (LONG, ["red", "two dogs"]), (TEXT, ["a bird"])):
+        assert [run.strip() for run in learnt(encode(one, reader), reader)] == [f"{words}{end}" for words in said]
+
+
+def test_cross_attention_is_refused() -> None:
+    with pytest.raises(UserError, match="MllamaProcessor shows images by cross-attention"):
+        encode(ONE, processor("mllama"))
 
 
 def test_image_tokens_that_a_processor_does_not_name() -> None:

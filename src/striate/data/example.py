@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
@@ -119,9 +120,13 @@ def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
     )
+    if "cross_attention_mask" in output:
+        raise UserError(f"{type(processor).__name__} shows images by cross-attention, which cannot be put into batches")
     placed = list(output.pop("text_replacement_offsets", [[]])[0])
     if len(placed) != len(images):
-        raise UserError(f"{type(processor).__name__} does not tell where it puts images; transformers >= 5.15 does")
+        placed = _placed(text, _open(images, record.source), processor)
+    if len(placed) != len(images):
+        raise UserError(f"{type(processor).__name__} does not tell where it puts images")
     starts, ends = output.pop("offset_mapping")[0].unbind(-1)  # T, in the text with its images
     labelled = torch.zeros(len(starts), dtype=torch.bool)
     for start, end in (_moved(span, placed) for span in answers):
@@ -171,6 +176,42 @@ def _check_marks(text: str, mark: str, num_images: int, source: str) -> None:
     if (found := text.count(mark)) != num_images:
         reason = f"{found} {mark} in the model's prompt for {num_images} images"
         raise RecordError(source, f"{reason}; the texts must not hold {mark} themselves")
+
+
+class _Listening:
+    """A tokenizer that remembers what it was given last."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.heard = tokenizer, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: list[str], **settings: Any) -> Any:
+        self.heard = text[0]
+        return self.tokenizer(text, **settings)
+
+
+def _placed(text: str, images: Any, processor: Any) -> list[dict[str, Any]]:
+    """Where the marks of images in a text are, and where what a processor makes of them, if it does not say so itself.
+
+    Each becomes a run of special tokens, with at most a space behind it; none where the text comes out otherwise.
+    """
+    tokenizer = processor.tokenizer
+    processor.tokenizer = listening = _Listening(tokenizer)
+    try:
+        processor(text=[text], images=images)
+    finally:
+        processor.tokenizer = tokenizer
+    mark = processor.image_token
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = sorted({mark, *added}, key=len, reverse=True)
+    run = f"((?:{'|'.join(map(re.escape, special))})+ ?)"
+    grown = re.fullmatch(run.join(map(re.escape, text.split(mark))), listening.heard)
+    if grown is None:
+        return []
+    marks = enumerate(re.finditer(re.escape(mark), text), start=1)
+    return [{"span": place.span(), "new_span": grown.span(number)} for number, place in marks]
 
 
 def _moved(span: Span, placed: list[dict[str, Any]]) -> Span:
