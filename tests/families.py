@@ -104,6 +104,7 @@ def page() -> str:
     header = ["type", "parts", *STEPS, "prune"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return INTRODUCTION.format(
+        readers=", ".join(f"`{name}`" for name in sorted({*templates.FAMILIES, *templates.FURTHER} - {"mllama", "mistral3"})),
         types=len(rows), version=transformers.__version__, found=found, whole=whole, completed=len(COMPLETED)
     ) + "\n".join(lines) + "\n"  # fmt: skip
 
@@ -119,6 +120,10 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
   `tests/families.py` adds.
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
+- **Processors**: answers, image tokens and features are held against the family's own processor, built small, for
+  {readers}. Other pico models read through a processor laid out as theirs. Mllama's own is refused in one line: the
+  masks of its cross-attention cannot be put into batches yet. Those of Cohere 2 Vision, LFM2-VL, Llama 4 and Mistral 3
+  come with torchvision only; those of Aya Vision and Got-OCR 2, which writes prompts of its own, are not tried.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
 
 An empty cell was not tried. `tune` tries every short cut on the model before it takes it, and `prune` proves every cut,
