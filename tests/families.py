@@ -104,11 +104,12 @@ def page() -> str:
     header = ["type", "parts", *STEPS, "prune"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return INTRODUCTION.format(
-        readers=", ".join(f"`{name}`" for name in sorted({*templates.FAMILIES, *templates.FURTHER} - {"mllama", "mistral3"})),
+        readers=", ".join(f"`{name}`" for name in sorted({*templates.FAMILIES, *templates.FURTHER} - NOT_READ)),
         types=len(rows), version=transformers.__version__, found=found, whole=whole, completed=len(COMPLETED)
     ) + "\n".join(lines) + "\n"  # fmt: skip
 
 
+NOT_READ = {"mllama", "mistral3"}  # refused; wants torchvision
 INTRODUCTION = """# Families
 
 Written by `python scripts/families.py`, kept true by `tests/test_families.py`.
