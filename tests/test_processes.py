@@ -230,7 +230,7 @@ def scored(model: Path, data: Path, out: Path) -> None:
 
 
 def test_two_processes_score_as_one(model: Path, data: Path, tmp_path: Path) -> None:
-    scored(model, data, tmp_path / "one")
+    assert together(1, scored, model, data, tmp_path / "one") == [0]  # a process, too: as many threads
     assert together(2, scored, model, data, tmp_path / "two") == [0, 0]
     for file in ("score/scores.json", "revert/results.json"):
         assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
