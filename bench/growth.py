@@ -44,7 +44,9 @@ def seconds_a_step(settings: dict[str, int], steps: int) -> float:
     base = SHAPES["135m"]
     side = base.tower["patch_size"] * round(settings["image tokens"] ** 0.5)
     shape: Shape = replace(base, tower=base.tower | {"image_size": side})
-    vlm = build(shape, device, torch.float32, depth=settings["depth"])
+    in_bfloat16 = multiplies_bfloat16(device)
+    # Frozen layers are held in the type of the products, as `tune` holds those of a checkpoint in bfloat16.
+    vlm = build(shape, device, torch.bfloat16 if in_bfloat16 else torch.float32, depth=settings["depth"])
     with tempfile.TemporaryDirectory() as folder:
         examples = Examples(read(write_records(Path(folder), shape, settings["batch"])).records, vlm.processor)
         batch = collate([examples[index] for index in range(len(examples))], pad_id=0)
@@ -52,7 +54,7 @@ def seconds_a_step(settings: dict[str, int], steps: int) -> float:
     named = in_full(vlm, vlm.train_only(region))
     optimizer = torch.optim.AdamW([p for part in named.values() for p in part.values()], fused=True)
     seconds = []
-    cast = torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16(device))
+    cast = torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16)
     with record_by_record(vlm):
         for _ in range(steps + 1):
             began = time.perf_counter()

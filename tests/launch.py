@@ -46,7 +46,7 @@ def _work(rank: int, number: int, port: str, work: Callable[..., Any], arguments
 
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
     work(*arguments)
     if torch.distributed.is_initialized():

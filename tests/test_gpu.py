@@ -1,0 +1,82 @@
+"""What only a GPU can show: `pytest -m gpu` there; skipped elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import together
+from pico import pico_llava
+from test_train import OPTIONS, changed, weights, write_data
+
+import striate
+from striate.train import tune
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def losses(model: Path, data: Path, out: Path, **changes: Any) -> list[float]:
+    """Of a short tuning."""
+    run = tune(model, data=data, out=out, region="1,3", method="full", options=replace(OPTIONS, **changes))
+    return [entry["loss"] for entry in run.history()]
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_a_gpu_learns_what_a_cpu_learns(model: Path, data: Path, tmp_path: Path, packing: str) -> None:
+    cpu = losses(model, data, tmp_path / "cpu", device="cpu", packing=packing)
+    gpu = losses(model, data, tmp_path / "gpu", device="cuda", packing=packing)
+    assert gpu == pytest.approx(cpu, rel=1e-3)
+
+
+def test_the_same_bytes_twice(model: Path, data: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        losses(model, data, tmp_path / name, device="cuda", deterministic=True)
+    assert changed(weights(tmp_path / "a"), weights(tmp_path / "b")) == set()
+
+
+def test_resumed_on_a_gpu(model: Path, data: Path, tmp_path: Path) -> None:
+    options = {"device": "cuda", "deterministic": True, "steps": 5, "save_steps": 2}
+    losses(model, data, tmp_path / "whole", **options)
+    run = tmp_path / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("striate.train._save", lambda *_: (_ for _ in ()).throw(ValueError("power cut")))
+        with pytest.raises(ValueError, match="power cut"):
+            losses(model, data, run, **options)
+    tune(model, data=data, out=run, region="1,3", method="full", resume=True, options=replace(OPTIONS, **options))
+    assert changed(weights(tmp_path / "whole"), weights(run)) == set()
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "adamw_8bit"}, {"frozen_layers": "nf4"}])
+def test_eight_and_four_bits(model: Path, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = losses(model, data, tmp_path / "run", device="cuda", steps=6, **changes)
+    assert found[-1] < found[0]
+
+
+def sharded(model: Path, data: Path, out: Path) -> None:
+    """One process of a sharded training."""
+    losses(model, data, out, device="cuda", shard=True, batch=4, micro_batch=1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_sharded_over_two_gpus(model: Path, data: Path, tmp_path: Path) -> None:
+    alone = losses(model, data, tmp_path / "one", device="cuda", batch=4, micro_batch=1)
+    assert together(2, sharded, model, data, tmp_path / "two") == [0, 0]
+    run = striate.Run.open(tmp_path / "two")
+    assert [entry["loss"] for entry in run.history()] == pytest.approx(alone, rel=1e-3)
