@@ -109,7 +109,7 @@ def page() -> str:
     ) + "\n".join(lines) + "\n"  # fmt: skip
 
 
-NOT_READ = {"mllama", "mistral3"}  # refused; wants torchvision
+NOT_READ = {"mistral3"}  # wants torchvision
 INTRODUCTION = """# Families
 
 Written by `python scripts/families.py`, kept true by `tests/test_families.py`.
@@ -122,9 +122,11 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
 - **Processors**: answers, image tokens and features are held against the family's own processor, built small, for
-  {readers}. Other pico models read through a processor laid out as theirs. Mllama's own is refused in one line: the
-  masks of its cross-attention cannot be put into batches yet. Those of Cohere 2 Vision, LFM2-VL, Llama 4 and Mistral 3
-  come with torchvision only; those of Aya Vision and Got-OCR 2, which writes prompts of its own, are not tried.
+  {readers}. Other pico models read through a processor laid out as theirs. In transformers,
+  Mllama's tokens before the first picture look across to whatever pads the row: losses depend on the batch a little.
+  The processors of Cohere 2 Vision,
+  LFM2-VL, Llama 4 and Mistral 3 come with torchvision only; those of Aya Vision and Got-OCR 2, which writes prompts of
+  its own, are not tried.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
 
 An empty cell was not tried. `tune` tries every short cut on the model before it takes it, and `prune` proves every cut,

@@ -358,7 +358,7 @@ def idefics2() -> ProcessorMixin:
 def mllama() -> ProcessorMixin:
     """Pictures are looked at across: each has a single token, and no features take its place."""
     images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=1)
-    return MllamaProcessor(images, tokenizer(image_token="<|image|>"), chatml("<|image|>"))
+    return MllamaProcessor(images, tokenizer(image_token="<|image|>"), "<s>" + chatml("<|image|>"))
 
 
 def glm4v() -> ProcessorMixin:

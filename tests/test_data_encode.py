@@ -358,9 +358,37 @@ def test_answers_are_learnt_to_the_letter(family: str) -> None:
         assert [run.strip() for run in learnt(encode(one, reader), reader)] == [f"{words}{end}" for words in said]
 
 
-def test_cross_attention_is_refused() -> None:
-    with pytest.raises(UserError, match="MllamaProcessor shows images by cross-attention"):
-        encode(ONE, processor("mllama"))
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_images_that_are_looked_across_to_have_a_row_a_record(side: str) -> None:
+    reader = processor("mllama")
+    batch = collate([encode(one, reader) for one in (ONE, TWO)], pad_id=0, side=side)
+    own = own_batch(reader, [ONE, TWO], side)
+    seen = batch.inputs["attention_mask"].bool()
+    assert batch.inputs.keys() == own.keys()
+    for key, value in own.items():
+        mine = batch.inputs[key]
+        if key == "cross_attention_mask":  # its own goes on over the padding, which nobody reads
+            value, mine = (one * seen[:, :, None, None] for one in (value, mine))
+        torch.testing.assert_close(mine, value, rtol=0, atol=0, msg=key)
+    assert batch.image_mask.sum(dim=1).tolist() == [1, 2]  # a token an image
+    mixed = collate([encode(one, reader) for one in (TEXT, ONE, LONG)], pad_id=0, side=side)
+    assert {len(value) for value in mixed.inputs.values()} == {3}
+    assert not mixed.inputs["cross_attention_mask"][0].any()
+    assert not collate([encode(TEXT, reader)], pad_id=0).inputs.keys() - {"input_ids", "attention_mask"}
+
+
+def test_a_record_is_learnt_alike_beside_others_that_look_across() -> None:
+    reader = processor("mllama")
+    with patch.dict(MORE["mllama"], image_token_index=image_token_id(reader)):
+        model = pico_more("mllama", vocab_size=len(reader.tokenizer) + 1)
+    records = [encode(one, reader) for one in (TEXT, ONE, LONG)]
+    together = model(**collate(records, pad_id=0).inputs).logits
+    # The record with most pictures: in transformers, tokens before the first one look across to the padding of others.
+    alone = model(**collate(records[-1:], pad_id=0).inputs).logits[0]
+    torch.testing.assert_close(together[-1, : len(records[-1])], alone, rtol=1e-4, atol=1e-4)
+    assert [learnt(example, reader) for example in records] == [
+        ["a bird<|im_end|>"], ["red<|im_end|>"], ["red<|im_end|>", "two dogs<|im_end|>"]
+    ]  # fmt: skip
 
 
 def test_image_tokens_that_a_processor_does_not_name() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
+from striate.data.example import ACROSS, IGNORED, TOKEN_KEYS, Example, encode
 from striate.data.record import Record, RecordError, Skipped
 from striate.data.stored import Stored
 
@@ -73,14 +73,16 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
         sides = [(gap, 0) if side == "left" else (0, gap) for gap in gaps]
         return torch.stack([F.pad(t, s, value=value) for t, s in zip(tensors, sides, strict=True)])
 
-    inputs = {}
+    inputs, across = {}, any(ACROSS in example.inputs for example in kept)
     for key in dict.fromkeys(key for example in kept for key in example.inputs):
         if key in TOKEN_KEYS:
             # Some processors leave a text-only record without its types of token; they are all 0.
             values = [example.inputs.get(key, torch.zeros_like(example.labels)) for example in kept]
             inputs[key] = rows(values, pad_id if key == "input_ids" else 0)
-        else:
+        elif not across:
             inputs[key] = _joined([example.inputs[key] for example in kept if key in example.inputs])
+    if across:
+        inputs |= _rows_across(kept, length, side)
     return Batch(
         inputs=inputs,
         labels=rows([example.labels for example in kept], IGNORED),
@@ -88,6 +90,31 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
         ids=tuple(example.id for example in kept),
         skipped=skipped,
     )
+
+
+def _rows_across(kept: Sequence[Example], length: int, side: str) -> dict[str, Tensor]:
+    """Image tensors of a family that looks across to them: a row for every example, of zeros for those without images.
+
+    The mask of what each token sees is padded as the tokens are. Mllama of `transformers` lets tokens that see nothing
+    look at everything, padding too.
+    """
+    pictured = next(example for example in kept if ACROSS in example.inputs)
+    rows: dict[str, list[Tensor]] = {key: [] for key in pictured.inputs if key not in TOKEN_KEYS}
+    for example in kept:
+        for key, tensors in rows.items():
+            tensor = example.inputs.get(key)
+            if tensor is None:
+                tensor = torch.zeros_like(pictured.inputs[key])
+                if key == ACROSS:
+                    tensor = tensor[:, :1].repeat_interleave(len(example), dim=1)
+            if key == ACROSS:
+                gap = length - len(example)
+                tensor = F.pad(tensor, (0, 0, 0, 0, *((gap, 0) if side == "left" else (0, gap))))
+            tensors.append(tensor)
+    joined = {key: _joined(tensors) for key, tensors in rows.items()}
+    if (tiles := joined.get("aspect_ratio_mask")) is not None:  # Mllama has one tile of a picture that is not there
+        tiles[..., 0] = 1
+    return joined
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -23,6 +23,10 @@ IGNORED = -100
 TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """Inputs with one value a token; all else that a processor gives describes images."""
 
+ACROSS = "cross_attention_mask"
+"""What each token sees of the images [1, T, images, tiles], where layers look across to them instead of having them
+among the tokens. Then image tensors have a row a record."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -120,8 +124,6 @@ def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
     )
-    if "cross_attention_mask" in output:
-        raise UserError(f"{type(processor).__name__} shows images by cross-attention, which cannot be put into batches")
     placed = list(output.pop("text_replacement_offsets", [[]])[0])
     if len(placed) != len(images):
         placed = _placed(text, _open(images, record.source), processor)
@@ -136,6 +138,8 @@ def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
     length = int((ends > starts).nonzero().max()) + 1
     tokens, vision = _split(output)
     tokens = {key: value[:length] for key, value in tokens.items()}
+    if ACROSS in vision:  # [1, T, images, tiles]
+        vision[ACROSS] = vision[ACROSS][:, :length]
     return _Encoded(tokens, vision, labelled[:length], images_end)
 
 
