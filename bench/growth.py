@@ -78,7 +78,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
             rates = [batch / seconds for batch, seconds in zip(batches, series.values(), strict=True)]
             axis.plot(sizes, rates, marker="o", color=PALETTE[0])
             axis.set_xlabel(name)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * max(rates))
         axes[0].set_ylabel("records a second")
         figure.tight_layout()
         figure.savefig(path, dpi=150)
