@@ -62,10 +62,11 @@ class Run:
         options: dict[str, Any],
         seed: int | None = None,
         parent: str | None = None,
+        content: dict[str, str] | None = None,
     ) -> Run:
         """Start a run in a new or empty folder, with status "running".
 
-        `parent` is the model or run that it starts from. Raises `UserError` when the folder already holds
+        `parent` is the model or run that it starts from, `content` the digests of what it is made from. Raises `UserError` when the folder already holds
         something, or cannot be written.
         """
         run = cls(Path(path))
@@ -84,6 +85,7 @@ class Run:
                 "options": options,
                 "seed": seed,
                 "parent": parent,
+                **({"content": content} if content else {}),
                 "started": datetime.now(UTC).isoformat(" ", "seconds"),
                 "seconds": 0.0,
                 "versions": versions(),

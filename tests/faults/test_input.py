@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def _changed(value: Any, draw: random.Random) -> Any:
     """The value with one place in it changed."""
     inner = list(value) if isinstance(value, dict) else list(range(len(value))) if isinstance(value, list) else []
     if not inner or draw.random() < 0.15:
-        return draw.choice(ODD)
+        return deepcopy(draw.choice(ODD))
     at = draw.choice(inner)
     kind = draw.random()
     if kind < 0.1:

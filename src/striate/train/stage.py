@@ -66,9 +66,11 @@ class Stage:
         if self.rank.first and before:
             before.update(**self._described, status="running")
         elif self.rank.first:
-            options, parent = self._described["options"], str(self.asked["model"])
-            run = Run.create(self.out, verb=self.verb, options=options, seed=self.options.seed, parent=parent)
-            run.update(content=self._described["content"])
+            options, content = self._described["options"], self._described["content"]
+            parent = str(self.asked["model"])
+            Run.create(
+                self.out, verb=self.verb, options=options, seed=self.options.seed, parent=parent, content=content
+            )
         self.rank.wait()
         run = Run.open(self.out)
         with run.recording():

@@ -199,8 +199,7 @@ class RegionTrainer(Trainer):
         norm = whole(norm) if isinstance(norm, torch.Tensor) else norm
         there = [losses.sum() for _, losses in self.losses.values()]
         total = torch.stack(there).sum() if there else torch.zeros((), device=self.args.device)
-        if norm is not None:  # DeepSpeed has none yet
-            total = total + 0 * torch.as_tensor(norm, device=total.device)
+        total = total + 0 * torch.as_tensor(norm, device=total.device)
         if not all(self.rank.gathered(bool(total.isfinite()))):
             self._pass_over(model)
         elif self.rank.of > 1:
@@ -313,13 +312,14 @@ class RegionTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(state / PART, ignore_errors=True)  # a kill left it
         self.rank.wait()
-        self.part, failed = state / PART, ""
+        self.part, failed, missing = state / PART, "", 0
         try:
-            if missing := missing_bytes(state, self._state_bytes()):
+            # All leave it out, or none: to write a state can take all.
+            if missing := max(self.rank.gathered(missing_bytes(state, self._state_bytes()))):
                 raise OSError(f"{missing / 1e9:.2f} GB more are needed")
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-            if not missing_bytes(state, self._state_bytes()):
+            if not missing and not missing_bytes(state, self._state_bytes()):
                 raise
             failed = f"no room in {state} to save the state of step {self.state.global_step}: {first_line(error)}"
         finally:
