@@ -222,6 +222,11 @@ def test_a_bad_record_is_named(bad: Record, name: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character_is_refused() -> None:
+    with pytest.raises(RecordError, match="half a pair of surrogates"):
+        encode(record(turn("user", None, "What \ud800?"), turn("assistant", "red"), images=(TALL,)), llava())
+
+
 def test_a_template_that_writes_nothing() -> None:
     with pytest.raises(RecordError, match="writes nothing"):
         encode(record(turn("user", "What?")), llava(TEMPLATES["plain"]), generation=True)

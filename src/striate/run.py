@@ -66,8 +66,8 @@ class Run:
     ) -> Run:
         """Start a run in a new or empty folder, with status "running".
 
-        `parent` is the model or run that it starts from, `content` the digests of what it is made from. Raises `UserError` when the folder already holds
-        something, or cannot be written.
+        `parent` is the model or run that it starts from, `content` has the digests of what it is made from. Raises
+        `UserError` when the folder already holds something, or cannot be written.
         """
         run = cls(Path(path))
         with _writing(run.path):

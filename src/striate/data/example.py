@@ -232,6 +232,11 @@ def _open(images: tuple[ImageSource, ...], source: str) -> list[list[Any]] | Non
 
 
 def _process(processor: Any, source: str, **inputs: Any) -> dict[str, Any]:
+    for text in (*inputs["text"], *inputs.get("suffix", ())):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RecordError(source, "its text holds half a pair of surrogates, which is no character") from None
     try:
         return dict(processor(**inputs, return_tensors="pt"))
     except NotImplementedError:
