@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pico
+import processors
 import templates
 import transformers
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
@@ -104,7 +105,7 @@ def page() -> str:
     header = ["type", "parts", *STEPS, "prune"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return INTRODUCTION.format(
-        readers=", ".join(f"`{name}`" for name in sorted({*templates.FAMILIES, *templates.FURTHER} - NOT_READ)),
+        readers=", ".join(f"`{name}`" for name in sorted(set(processors.FAMILIES) - NOT_READ)),
         types=len(rows), version=transformers.__version__, found=found, whole=whole, completed=len(COMPLETED)
     ) + "\n".join(lines) + "\n"  # fmt: skip
 
@@ -122,11 +123,9 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
 - **Processors**: answers, image tokens and features are held against the family's own processor, built small, for
-  {readers}. Other pico models read through a processor laid out as theirs. In transformers,
-  Mllama's tokens before the first picture look across to whatever pads the row: losses depend on the batch a little.
-  The processors of Cohere 2 Vision,
-  LFM2-VL, Llama 4 and Mistral 3 come with torchvision only; those of Aya Vision and Got-OCR 2, which writes prompts of
-  its own, are not tried.
+  {readers}. The processors of Cohere 2 Vision, LFM2-VL, Llama 4 and Mistral 3
+  come with torchvision only. In transformers, Mllama's tokens before the first picture look across to whatever pads the
+  row: losses depend on the batch a little.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
 
 An empty cell was not tried. `tune` tries every short cut on the model before it takes it, and `prune` proves every cut,

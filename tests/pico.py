@@ -194,6 +194,10 @@ OTHERS: dict[str, dict[str, Any]] = {
                         "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
     },
     "deepseek_vl": {"vision_config": _SIGLIP, "text_config": {"model_type": "llama", **_TEXT}},
+    "deepseek_vl_hybrid": {
+        "vision_config": _SIGLIP, "high_res_vision_config": {"model_type": "sam_vision_model", **_SAM},
+        "text_config": {"model_type": "llama", **_TEXT},
+    },
     "fuyu": {"patch_size": 8, "image_size": 32, "text_config": {"model_type": "persimmon", **_TEXT}},
     "got_ocr2": {"vision_config": _SAM, "text_config": {"model_type": "qwen2", **_TEXT}},
     "glm4v_moe": {
@@ -258,13 +262,16 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def pico_more(name: str, *, depth: int = DEPTH, **text: Any) -> PreTrainedModel:
-    """A model of `MORE` or `OTHERS`; `text` are other settings of its language model. Its weights are large enough to
-    matter."""
+    """A model of `MORE` or `OTHERS`; `text` are other settings of its language model."""
     settings = {"image_token_id": _IMAGE, "image_token_index": _IMAGE, **deepcopy({**MORE, **OTHERS}[name])}
     settings["text_config"] = settings["text_config"] | {"num_hidden_layers": depth} | text
     torch.manual_seed(0)
     config = AutoConfig.for_model(settings.pop("family", name), **settings)
-    model = AutoModelForImageTextToText.from_config(config).eval()
+    return filled(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def filled(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that are large enough to matter; some are zeros to begin with, as gates of cross-attention are."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.dim() == 1 else 0.0))
@@ -297,6 +304,8 @@ def pico_pixels(name: str) -> dict[str, torch.Tensor]:
     if name == "mllama":
         pixels = {"pixel_values": torch.randn(1, 1, 1, 3, 16, 16), "aspect_ratio_ids": torch.ones(1, 1).long(),
                   "aspect_ratio_mask": torch.ones(1, 1, 1).long()}  # fmt: skip
+    if name == "deepseek_vl_hybrid":
+        pixels["high_res_pixel_values"] = torch.randn(1, 3, 128, 128)
     if name == "video_llava":
         pixels = {"pixel_values_images": pixels["pixel_values"]}
     return pixels

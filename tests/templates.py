@@ -10,32 +10,18 @@ from unittest.mock import patch
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    AriaImageProcessorPil,
-    AriaProcessor,
     CLIPImageProcessorPil,
-    DeepseekVLImageProcessorPil,
-    DeepseekVLProcessor,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
-    Glm4vImageProcessorPil,
-    Glm4vProcessor,
     GotOcr2ImageProcessorPil,
-    Idefics2ImageProcessorPil,
-    Idefics2Processor,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     InternVLProcessor,
-    JanusImageProcessorPil,
-    JanusProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaProcessor,
-    MllamaImageProcessorPil,
-    MllamaProcessor,
-    PaddleOCRVLImageProcessorPil,
-    PaddleOCRVLProcessor,
     PaliGemmaProcessor,
     PixtralImageProcessorPil,
     PreTrainedTokenizerFast,
@@ -195,8 +181,7 @@ SPECIAL = """
 <pad> <s> </s> <image> <|start_header_id|> <|end_header_id|> <|eot_id|> <|im_start|> <|im_end|> <|user|>
 <|assistant|> <|system|> <|end|> <start_of_turn> <end_of_turn> [INST] [/INST] <end_of_utterance>
 <start_of_image> <end_of_image> <|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|> <video> <img>
-</img> <IMG_CONTEXT> [IMG] [IMG_BREAK] [IMG_END] <fake_token_around_image> <global-img> <|image|> <|video|>
-<|python_tag|>
+</img> <IMG_CONTEXT> [IMG] [IMG_BREAK] [IMG_END] <fake_token_around_image> <global-img>
 """
 
 CORPUS = "is the red cat on a mat? yes, no: two dogs and one bird. What colour Answer briefly USER ASSISTANT:"
@@ -252,7 +237,6 @@ def llava(template: str = CHATML, adds_bos: bool = False, spaces: bool = False) 
 # torchvision for it; their image side does not, so the tests put a stand-in in the video processor's place.
 
 SQUARE = {"height": 32, "width": 32}
-AREA = {"shortest_edge": 16**2, "longest_edge": 64**2}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
@@ -334,46 +318,6 @@ def pixtral() -> ProcessorMixin:
     return PixtralProcessor(images, tokenizer(), patch_size=8, spatial_merge_size=2, chat_template=chatml("[IMG]"))
 
 
-def aria() -> ProcessorMixin:
-    """Its pictures come in two sizes only, of which the larger is written into the processor."""
-    return AriaProcessor(AriaImageProcessorPil(), tokenizer(image_token="<image>"), CHATML, size_conversion={980: 4})
-
-
-def deepseek_vl() -> ProcessorMixin:
-    images = DeepseekVLImageProcessorPil(size=SQUARE, min_size=8)
-    return DeepseekVLProcessor(images, tokenizer(image_token="<image>"), CHATML, num_image_tokens=16)
-
-
-def janus() -> ProcessorMixin:
-    tokens = tokenizer(image_token="<image>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
-    images = JanusImageProcessorPil(size=SQUARE, min_size=8)
-    return JanusProcessor(images, tokens, CHATML, num_image_tokens=16)
-
-
-def idefics2() -> ProcessorMixin:
-    images = Idefics2ImageProcessorPil(size={"shortest_edge": 16, "longest_edge": 32})
-    return Idefics2Processor(images, tokenizer(), image_seq_len=4, chat_template=CHATML)
-
-
-def mllama() -> ProcessorMixin:
-    """Pictures are looked at across: each has a single token, and no features take its place."""
-    images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=1)
-    return MllamaProcessor(images, tokenizer(image_token="<|image|>"), "<s>" + chatml("<|image|>"))
-
-
-def glm4v() -> ProcessorMixin:
-    images = Glm4vImageProcessorPil(size=AREA, patch_size=8, temporal_patch_size=2, merge_size=2)
-    tokens = tokenizer(image_token="<|image|>", video_token="<|video|>")
-    mark = "<|vision_start|><|image|><|vision_end|>"
-    return Glm4vProcessor(images, tokens, no_video(), chat_template=chatml(mark))
-
-
-def paddleocr_vl() -> ProcessorMixin:
-    images = PaddleOCRVLImageProcessorPil(size=AREA, patch_size=8, merge_size=2)
-    tokens = tokenizer(image_token="<|image_pad|>")
-    return PaddleOCRVLProcessor(images, tokens, chatml("<|vision_start|><|image_pad|><|vision_end|>"))
-
-
 def no_video() -> SimpleNamespace:
     return SimpleNamespace(num_frames=1, fps=1)
 
@@ -394,18 +338,6 @@ FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {
 }
 
 
-# Families whose pico models are tried with a reader of another kind; their own processors are tried alone.
-FURTHER: dict[str, Callable[[], ProcessorMixin]] = {
-    "aria": aria,
-    "deepseek_vl": deepseek_vl,
-    "glm4v": glm4v,
-    "idefics2": idefics2,
-    "janus": janus,
-    "mllama": mllama,
-    "paddleocr_vl": paddleocr_vl,
-}
-
-
 def processor(family: str) -> ProcessorMixin:
     with patch.object(ProcessorMixin, "check_argument_for_proper_class"):
-        return (FAMILIES | FURTHER)[family]()
+        return FAMILIES[family]()

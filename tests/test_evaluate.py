@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pico
+import processors
 import pytest
 import templates
 import torch
@@ -38,7 +39,7 @@ from striate.evaluate import (
     summary,
 )
 from striate.run import Run
-from striate.vlm import Vlm, image_token_id, load
+from striate.vlm import Vlm, load
 
 
 @pytest.fixture(scope="module")
@@ -192,27 +193,14 @@ def test_a_record_that_cannot_be_read_is_skipped_alone(vlm: Vlm, tmp_path: Path,
 
 def in_family(name: str) -> Vlm:
     """A pico model of the family with the family's pico processor."""
-    processor = templates.processor(name)
-    ids, image = processor.tokenizer.convert_tokens_to_ids, image_token_id(processor)
-    text = {"vocab_size": len(processor.tokenizer), "bos_token_id": 1, "eos_token_id": 2}
-    changes = {
-        "image_token_id": image,
-        "image_token_index": image,
-        "text_config": pico.FAMILIES[name]["text_config"] | text,
-    }
-    if name.startswith("qwen"):
-        changes |= {"vision_start_token_id": ids("<|vision_start|>"), "video_token_id": ids("<|video_pad|>")}
-    if name.startswith("llava"):
-        changes |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-    if name in ("llava_next", "llava_onevision"):
-        changes["image_grid_pinpoints"] = processor.image_processor.image_grid_pinpoints
-    vlm = Vlm.of(pico.pico(name, **changes))
+    processor = processors.processor(name)
+    vlm = Vlm.of(processors.fitting(name, processor))
     vlm.__dict__["processor"] = processor  # in place of the one in a folder
     return vlm
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
-@pytest.mark.parametrize("name", templates.FAMILIES)
+@pytest.mark.parametrize("name", processors.FAMILIES)
 def test_no_family_mixes_up_the_records_of_a_batch(name: str) -> None:
     vlm = loud(in_family(name))
     records = [
@@ -220,7 +208,7 @@ def test_no_family_mixes_up_the_records_of_a_batch(name: str) -> None:
         replace(record("two", image=0), images=(noise(1, 16, 40),)),
         replace(record("What colour is one bird", image=0), images=(noise(2, 40, 40),)),
     ]
-    if name != "paligemma":  # which takes no question without an image
+    if name not in processors.IMAGE_NEEDED:
         records.insert(1, record("yes, no: two dogs"))
     said = dict(answer(vlm, records, batch=1, max_new_tokens=4))
     assert all(isinstance(text, str) for text in said.values())
@@ -253,7 +241,7 @@ def test_choices_behind_a_prompt_that_is_read_once(name: str) -> None:
         ),
         replace(record("two", image=0, choices=("red", "What colour")), images=(noise(1, 16, 40),)),
     ]
-    if name != "paligemma":  # which takes no question without an image
+    if name not in processors.IMAGE_NEEDED:
         records.append(record("yes, no: two dogs", choices=("one bird", "a", "one dog", "yes")))
     examples = [[encode(answered(one, text), vlm.processor) for text in one.choices] for one in records]
     assert read(vlm, examples) is not None
@@ -267,8 +255,8 @@ def followed(inputs: dict[str, torch.Tensor], tokens: list[int]) -> Example:
     whole = {"input_ids": tail, "attention_mask": torch.ones_like(tail), "mm_token_type_ids": torch.zeros_like(tail)}
     grown = {key: torch.cat([inputs[key][0], tail]) for key, tail in whole.items() if key in inputs}
     if "cross_attention_mask" in inputs:
-        seen = inputs["cross_attention_mask"]  # 1 T images tiles
-        grown["cross_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, len(tail), -1, -1)], dim=1)
+        seen = inputs["cross_attention_mask"][0]  # T images tiles
+        grown["cross_attention_mask"] = torch.cat([seen, seen[-1:].expand(len(tail), -1, -1)])
     labels = torch.cat([torch.full_like(inputs["input_ids"][0], IGNORED), tail])
     return Example(inputs | grown, labels, grown["input_ids"] == 6, "", "")
 
@@ -281,8 +269,7 @@ def test_other_caches_are_expanded_or_prompts_read_again(name: str) -> None:
     vlm.model.generation_config.cache_implementation = "static"  # a wish of the checkpoint that is not followed
     prompts = pico.pico_prompts(name)
     examples = [[followed(prompts["image"], tokens) for tokens in ([11, 12, 13], [14], [15, 16])]]
-    if name != "mllama":  # whose images are tensors of one length with its text
-        examples.append([followed(prompts["text"], tokens) for tokens in ([21, 22], [23, 24, 25, 26])])
+    examples.append([followed(prompts["text"], tokens) for tokens in ([21, 22], [23, 24, 25, 26])])
     # Convolutions keep what they saw in another form, and layers that look at images keep these.
     assert (read(vlm, examples) is None) == (name in ("lfm2_vl", "mllama"))
     assert close(answers._choices(vlm, 2, examples), answers._likelihoods(vlm, 2, examples))

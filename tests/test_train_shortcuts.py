@@ -64,8 +64,7 @@ def example(inputs: dict[str, torch.Tensor]) -> Example:
 
 def two_records(name: str) -> tuple[Vlm, Batch]:
     vlm, prompts = Vlm.of(pico.pico_more(name)), pico.pico_prompts(name)
-    second = "image" if name == "mllama" else "text"  # which takes no batch of both
-    return vlm, collate([example(prompts["image"]), example(prompts[second])], pad_id=0)
+    return vlm, collate([example(prompts["image"]), example(prompts["text"])], pad_id=0)
 
 
 @pytest.mark.parametrize("name", sorted(set(pico.MORE) - {"lfm2_vl", "mllama"}))

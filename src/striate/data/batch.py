@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from striate.data.example import ACROSS, IGNORED, TOKEN_KEYS, Example, encode
+from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
 from striate.data.record import Record, RecordError, Skipped
 from striate.data.stored import Stored
 
@@ -60,7 +60,8 @@ class Batch:
 def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "right") -> Batch:
     """Pad tokens on one `side` to the longest example, image tensors to the largest image, and join them.
 
-    Image tensors run on over the batch: their first axis counts images, crops or patches, not examples.
+    Image tensors run on over the batch: their first axis counts images, crops or patches, not examples. Only where
+    cross-attention brings images in, it counts examples, and one without images has zeros there.
     """
     skipped = tuple(one for one in examples if isinstance(one, Skipped))
     kept = [one for one in examples if isinstance(one, Example)]
@@ -71,18 +72,24 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
             return torch.empty(0, 0, dtype=torch.long)
         gaps = [length - len(tensor) for tensor in tensors]
         sides = [(gap, 0) if side == "left" else (0, gap) for gap in gaps]
-        return torch.stack([F.pad(t, s, value=value) for t, s in zip(tensors, sides, strict=True)])
+        padded = [
+            F.pad(tensor, (*(0, 0) * (tensor.dim() - 1), *gap), value=value)  # from the last axis on
+            for tensor, gap in zip(tensors, sides, strict=True)
+        ]
+        return _joined([tensor.unsqueeze(0) for tensor in padded])
 
-    inputs, across = {}, any(ACROSS in example.inputs for example in kept)
-    for key in dict.fromkeys(key for example in kept for key in example.inputs):
+    inputs = {}
+    some = {key: value for example in kept for key, value in example.inputs.items()}
+    by_record = "cross_attention_mask" in some
+    for key, like in some.items():
         if key in TOKEN_KEYS:
             # Some processors leave a text-only record without its types of token; they are all 0.
-            values = [example.inputs.get(key, torch.zeros_like(example.labels)) for example in kept]
+            values = [example.inputs.get(key, _nothing(like, len(example))) for example in kept]
             inputs[key] = rows(values, pad_id if key == "input_ids" else 0)
-        elif not across:
-            inputs[key] = _joined([example.inputs[key] for example in kept if key in example.inputs])
-    if across:
-        inputs |= _rows_across(kept, length, side)
+        else:
+            inputs[key] = _joined(
+                [example.inputs.get(key, _nothing(like, 1)) for example in kept if by_record or key in example.inputs]
+            )
     return Batch(
         inputs=inputs,
         labels=rows([example.labels for example in kept], IGNORED),
@@ -92,29 +99,9 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
     )
 
 
-def _rows_across(kept: Sequence[Example], length: int, side: str) -> dict[str, Tensor]:
-    """Image tensors of a family that looks across to them: a row for every example, of zeros for those without images.
-
-    The mask of what each token sees is padded as the tokens are. Mllama of `transformers` lets tokens that see nothing
-    look at everything, padding too.
-    """
-    pictured = next(example for example in kept if ACROSS in example.inputs)
-    rows: dict[str, list[Tensor]] = {key: [] for key in pictured.inputs if key not in TOKEN_KEYS}
-    for example in kept:
-        for key, tensors in rows.items():
-            tensor = example.inputs.get(key)
-            if tensor is None:
-                tensor = torch.zeros_like(pictured.inputs[key])
-                if key == ACROSS:
-                    tensor = tensor[:, :1].repeat_interleave(len(example), dim=1)
-            if key == ACROSS:
-                gap = length - len(example)
-                tensor = F.pad(tensor, (0, 0, 0, 0, *((gap, 0) if side == "left" else (0, gap))))
-            tensors.append(tensor)
-    joined = {key: _joined(tensors) for key, tensors in rows.items()}
-    if (tiles := joined.get("aspect_ratio_mask")) is not None:  # Mllama has one tile of a picture that is not there
-        tiles[..., 0] = 1
-    return joined
+def _nothing(like: Tensor, length: int) -> Tensor:
+    """Zeros along the first axis of a tensor; the others are as small as can be."""
+    return like.new_zeros(length, *(1 for _ in like.shape[1:]))
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

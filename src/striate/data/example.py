@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PaliGemmaProcessor
+from transformers import GotOcr2Processor, PaliGemmaProcessor
 
 from striate.data.chat import Message, Span, render, render_answers
 from striate.data.images import open_image
@@ -20,21 +20,18 @@ from striate.vlm import image_token_id
 IGNORED = -100
 """The label of a token that no loss is taken of."""
 
-TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-"""Inputs with one value a token; all else that a processor gives describes images."""
-
-ACROSS = "cross_attention_mask"
-"""What each token sees of the images [1, T, images, tiles], where layers look across to them instead of having them
-among the tokens. Then image tensors have a row a record."""
+TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""Inputs with one value a token, the last with one for each image and tile too; all else that a processor gives
+describes images."""
 
 
 @dataclass(frozen=True)
 class Example:
     """One encoded record of T tokens.
 
-    `inputs`: `input_ids` [T] and other per-token tensors [T], image tensors as the processor gives them.
+    `inputs`: `input_ids` [T] and other per-token tensors [T, ...], image tensors as the processor gives them.
     `labels` [T]: the token id where it is to be learnt, -100 elsewhere. `image_mask` [T]: true at image
-    tokens, one for each feature that the projector puts there.
+    tokens, one for each feature that the projector puts there; one for each image where cross-attention brings it in.
     """
 
     inputs: dict[str, Tensor]
@@ -86,7 +83,7 @@ def encode(
 
 @dataclass(frozen=True)
 class _Encoded:
-    tokens: dict[str, Tensor]  # [T] each
+    tokens: dict[str, Tensor]  # [T, ...] each
     vision: dict[str, Tensor]
     labelled: Tensor  # [T] bool
     images_end: int = 0  # number of tokens up to the end of the last image
@@ -95,14 +92,15 @@ class _Encoded:
 def _encode_text(record: Record, processor: Any) -> _Encoded:
     if not record.text.strip():
         raise RecordError(record.source, "there is neither a conversation nor text")
-    # PaliGemma's processor insists on an image.
-    reader = processor.tokenizer if isinstance(processor, PaliGemmaProcessor) else processor
-    output = _process(reader, record.source, text=[record.text], return_offsets_mapping=True)
-    starts, ends = output.pop("offset_mapping")[0].unbind(-1)
-    tokens, vision = _split(output)
-    if reader is not processor:  # type 0 is PaliGemma's prefix, whose tokens see those behind them
-        tokens["token_type_ids"] = torch.ones_like(tokens["input_ids"])
-    return _Encoded(tokens, vision, labelled=ends > starts)
+    if isinstance(processor, PaliGemmaProcessor):  # which insists on an image
+        output = _process(processor.tokenizer, record.source, text=[record.text], return_offsets_mapping=True)
+        starts, ends = output.pop("offset_mapping")[0].unbind(-1)
+        tokens, vision = _split(output)
+        # Type 0 is the prefix, whose tokens see those behind them.
+        return _Encoded(tokens | {"token_type_ids": torch.ones_like(starts)}, vision, labelled=ends > starts)
+    _check_marks(record.text, processor.image_token, 0, record.source)
+    written = _write(processor, record.text, (), record.source)
+    return _Encoded(written.tokens, written.vision, written.covered([(0, len(record.text))]))
 
 
 def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
@@ -113,34 +111,13 @@ def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
     else:
         text, answers = render_answers(processor, messages, record.source)
     _check_marks(text, processor.image_token, len(images), record.source)
-    bos = processor.tokenizer.bos_token
-    output = _process(
-        processor,
-        record.source,
-        text=[text],
-        images=_open(images, record.source),
-        # The chat template and the tokenizer may both write the first token; it must be there once.
-        add_special_tokens=not (bos and text.startswith(bos)),
-        return_offsets_mapping=True,
-        return_text_replacement_offsets=True,
-    )
-    placed = list(output.pop("text_replacement_offsets", [[]])[0])
-    if len(placed) != len(images):
-        placed = _placed(text, _open(images, record.source), processor)
-    if len(placed) != len(images):
-        raise UserError(f"{type(processor).__name__} does not tell where it puts images")
-    starts, ends = output.pop("offset_mapping")[0].unbind(-1)  # T, in the text with its images
-    labelled = torch.zeros(len(starts), dtype=torch.bool)
-    for start, end in (_moved(span, placed) for span in answers):
-        labelled |= (starts < end) & (ends > start)
-    images_end = int((starts < placed[-1]["new_span"][1]).sum()) if placed else 0
+    written = _write(processor, text, images, record.source)
     # The template alone ends the text: an end token that the tokenizer adds has no characters, and goes.
+    starts, ends = written.offsets.unbind(-1)
     length = int((ends > starts).nonzero().max()) + 1
-    tokens, vision = _split(output)
-    tokens = {key: value[:length] for key, value in tokens.items()}
-    if ACROSS in vision:  # [1, T, images, tiles]
-        vision[ACROSS] = vision[ACROSS][:, :length]
-    return _Encoded(tokens, vision, labelled[:length], images_end)
+    tokens = {key: value[:length] for key, value in written.tokens.items()}
+    images_end = int((starts < written.pieces[-1][1]).sum()) if images else 0
+    return _Encoded(tokens, written.vision, written.covered(answers)[:length], images_end)
 
 
 def _encode_prefix(record: Record, processor: Any, generation: bool) -> _Encoded:
@@ -182,48 +159,80 @@ def _check_marks(text: str, mark: str, num_images: int, source: str) -> None:
         raise RecordError(source, f"{reason}; the texts must not hold {mark} themselves")
 
 
-class _Listening:
-    """A tokenizer that remembers what it was given last."""
+@dataclass(frozen=True)
+class _Written:
+    """What a processor makes of a text with images.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.heard = tokenizer, ""
+    `offsets` [T, 2] are the characters of each token in the text that was tokenized. `pieces` tells where each piece of
+    text between two images begins: in the text that the processor was given, and in the one that was tokenized.
+    """
+
+    tokens: dict[str, Tensor]  # [T, ...] each
+    vision: dict[str, Tensor]
+    offsets: Tensor
+    pieces: list[tuple[int, int]]
+
+    def covered(self, spans: list[Span]) -> Tensor:
+        """The tokens [T] of these characters of the given text, none of which runs over an image."""
+        starts, ends = self.offsets.unbind(-1)
+        found = torch.zeros(len(starts), dtype=torch.bool)
+        for start, end in spans:
+            given, written = self.pieces[bisect_right(self.pieces, start, key=lambda piece: piece[0]) - 1]
+            found |= (starts < end - given + written) & (ends > start - given + written)
+        return found
+
+
+class _Listener:
+    """A tokenizer that notes the texts it is given: a processor writes image tokens, or its own prompt, into them."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def __call__(self, text: str | list[str], **settings: Any) -> Any:
+        self.texts += [text] if isinstance(text, str) else text
+        # The chat template, the processor and the tokenizer may each write the first token; it must be there once.
+        bos = self.tokenizer.bos_token
+        settings["add_special_tokens"] = not (bos and self.texts[-1].startswith(bos))
+        return self.tokenizer(text, **settings)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
-    def __call__(self, text: list[str], **settings: Any) -> Any:
-        self.heard = text[0]
-        return self.tokenizer(text, **settings)
+
+def _write(processor: Any, text: str, images: tuple[ImageSource, ...], source: str) -> _Written:
+    """Let the processor turn a text into tokens, and images into tensors."""
+    listening = copy(processor)
+    listening.tokenizer = listener = _Listener(processor.tokenizer)
+    opened = _open(images, source)
+    if opened and isinstance(processor, GotOcr2Processor):  # a list in the list is the pages of one document to it
+        (opened,) = opened
+    output = _process(listening, source, text=[text], images=opened, return_offsets_mapping=True)
+    pieces = _pieces(text.split(processor.image_token), len(processor.image_token), listener.texts)
+    if pieces is None:
+        name = type(processor).__name__
+        raise UserError(f"{name} does not keep the text of a conversation: striate cannot tell where its answers are")
+    offsets = output.pop("offset_mapping")[0]
+    return _Written(*_split(output), offsets, pieces)
 
 
-def _placed(text: str, images: Any, processor: Any) -> list[dict[str, Any]]:
-    """Where the marks of images in a text are, and where what a processor makes of them, if it does not say so itself.
+def _pieces(parts: list[str], mark: int, written: list[str]) -> list[tuple[int, int]] | None:
+    """Where the parts of a text begin, in it (`mark` characters apart) and in what was written of it; None: nowhere.
 
-    Each becomes a run of special tokens, with at most a space behind it; none where the text comes out otherwise.
+    The last part ends what was written. Each other one is found at the first place behind the one before it: if there
+    is any way to place them all, this is one.
     """
-    tokenizer = processor.tokenizer
-    processor.tokenizer = listening = _Listening(tokenizer)
-    try:
-        processor(text=[text], images=images)
-    finally:
-        processor.tokenizer = tokenizer
-    mark = processor.image_token
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = sorted({mark, *added}, key=len, reverse=True)
-    run = f"((?:{'|'.join(map(re.escape, special))})+ ?)"
-    grown = re.fullmatch(run.join(map(re.escape, text.split(mark))), listening.heard)
-    if grown is None:
-        return []
-    marks = enumerate(re.finditer(re.escape(mark), text), start=1)
-    return [{"span": place.span(), "new_span": grown.span(number)} for number, place in marks]
-
-
-def _moved(span: Span, placed: list[dict[str, Any]]) -> Span:
-    """Where characters of the rendered text are once the processor has written image tokens into it."""
-    ends = [image["span"][1] for image in placed]
-    gains = [0] + [image["new_span"][1] - image["span"][1] for image in placed]
-    start, end = (place + gains[bisect_right(ends, place)] for place in span)
-    return start, end
+    if len(written) != 1:
+        return None
+    pieces, given, behind = [], 0, 0
+    for part in parts[:-1]:
+        place = written[0].find(part, behind)
+        if place < 0:
+            return None
+        pieces.append((given, place))
+        given, behind = given + len(part) + mark, place + len(part)
+    last = len(written[0]) - len(parts[-1])
+    return [*pieces, (given, last)] if last >= behind and written[0].endswith(parts[-1]) else None
 
 
 def _open(images: tuple[ImageSource, ...], source: str) -> list[list[Any]] | None:

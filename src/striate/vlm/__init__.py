@@ -467,8 +467,8 @@ def image_token_id(processor: Any) -> int:
     if token := _IMAGE_TOKENS.get(type(processor).__name__):
         return int(processor.tokenizer.convert_tokens_to_ids(token))
     found = processor.image_token_ids[0]
-    if found is None:  # Janus keeps the word alone
-        found = processor.tokenizer.get_vocab().get(str(getattr(processor, "image_token", "")))
+    if found is None and getattr(processor, "image_token", None):  # Janus' names the token, and not its id
+        found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if found is None:
         raise UserError(f"{type(processor).__name__} names no image token: striate cannot tell where images are")
     return int(found)
