@@ -46,17 +46,14 @@ COMPLETED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # The pico models that the whole path is tried on, by type: with the family's own processor, or with a `PicoReader`.
-OWN = [name for name in templates.FAMILIES if name != "mistral3"]  # whose processor needs torchvision
-READ = [name for name in {**pico.MORE, **pico.OTHERS} if not name.startswith("llava_")]
+OWN = [name for name in processors.FAMILIES if name != "mistral3"]  # whose processor needs torchvision
+READ = [name for name in {**pico.MORE, **pico.OTHERS} if name not in OWN and not name.startswith("llava_")]
 
 # What they cannot do, with what is said.
-CANNOT: dict[str, dict[str, str]] = {
-    "glm4v_moe": {"tune LoRA": "no: lora.ParamWrapper does not work with lora_dropout != 0."},
-    "llama4": {"tune LoRA": "no: 'tuple' object has no attribute 'dtype'"},  # its router gives two, peft wants one
-}
+CANNOT: dict[str, dict[str, str]] = {}
 
 # Types whose pico models are cut and reloaded in tests/test_prune_families.py.
-CUT = {*OWN, *(settings.get("family", name) for name, settings in pico.MORE.items()), "llama4"}
+CUT = {*templates.FAMILIES, *(settings.get("family", name) for name, settings in pico.MORE.items()), "llama4"}
 
 
 def config_of(kind: str) -> Any:

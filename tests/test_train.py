@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pico import pico_llava
+from pico import pico_llava, pico_more
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -119,6 +119,19 @@ def test_adapters_stay_out_of_the_tower(model: Path) -> None:
     assert set(groups) == {"layers"}
     assert len(groups["layers"]) == 7 * 2
     assert all(".language_model.layers.1." in name for name in groups["layers"])
+
+
+@pytest.mark.parametrize("name", ["glm4v_moe", "llama4", "qwen3_5_moe"])
+def test_adapters_pass_experts_and_routers_over(name: str) -> None:
+    # GLM's shared expert has projections of the names that peft takes for all experts; Llama 4's router is a linear
+    # module by class.
+    vlm = striate.Vlm.of(pico_more(name))
+    _, groups = adapt(vlm, striate.Region.parse("1,3", vlm.depth), projector=True)
+    adapted = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in groups["layers"]}
+    assert {name.rpartition(".")[2] for name in adapted} >= {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(".layers.1." in name or ".layers.3." in name for name in adapted)
+    assert not any("router" in name or ".experts" in name for name in adapted)
+    assert vlm.model.config.model_type == name
 
 
 def test_loss_is_the_models_own(model: Path, data: Path) -> None:

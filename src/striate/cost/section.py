@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from striate.cost.outline import Outline, holder
 from striate.cost.tally import Tally, Work
+from striate.vlm import linear_in
 
 Trained = Literal["full", "lora"]
 
@@ -94,8 +95,7 @@ def _adapt(outline: Outline, layer: nn.Module, rank: int) -> None:
     """Put LoRA on the linear modules of one layer, as training does: the adapters in float32, dropout and all."""
     from peft import LoraConfig, inject_adapter_in_model  # slow to import, and not needed without adapters
 
-    names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    pattern = "|".join(map(re.escape, names))
+    pattern = "|".join(map(re.escape, linear_in(layer)))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=pattern)
     inject_adapter_in_model(config, layer, low_cpu_mem_usage=True)  # on `meta`: peft cannot make fake tensors
     for module in layer.modules():

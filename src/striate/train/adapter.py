@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from striate.errors import UserError
 from striate.region import Region
@@ -26,7 +29,9 @@ def lora_config(
     Every target module is named in full: `layers_to_transform` would also adapt the vision blocks of the same numbers,
     and pass over a layer that does not exist. With `projector` its modules are trained in full and saved beside the
     adapters (`modules_to_save`); a bare parameter beside them (LLaVA-NeXT's `image_newline`) stays frozen, since peft
-    saves modules only. Rank, alpha and dropout default to the paper's.
+    saves modules only. Weights that are no linear modules (experts in one tensor, their router) stay frozen, too: peft
+    could adapt them without dropout only. (Of a few types with experts peft itself misreads the names; `adapt` keeps it
+    from that.) Rank, alpha and dropout default to the paper's.
 
     Raises:
         UserError: the region is empty or for another depth.
@@ -63,7 +68,9 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
     from peft import get_peft_model
 
     inside = vlm.linear_modules(region)  # asked before adapters bring linear modules of their own
-    network = get_peft_model(vlm.model, lora_config(vlm, region, projector=projector, **lora))
+    config = lora_config(vlm, region, projector=projector, **lora)
+    with _targets_as_named(vlm.model):
+        network = get_peft_model(vlm.model, config)
     groups: dict[str, Named] = {"layers": {}, "projector": {}}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
@@ -77,3 +84,18 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
         else:
             raise UserError(f"{name} became trainable although it is outside the region {region}")
     return network, {group: named for group, named in groups.items() if named}
+
+
+@contextmanager
+def _targets_as_named(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, peft takes the names of target modules for what they are.
+
+    Of some types with experts it reads them as names of an older transformers: `gate_proj` of one shared expert, say,
+    as all experts of all layers. It knows these types by the config.
+    """
+    kind, settings = model.config.model_type, vars(model.config)
+    settings["model_type"] = ""
+    try:
+        yield
+    finally:
+        settings["model_type"] = kind

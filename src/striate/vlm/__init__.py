@@ -225,12 +225,8 @@ class Vlm:
         """Exact names of the linear modules in the region's layers, where LoRA goes."""
         if region.depth != self.depth:
             raise UserError(f"region {region} is for depth {region.depth}, this model has {self.depth} layers")
-        prefixes = tuple(f"{self.parts.layers}.{layer}." for layer in region)
-        return tuple(
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(prefixes)
-        )
+        layers = {f"{self.parts.layers}.{layer}": self.layers[layer] for layer in region}
+        return tuple(f"{prefix}.{name}" for prefix, layer in layers.items() for name in linear_in(layer))
 
     @contextmanager
     def head_at(self, positions: torch.Tensor) -> Iterator[None]:
@@ -476,6 +472,19 @@ def image_token_id(processor: Any) -> int:
 
 # Processors that do not say which it is: what they name is the end of a row (Fuyu) or the mark in the prompt.
 _IMAGE_TOKENS = {"FuyuProcessor": "|SPEAKER|", "Llama4Processor": "<|patch|>", "Ovis2Processor": "<IMG_ATOM>"}
+
+
+def linear_in(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the linear modules in a layer, in its order."""
+    return tuple(name for name, module in layer.named_modules() if isinstance(module, nn.Linear) and _is_map(module))
+
+
+def _is_map(module: nn.Linear) -> bool:
+    """Whether it gives what a linear module gives: Llama 4's router is one by class, and gives scores and logits."""
+    if not type(module).__module__.startswith("transformers.models."):  # torch's, or one with quantised weights
+        return True
+    with torch.no_grad():
+        return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
 
 
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
