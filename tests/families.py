@@ -10,7 +10,9 @@ import processors
 import templates
 import transformers
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from striate.errors import UserError
 from striate.prune.protected import protected_in
@@ -49,8 +51,32 @@ COMPLETED: dict[str, dict[str, Any]] = {
 OWN = [name for name in processors.FAMILIES if name != "mistral3"]  # whose processor needs torchvision
 READ = [name for name in {**pico.MORE, **pico.OTHERS} if name not in OWN and not name.startswith("llava_")]
 
-# What they cannot do, with what is said.
-CANNOT: dict[str, dict[str, str]] = {}
+# Tried with their processor, and not the whole path, for its time: their parts are those of others.
+ALIKE = ("exaone4_5", "glm46v", "hyperclovax_vision_v2")
+
+# What they cannot do, with what is said: parameters that no loss reaches, in every step that trains them.
+_NO_GRADIENT = "parameters should train but got no gradient"
+CANNOT: dict[str, dict[str, str]] = {
+    "ernie4_5_vl_moe": {"tune full": f"no: 4 {_NO_GRADIENT}"},  # a balance of its experts that its router keeps
+    "hunyuan_vl": dict.fromkeys(STEPS, f"no: 1 {_NO_GRADIENT}"),  # the separator of images in its projector
+}
+
+# Processors that records cannot be read with, or that no tiny one can be made of; others that are missing below need
+# torchvision, which is not installed, or have no name in transformers.
+_NO_TEMPLATE = "it takes no chat template"
+_NO_TOKEN = "it names no image token"
+_TORCHVISION = "it needs torchvision"
+UNREAD: dict[str, str] = {
+    "blip-2": _NO_TEMPLATE,
+    "deepseek_ocr2": "its model has features for pictures of 768 and 1024 pixels alone",
+    "fuyu": _NO_TEMPLATE,
+    "git": _NO_TOKEN,
+    "instructblip": _NO_TEMPLATE,
+    "instructblipvideo": _NO_TEMPLATE,
+    "mistral3": _TORCHVISION,
+    "mistral_large4": _TORCHVISION,
+    "pp_chart2table": _NO_TOKEN,
+}
 
 # Types whose pico models are cut and reloaded in tests/test_prune_families.py.
 CUT = {*templates.FAMILIES, *(settings.get("family", name) for name, settings in pico.MORE.items()), "llama4"}
@@ -74,6 +100,17 @@ def parts(kind: str) -> str:
     return "yes"
 
 
+def processor(kind: str) -> str:
+    """`yes` where records are read with the type's own processor, why they cannot be, or nothing."""
+    if kind in OWN:
+        return "yes"
+    if kind in UNREAD:
+        return f"no: {UNREAD[kind]}"
+    if PROCESSOR_MAPPING_NAMES.get(kind) is None:
+        return "no: transformers names none"
+    return "" if "pil" in (IMAGE_PROCESSOR_MAPPING_NAMES.get(kind) or {}) else f"no: {_TORCHVISION}"
+
+
 def prune(kind: str) -> str:
     """`protected: why` where a type has layers that cannot be cut, `yes` where cutting is proven, or nothing."""
     config = config_of(kind)
@@ -87,10 +124,12 @@ def prune(kind: str) -> str:
 
 def row(kind: str) -> list[str]:
     """The cells of a type."""
-    cells = [parts(kind)]
-    tried = kind in OWN or kind in READ
-    cells += [CANNOT.get(kind, {}).get(step, "yes") if tried else "" for step in STEPS]
-    return [f"`{kind}`", *cells, prune(kind) if cells[0] == "yes" else ""]
+    found = parts(kind)
+    if found != "yes":
+        return [f"`{kind}`", found, *[""] * (len(STEPS) + 2)]
+    tried = kind in {*OWN, *READ} - {*ALIKE}
+    steps = [CANNOT.get(kind, {}).get(step, "yes") if tried else "" for step in STEPS]
+    return [f"`{kind}`", found, processor(kind), *steps, prune(kind)]
 
 
 def page() -> str:
@@ -98,16 +137,15 @@ def page() -> str:
     transformers.logging.set_verbosity_error()  # some default configs are talked about
     rows = [row(kind) for kind in TYPES]
     found = sum(cells[1] == "yes" for cells in rows)
-    whole = sum(cells[2:6] == ["yes"] * 4 for cells in rows)
-    header = ["type", "parts", *STEPS, "prune"]
+    read = sum(cells[2] == "yes" for cells in rows)
+    whole = sum(cells[3:7] == ["yes"] * 4 for cells in rows)
+    header = ["type", "parts", "processor", *STEPS, "prune"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return INTRODUCTION.format(
-        readers=", ".join(f"`{name}`" for name in sorted(set(processors.FAMILIES) - NOT_READ)),
-        types=len(rows), version=transformers.__version__, found=found, whole=whole, completed=len(COMPLETED)
+        types=len(rows), version=transformers.__version__, found=found, read=read, whole=whole, completed=len(COMPLETED)
     ) + "\n".join(lines) + "\n"  # fmt: skip
 
 
-NOT_READ = {"mistral3"}  # wants torchvision
 INTRODUCTION = """# Families
 
 Written by `python scripts/families.py`, kept true by `tests/test_families.py`.
@@ -117,12 +155,13 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
 - **Parts**: tower, projector, decoder layers and head are found from the default config on the `meta` device, as
   `striate inspect` does it: {found} of {types}. {completed} default configs lack values, which `COMPLETED` in
   `tests/families.py` adds.
+- **Processor**: records of one image, of two, of a conversation and of text alone are read with a tiny processor of the
+  type's own: the answers are learnt to the letter, and each feature that the model makes has its image token. {read}
+  types; `no` says why not, and the columns behind it are then tried with pictures laid out as the type has them.
+  In transformers, Mllama's tokens before the first picture look across to whatever pads the row: its losses depend on
+  the batch a little.
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
-- **Processors**: answers, image tokens and features are held against the family's own processor, built small, for
-  {readers}. The processors of Cohere 2 Vision, LFM2-VL, Llama 4 and Mistral 3
-  come with torchvision only. In transformers, Mllama's tokens before the first picture look across to whatever pads the
-  row: losses depend on the batch a little.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
 
 An empty cell was not tried. `tune` tries every short cut on the model before it takes it, and `prune` proves every cut,

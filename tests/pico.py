@@ -42,6 +42,7 @@ _TOWER = {key: value for key, value in _SIGLIP.items() if key != "model_type"}
 _IMAGE = 6
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 _QWEN_TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64, "patch_size": 8}
+_QWEN_WINDOWS = {**_QWEN_TOWER, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
 _PIXTRAL = {**_SIGLIP, "model_type": "pixtral", "head_dim": 8}
 _INTERN = {**_SIGLIP, "model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [8, 8]}
 
@@ -54,7 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "rope_parameters": _MROPE},
     },
     "qwen2_5_vl": {
-        "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]},
+        "vision_config": _QWEN_WINDOWS,
         "text_config": {**_TEXT, "rope_parameters": _MROPE},
     },
     "qwen3_vl": {
@@ -193,12 +194,31 @@ OTHERS: dict[str, dict[str, Any]] = {
                         "num_attention_heads": 4, "vocab_size": 128, "max_position_embeddings": 512,
                         "word_embed_proj_dim": 32, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3},
     },
+    "cohere_compass": {
+        "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1],
+                          "num_position_embeddings": 16},
+        "text_config": {**_TEXT, "sliding_window": 16,
+                        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _MROPE)},
+    },
+    "cosmos3_edge": {
+        "vision_config": {**_TOWER, "num_patches": 16}, "projector_hidden_size": 32,
+        "text_config": {**_TEXT, "rope_parameters": _MROPE},
+    },
     "deepseek_vl": {"vision_config": _SIGLIP, "text_config": {"model_type": "llama", **_TEXT}},
     "deepseek_vl_hybrid": {
         "vision_config": _SIGLIP, "high_res_vision_config": {"model_type": "sam_vision_model", **_SAM},
         "text_config": {"model_type": "llama", **_TEXT},
     },
+    "ernie4_5_vl_moe": {
+        "vision_config": _QWEN_TOWER,
+        "text_config": {**_TEXT, "rope_parameters": _MROPE, "moe_num_experts": 4, "moe_k": 2,
+                        "moe_intermediate_size": [32, 32], "moe_num_shared_experts": 1},
+    },
+    "exaone4_5": {
+        "vision_config": {**_QWEN_WINDOWS, "num_key_value_heads": 2}, "text_config": {"model_type": "exaone4", **_TEXT},
+    },
     "fuyu": {"patch_size": 8, "image_size": 32, "text_config": {"model_type": "persimmon", **_TEXT}},
+    "glm46v": {"vision_config": _GLM_TOWER, "text_config": {**_TEXT, "rope_parameters": _MROPE}},
     "got_ocr2": {"vision_config": _SAM, "text_config": {"model_type": "qwen2", **_TEXT}},
     "glm4v_moe": {
         "vision_config": _GLM_TOWER,
@@ -207,6 +227,16 @@ OTHERS: dict[str, dict[str, Any]] = {
             "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         },
     },
+    "granite_docling": {
+        "vision_config": {**_TOWER, "scale_factor": 2, "out_hidden_size": 32, "deepstack_visual_indexes": [0],
+                          "use_fine_route": False},
+        "text_config": _TEXT,
+    },
+    "hunyuan_vl": {
+        "vision_config": {**_TOWER, "out_hidden_size": 32, "text_hidden_size": 32},
+        "text_config": {**_TEXT, "rope_parameters": {**_MROPE, "mrope_section": [1, 1, 1, 1]}},
+    },
+    "hyperclovax_vision_v2": {"vision_config": _QWEN_WINDOWS, "text_config": {"model_type": "hyperclovax", **_TEXT}},
     "idefics2": {
         "vision_config": {**_SIGLIP, "model_type": "idefics2_vision"},
         "perceiver_config": {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4,
@@ -221,6 +251,11 @@ OTHERS: dict[str, dict[str, Any]] = {
                       "image_token_embed_dim": 32},
         "text_config": {"model_type": "llama", **_TEXT},
     },
+    "lfm3_vl": {
+        "vision_config": {**_TOWER, "num_key_value_heads": 2}, "projector_hidden_size": 32,
+        "text_config": {"model_type": "lfm3", **_TEXT},
+    },
+    "lighton_ocr": {"vision_config": _PIXTRAL, "text_config": {"model_type": "qwen3", **_TEXT}},
     "llama4": {
         "vision_config": {
             "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -232,10 +267,15 @@ OTHERS: dict[str, dict[str, Any]] = {
             "intermediate_size_mlp": 64, "attention_chunk_size": 16,
         },
     },
+    "llava_next_video": {"vision_config": _SIGLIP, "text_config": {"model_type": "llama", **_TEXT}},
     "paddleocr_vl": {
         "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                           "image_size": 32, "patch_size": 8},
         "text_config": {**_TEXT, "rope_parameters": _MROPE},
+    },
+    "qianfan_ocr": {
+        "vision_config": {**_TOWER, "image_size": [32, 32], "patch_size": [8, 8]},
+        "text_config": {"model_type": "qwen3", **_TEXT},
     },
     "qwen3_5": {
         "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32},
@@ -250,6 +290,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_QWEN_TOWER, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
         "text_config": {**_TEXT, **_EXPERTS, "rope_parameters": _MROPE},
     },
+    "video_llama_3": {"vision_config": _TOWER, "text_config": {"model_type": "qwen2", **_TEXT}},
     "video_llava": {
         "vision_config": {**_TOWER, "model_type": "clip_vision_model"}, "vision_feature_layer": -1,
         "text_config": {"model_type": "llama", **_TEXT},

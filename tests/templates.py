@@ -319,7 +319,7 @@ def pixtral() -> ProcessorMixin:
 
 
 def no_video() -> SimpleNamespace:
-    return SimpleNamespace(num_frames=1, fps=1)
+    return SimpleNamespace(num_frames=1, fps=1, model_input_names=[], font="")
 
 
 FAMILIES: dict[str, Callable[[], ProcessorMixin]] = {

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pico import filled
 from PIL import Image
-from processors import FAMILIES, IMAGE_NEEDED, fitting, processor
+from processors import FAMILIES, IMAGE_NEEDED, MIXED_UP, fitting, processor
 from templates import SQUARE, TEMPLATES, llava, tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -289,7 +289,7 @@ def test_too_long_is_dropped_or_cut_behind_the_images() -> None:
 # Families.
 
 END = dict.fromkeys(FAMILIES, "<|im_end|>") | {
-    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), "<end_of_utterance>"),
+    **dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "<end_of_utterance>"),
     "gemma3": "<end_of_turn>",
     "paligemma": "</s>",
 }
@@ -330,7 +330,7 @@ def test_answers_are_learnt_and_every_feature_has_its_token(family: str) -> None
         assert model(**inputs).logits.shape[1] == len(example)  # it compares the numbers itself
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {*MIXED_UP}))
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_batch_says_what_its_records_say_alone(family: str, side: str) -> None:
     reader = processor(family)
@@ -351,13 +351,15 @@ def test_a_batch_says_what_its_records_say_alone(family: str, side: str) -> None
 
 def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """With positions that count from a record's first token, as `generate` has them."""
-    return model(**model.prepare_inputs_for_generation(**batch.inputs)).logits
+    return model(**model.prepare_inputs_for_generation(**batch.inputs, is_first_iteration=True)).logits
 
 
 def own_batch(reader, records: list[Record], side: str) -> dict:
     """What the family's own processor makes of the records in one call."""
     images = [list(one.images) for one in records]
     options = {"padding": True, "padding_side": side, "return_tensors": "pt"}
+    if "mm_token_type_ids" in reader.model_input_names:
+        options["return_mm_token_type_ids"] = True
     if type(reader).__name__ == "PaliGemmaProcessor":
         marks = ["<image>" * len(one) for one in images]
         texts = [mark + "\n".join(p["text"] for p in one.messages[0]["content"] if "text" in p)

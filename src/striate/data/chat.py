@@ -22,6 +22,11 @@ Span = tuple[int, int]
 """Characters from the first up to, but not with, the second."""
 
 
+def image_mark(processor: Any) -> str:
+    """What a chat template writes for an image: the token of its features, save in Qianfan-OCR's."""
+    return getattr(processor, "image_placeholder_token", processor.image_token)
+
+
 def render(processor: Any, messages: list[Message], source: str, *, prompt: bool = False) -> str:
     """The text of a conversation; with `prompt` it goes on to where the assistant is to speak."""
 
@@ -29,7 +34,7 @@ def render(processor: Any, messages: list[Message], source: str, *, prompt: bool
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
     def flat(message: Message) -> Message:
-        return message | {"content": "".join(p.get("text", processor.image_token) for p in message["content"])}
+        return message | {"content": "".join(p.get("text", image_mark(processor)) for p in message["content"])}
 
     if processor.chat_template is None:
         raise UserError("the model's processor has no chat template; set processor.chat_template and save it")
@@ -83,17 +88,17 @@ def _bare_answers(processor: Any, messages: list[Message], text: str, source: st
 
 def _end_token(text: str, processor: Any) -> int:
     """Length of the end token that `text`, what follows an answer, begins with; 0 where there is none."""
-    found = _end_tokens(processor.tokenizer, processor.image_token).match(text)
+    found = _end_tokens(processor.tokenizer, image_mark(processor)).match(text)
     return found.end() if found else 0
 
 
 @lru_cache(maxsize=8)
-def _end_tokens(tokenizer: Any, image_token: str) -> re.Pattern[str]:
+def _end_tokens(tokenizer: Any, mark: str) -> re.Pattern[str]:
     """A special token right behind the answer (`<|im_end|>`), or the tokenizer's own, also after a space."""
     if tokenizer.eos_token is None:
         raise UserError("the model's tokenizer has no end token; set tokenizer.eos_token and save it")
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    others = special - {tokenizer.bos_token, tokenizer.eos_token, image_token}
+    others = special - {tokenizer.bos_token, tokenizer.eos_token, mark}
     longest_first = sorted(map(re.escape, others), key=len, reverse=True)
     return re.compile("|".join([rf"\s*{re.escape(tokenizer.eos_token)}", *longest_first]))
 

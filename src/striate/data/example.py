@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GotOcr2Processor, PaliGemmaProcessor
 
-from striate.data.chat import Message, Span, render, render_answers
+from striate.data.chat import Message, Span, image_mark, render, render_answers
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError
 from striate.errors import UserError
@@ -20,7 +20,14 @@ from striate.vlm import image_token_id
 IGNORED = -100
 """The label of a token that no loss is taken of."""
 
-TOKEN_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+TOKEN_KEYS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "cross_attention_mask",
+)
 """Inputs with one value a token, the last with one for each image and tile too; all else that a processor gives
 describes images."""
 
@@ -60,6 +67,7 @@ def encode(
     down to no label. Raises `RecordError` for what is wrong with the record or its images, `UserError` with
     the processor.
     """
+    image_token = image_token_id(processor)
     if not record.messages:
         encoded = _encode_text(record, processor)
     elif isinstance(processor, PaliGemmaProcessor):
@@ -77,7 +85,7 @@ def encode(
         length, labelled = max_length, kept
     tokens = {key: value[:length] for key, value in encoded.tokens.items()}
     labels = tokens["input_ids"].masked_fill(~labelled, IGNORED)
-    image_mask = tokens["input_ids"] == image_token_id(processor)
+    image_mask = tokens["input_ids"] == image_token
     return Example(tokens | encoded.vision, labels, image_mask, record.id, record.source)
 
 
@@ -98,7 +106,7 @@ def _encode_text(record: Record, processor: Any) -> _Encoded:
         tokens, vision = _split(output)
         # Type 0 is the prefix, whose tokens see those behind them.
         return _Encoded(tokens | {"token_type_ids": torch.ones_like(starts)}, vision, labelled=ends > starts)
-    _check_marks(record.text, processor.image_token, 0, record.source)
+    _check_marks(record.text, image_mark(processor), 0, record.source)
     written = _write(processor, record.text, (), record.source)
     return _Encoded(written.tokens, written.vision, written.covered([(0, len(record.text))]))
 
@@ -110,7 +118,7 @@ def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
         text = render(processor, messages, record.source, prompt=True)
     else:
         text, answers = render_answers(processor, messages, record.source)
-    _check_marks(text, processor.image_token, len(images), record.source)
+    _check_marks(text, image_mark(processor), len(images), record.source)
     written = _write(processor, text, images, record.source)
     # The template alone ends the text: an end token that the tokenizer adds has no characters, and goes.
     starts, ends = written.offsets.unbind(-1)
@@ -207,8 +215,12 @@ def _write(processor: Any, text: str, images: tuple[ImageSource, ...], source: s
     opened = _open(images, source)
     if opened and isinstance(processor, GotOcr2Processor):  # a list in the list is the pages of one document to it
         (opened,) = opened
-    output = _process(listening, source, text=[text], images=opened, return_offsets_mapping=True)
-    pieces = _pieces(text.split(processor.image_token), len(processor.image_token), listener.texts)
+    settings = {"return_offsets_mapping": True}
+    if "mm_token_type_ids" in processor.model_input_names:  # some give them only when they are asked for
+        settings["return_mm_token_type_ids"] = True
+    output = _process(listening, source, text=[text], images=opened, **settings)
+    mark = image_mark(processor)
+    pieces = _pieces(text.split(mark), len(mark), listener.texts)
     if pieces is None:
         name = type(processor).__name__
         raise UserError(f"{name} does not keep the text of a conversation: striate cannot tell where its answers are")
