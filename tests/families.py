@@ -157,9 +157,9 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
   `tests/families.py` adds.
 - **Processor**: records of one image, of two, of a conversation and of text alone are read with a tiny processor of the
   type's own: the answers are learnt to the letter, and each feature that the model makes has its image token. {read}
-  types; `no` says why not, and the columns behind it are then tried with pictures laid out as the type has them.
-  In transformers, Mllama's tokens before the first picture look across to whatever pads the row: its losses depend on
-  the batch a little.
+  types; `no` says why not, and the columns behind it are then tried with pictures laid out as the type has them. In
+  transformers, Mllama's tokens before the first picture look across to whatever pads the row, and HunYuan's numbers of
+  images run on over a batch: losses depend on the batch a little.
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.

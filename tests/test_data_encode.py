@@ -396,6 +396,33 @@ def test_text_only_records_share_a_batch(family: str) -> None:
     assert not text_only.image_mask.any()
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_images_that_are_looked_across_to_have_a_row_a_record(side: str) -> None:
+    reader = processor("mllama")
+    batch = collate([encode(one, reader) for one in (ONE, TWO)], pad_id=0, side=side)
+    own = own_batch(reader, [ONE, TWO], side)
+    seen = batch.inputs["attention_mask"].bool()
+    assert batch.inputs.keys() == own.keys()
+    for key, value in own.items():
+        mine = batch.inputs[key]
+        if key == "cross_attention_mask":  # its own goes on over the padding, which nobody reads
+            value, mine = (one * seen[:, :, None, None] for one in (value, mine))
+        torch.testing.assert_close(mine, value, rtol=0, atol=0, msg=key)
+    mixed = collate([encode(one, reader) for one in (TEXT, ONE, LONG)], pad_id=0, side=side)
+    assert {len(value) for value in mixed.inputs.values()} == {3}
+    assert not mixed.inputs["cross_attention_mask"][0].any()
+
+
+def test_a_record_is_learnt_alike_beside_others_that_look_across() -> None:
+    reader = processor("mllama")
+    model = filled(fitting("mllama", reader))
+    records = [encode(one, reader) for one in (TEXT, ONE, LONG)]
+    together = model(**collate(records, pad_id=0).inputs).logits
+    # The record with most pictures: in transformers, tokens before the first one look across to the padding of others.
+    alone = model(**collate(records[-1:], pad_id=0).inputs).logits[0]
+    torch.testing.assert_close(together[-1, : len(records[-1])], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_mllama_looks_at_an_image_from_its_token_on() -> None:
     reader = processor("mllama")
     batch = collate([encode(one, reader) for one in (TWO, TEXT, ONE)], pad_id=0)

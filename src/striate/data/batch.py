@@ -90,6 +90,8 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
             inputs[key] = _joined(
                 [example.inputs.get(key, _nothing(like, 1)) for example in kept if by_record or key in example.inputs]
             )
+    if by_record and "aspect_ratio_mask" in inputs:  # Mllama has one tile of a picture that is not there
+        inputs["aspect_ratio_mask"][..., 0] = 1
     return Batch(
         inputs=inputs,
         labels=rows([example.labels for example in kept], IGNORED),
