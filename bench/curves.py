@@ -5,8 +5,8 @@
 
 Prunes the tuned models that bench/regions.py leaves: the one with all layers tuned, by angular distance over all of its
 layers; the one with a region tuned, by angular distance outside the region and, as the control, at random there. Every
-pruned model is evaluated as it is and after healing: a short tune of the neighbours of the cuts. Runs that are finished
-are not made again. Prints a table and writes `curves.json`.
+pruned model is evaluated as it is and after healing: a short tune of the layers next to the cuts. Finished runs
+are reused. Prints a table and writes `curves.json`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from regions import evaluated, finished
+from regions import evaluate_once, is_finished
 
-from striate.demo import FULL, tuning
-from striate.prune import prune
-from striate.run import Run
+from striate.runs.pruning import prune
+from striate.runs.run import Run
+from striate.studies.demo import FULL, tuning
 
 MODELS = {"all layers": "tuned-all", "region": "tuned-0-4-8"}
 # Which layers must stay: a model of which all layers were tuned has no region.
@@ -49,7 +49,7 @@ class Point:
 
 
 def points(removals: list[int]) -> Iterator[Point]:
-    """All of them, short cuts first: what is there at any time is there for every curve."""
+    """All of them, few removed layers first, so that at any time all curves have the same points."""
     for remove in removals:
         for healed in (False, True):
             yield from (Point(model, by, remove, healed) for model, by in CURVES)
@@ -72,33 +72,33 @@ def main() -> None:
     found: dict[int, dict[str, Any]] = {seed: {} for seed in args.seeds}
     for seed in args.seeds:
         for model, run in MODELS.items():
-            found[seed][f"{model} whole"] = told(Run.open(args.runs / f"seed-{seed}" / run))
+            found[seed][f"{model} whole"] = outcome(Run.open(args.runs / f"seed-{seed}" / run))
     for point in points(args.remove):
         for seed in args.seeds:
             options = replace(tuning(FULL, seed), steps=args.heal_steps)
             healing = {"options": options, "heal_distillation": args.distillation if point.healed else 0.0}
-            run = pruned(args.out / f"seed-{seed}", args.runs / f"seed-{seed}", point, args.samples, healing)
-            found[seed][point.name] = told(run)
+            run = prune_once(args.out / f"seed-{seed}", args.runs / f"seed-{seed}", point, args.samples, healing)
+            found[seed][point.name] = outcome(run)
         (args.out / "curves.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    tell(found)
+    print_table(found)
 
 
-def pruned(out: Path, runs: Path, point: Point, samples: int, healing: dict[str, Any]) -> Run:
-    """The evaluated run of a pruned model; made when there is none."""
+def prune_once(out: Path, runs: Path, point: Point, samples: int, healing: dict[str, Any]) -> Run:
+    """The evaluated run of a pruned model; created if missing."""
     run, world = out / point.name, runs / "world"
-    if not finished(run):
+    if not is_finished(run):
         shutil.rmtree(run, ignore_errors=True)
         prune(
             runs / MODELS[point.model], out=run, region=KEEP[point.model], remove=str(point.remove), by=point.by,
             data=world / "train.json", images=world / "images", samples=samples,
-            heal=world / "train.json" if point.healed else None, heal_layers="neighbours", **healing,
+            heal=world / "train.json" if point.healed else None, heal_layers="neighbors", **healing,
         )  # fmt: skip
-    evaluated(run, world, keep=False)
+    evaluate_once(run, world, keep=False)
     return Run.open(run)
 
 
-def told(run: Run) -> dict[str, Any]:
-    """What a model can do, and what was cut from it."""
+def outcome(run: Run) -> dict[str, Any]:
+    """Accuracies of a model and its removed layers."""
     results = run.results
     assert results is not None
     tasks = {task: one["value"] for task, one in results["tasks"].items()}
@@ -106,7 +106,7 @@ def told(run: Run) -> dict[str, Any]:
     return {"removed": removed, "visual": results["visual"], "text": results["text"], "tasks": tasks}
 
 
-def tell(found: dict[int, dict[str, Any]]) -> None:
+def print_table(found: dict[int, dict[str, Any]]) -> None:
     """A table: accuracy by model, mean and spread over seeds."""
     print(f"{'model':44}{'visual %':>9}{'sd':>6}{'text %':>8}  removed by seed")
     for name in next(iter(found.values())):

@@ -1,6 +1,6 @@
 """How striate's training step grows: with depth, image tokens, batch and size of the region, one at a time.
 
-    python bench/growth.py --out bench/results/growth.json --figure docs/growth.png
+    python bench/growth.py --out bench/results/growth.json --figure research/growth.png
 
 SmolLM2-135M's shape with random weights (`bench/train.py`), the projector trained. Every setting runs `--steps` steps
 behind one that does not count; the median counts.
@@ -24,10 +24,10 @@ from train import SHAPES, Shape, build, write_records
 import striate
 from striate.data import Examples, collate, read
 from striate.plot.style import PALETTE, STYLE
-from striate.train import in_full
-from striate.train.loss import Shortcuts, answer_losses
+from striate.train import trainable_parameters
+from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record
-from striate.vlm import multiplies_bfloat16
+from striate.vlm import has_native_bfloat16, select
 
 BASE = {"depth": 30, "image tokens": 64, "batch": 16, "layers trained": 8}
 SERIES = {
@@ -38,20 +38,20 @@ SERIES = {
 }
 
 
-def seconds_a_step(settings: dict[str, int], steps: int) -> float:
+def seconds_per_step(settings: dict[str, int], steps: int) -> float:
     """The median of steps: forward, backward, AdamW."""
     device = torch.device("cpu")
     base = SHAPES["135m"]
     side = base.tower["patch_size"] * round(settings["image tokens"] ** 0.5)
     shape: Shape = replace(base, tower=base.tower | {"image_size": side})
-    in_bfloat16 = multiplies_bfloat16(device)
-    # Frozen layers are held in the type of the products, as `tune` holds those of a checkpoint in bfloat16.
+    in_bfloat16 = has_native_bfloat16(device)
+    # Frozen layers are held in the dtype of the matmuls, as `tune` holds those of a checkpoint in bfloat16.
     vlm = build(shape, device, torch.bfloat16 if in_bfloat16 else torch.float32, depth=settings["depth"])
     with tempfile.TemporaryDirectory() as folder:
         examples = Examples(read(write_records(Path(folder), shape, settings["batch"])).records, vlm.processor)
         batch = collate([examples[index] for index in range(len(examples))], pad_id=0)
     region = striate.Region.parse(f"uniform:{settings['layers trained']}", vlm.depth)
-    named = in_full(vlm, vlm.train_only(region))
+    named = trainable_parameters(vlm, select(vlm, region))
     optimizer = torch.optim.AdamW([p for part in named.values() for p in part.values()], fused=True)
     seconds = []
     cast = torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16)
@@ -59,7 +59,7 @@ def seconds_a_step(settings: dict[str, int], steps: int) -> float:
         for _ in range(steps + 1):
             began = time.perf_counter()
             with cast:
-                loss = answer_losses(vlm, vlm.model, batch, shortcuts=Shortcuts(True, True)).mean()
+                loss = answer_losses(vlm, vlm.model, batch, fast_paths=FastPaths(True, True)).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -68,7 +68,7 @@ def seconds_a_step(settings: dict[str, int], steps: int) -> float:
 
 
 def draw(found: dict[str, dict[str, float]], path: Path) -> None:
-    """Records a second against each of the four."""
+    """Records per second against each of the four."""
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 2.8))
         axes = figure.subplots(1, 4)
@@ -79,7 +79,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
             axis.plot(sizes, rates, marker="o", color=PALETTE[0])
             axis.set_xlabel(name)
             axis.set_ylim(0, 1.08 * max(rates))
-        axes[0].set_ylabel("records a second")
+        axes[0].set_ylabel("records per second")
         figure.tight_layout()
         figure.savefig(path, dpi=150)
 
@@ -88,14 +88,14 @@ def main() -> None:
     """Measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--figure", type=Path, help="picture to draw")
+    parser.add_argument("--figure", type=Path, help="image file to write")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
     for name, sizes in SERIES.items():
         found[name] = {}
         for size in sizes:
-            found[name][str(size)] = seconds_a_step(BASE | {name: size}, options.steps)
+            found[name][str(size)] = seconds_per_step(BASE | {name: size}, options.steps)
             print(f"{name} {size}: {found[name][str(size)]:.2f} s", flush=True)
     doubled = found["depth"]["60"] / found["depth"]["30"]
     print(f"twice the depth, the same number of layers trained: {doubled:.2f} x the time")

@@ -2,7 +2,7 @@
 
     python bench/prices.py --out runs/prices --seeds 0 1 2 --json bench/results/prices.json
 
-The first arm is striate as it is, the second the plain way to the same: padded batches, layers computed again. The
+The first arm is striate as it is, the second the plain way to the same: padded batches, activation checkpointing. The
 others change one option. All arms of a seed stand side by side in time; runs that are finished are not made again.
 Prints mean and spread of visual and text accuracy and the median of each arm's time over that of the first.
 """
@@ -18,19 +18,16 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
-from regions import evaluated, finished
+from regions import evaluate_once, is_finished
 
-from striate.demo import FULL, tuning, untuned
-from striate.demo.world import write_world
-from striate.run import Run
-from striate.train import tune
+from striate.runs.run import Run
+from striate.runs.training import tune
+from striate.studies.demo import FULL, assemble_start, tuning
+from striate.studies.demo.world import write_world
 
 ARMS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "padded, layers computed again": {"packing": "off", "checkpointing": "all"},
-    "image tokens 50 %": {"image_tokens": 0.5},
-    "image tokens 25 %": {"image_tokens": 0.25},
-    "projector for 30 % of the steps": {"projector": "30%"},
+    "padded, activation checkpointing": {"packing": "off", "checkpointing": "all"},
     "projector frozen": {"projector": "freeze"},
     "frozen layers NF4": {"frozen_layers": "nf4"},
     "8-bit moments": {"optimizer": "adamw_8bit"},
@@ -52,9 +49,9 @@ def main() -> None:
     arms = {name: changes for name, changes in ARMS.items() if name in ("defaults", *args.only)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in args.seeds:
-        out = prepared(args.out / f"seed-{seed}", seed, args.steps)
+        out = prepare(args.out / f"seed-{seed}", seed, args.steps)
         for name, changes in arms.items():
-            found[name].append(measured(out, name, changes, seed, args.steps))
+            found[name].append(measure(out, name, changes, seed, args.steps))
     rows = {name: summary(runs, found["defaults"]) for name, runs in found.items()}
     for name, row in rows.items():
         print(
@@ -62,24 +59,24 @@ def main() -> None:
             f"{row['time']:8.2f}"
         )
     if args.json:
-        told = {"command": "python bench/prices.py", "threads": args.threads, "torch": torch.__version__}
-        args.json.write_text(json.dumps(told | {"arms": rows, "runs": found}, indent=1) + "\n", encoding="utf-8")
+        head = {"command": "python bench/prices.py", "threads": args.threads, "torch": torch.__version__}
+        args.json.write_text(json.dumps(head | {"arms": rows, "runs": found}, indent=1) + "\n", encoding="utf-8")
 
 
-def prepared(out: Path, seed: int, steps: int) -> Path:
+def prepare(out: Path, seed: int, steps: int) -> Path:
     """The folder with a seed's world and untuned model."""
     if not (out / "world" / "text.json").is_file():
         write_world(out / "world", seed=seed, train=16 * steps, test=FULL.test, text=FULL.text)
-    if not finished(out / "backbone"):
+    if not is_finished(out / "backbone"):
         shutil.rmtree(out / "backbone", ignore_errors=True)
-        untuned(out / "backbone")
+        assemble_start(out / "backbone")
     return out
 
 
-def measured(out: Path, name: str, changes: dict[str, Any], seed: int, steps: int) -> dict[str, float]:
+def measure(out: Path, name: str, changes: dict[str, Any], seed: int, steps: int) -> dict[str, float]:
     """Accuracies in percent and seconds of training of one arm."""
     run, world = out / name.replace(" ", "-").replace(",", "").replace("%", "percent"), out / "world"
-    if not finished(run):
+    if not is_finished(run):
         shutil.rmtree(run, ignore_errors=True)
         options = {key: value for key, value in changes.items() if key != "projector"}
         tune(
@@ -87,7 +84,7 @@ def measured(out: Path, name: str, changes: dict[str, Any], seed: int, steps: in
             options=replace(tuning(replace(FULL, steps=steps), seed), **options),
             projector=changes.get("projector", "train"),
         )  # fmt: skip
-    evaluated(run, world, keep=False)
+    evaluate_once(run, world, keep=False)
     info, results = Run.open(run).info["training"], Run.open(run).results
     assert results is not None
     return {"visual": 100 * results["visual"], "text": 100 * results["text"], "seconds": info["seconds"]}
@@ -95,13 +92,13 @@ def measured(out: Path, name: str, changes: dict[str, Any], seed: int, steps: in
 
 def summary(runs: list[dict[str, float]], defaults: list[dict[str, float]]) -> dict[str, float]:
     """Mean and spread of the accuracies, and the time over that of the defaults, seed by seed."""
-    told: dict[str, float] = {}
+    means: dict[str, float] = {}
     for side in ("visual", "text"):
         values = [run[side] for run in runs]
-        told |= {side: fmean(values), f"{side}_sd": stdev(values) if len(values) > 1 else 0.0}
+        means |= {side: fmean(values), f"{side}_sd": stdev(values) if len(values) > 1 else 0.0}
     pairs = zip(runs, defaults, strict=True)
-    told["time"] = median(run["seconds"] / base["seconds"] for run, base in pairs)
-    return {name: round(value, 3) for name, value in told.items()}
+    means["time"] = median(run["seconds"] / base["seconds"] for run, base in pairs)
+    return {name: round(value, 3) for name, value in means.items()}
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from striate.prune import Numbering, Surgery
 from striate.region import Region
-from striate.score.weights import INDEX
 from striate.train.memory import PeakMemory
 from striate.vlm import Vlm
+from striate.weights import INDEX
 
 TOWER = {
     "model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -3,7 +3,7 @@
     python bench/records.py --out bench/results/records.json [--keep FOLDER]
 
 Writes a file in the shape of LLaVA-1.5's `llava_v1_5_mix665k.json`: its ten sources with their numbers of records and
-folders of pictures, conversations of several turns, about 1 GB, generated words; and a picture for every path in it
+folders of images, conversations of several turns, about 1 GB, generated words; and an image for every path in it
 (hard links to a few). Reading and tuning (a pico model, one step) each run in a process of their own, `--turns` times;
 medians count. `first_step` is the time until the first step is done, the start of Python included. `processor` is the
 processor's time in it: on a machine that does other work, what it would take alone is between the two. Targets: reading
@@ -34,12 +34,12 @@ from train import Shape, build
 
 
 class Source(NamedTuple):
-    """Records of one kind: how many, how their pictures are called (`%d`; none: text only) and how many those are, mean
+    """Records of one kind: how many, the names of their images (`%d`; empty: text only) and how many there are, mean
     numbers of exchanges in a conversation and of words in a question and an answer."""
 
     records: int
-    picture: str
-    pictures: int
+    image: str
+    images: int
     exchanges: int
     question: int
     answer: int
@@ -61,7 +61,7 @@ SOURCES = (
     Source(86_417, "vg/VG_100K/%d.jpg", 86_417, 10, 10, 7),  # Visual Genome
 )
 WORDS = [f"w{index}" for index in range(2000)]
-LINKS = 30_000  # to one picture; file systems allow 32,000 and more
+LINKS = 30_000  # to one image; file systems allow 32,000 and more
 PICO = Shape(
     text={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
           "num_key_value_heads": 4, "vocab_size": 2048, "tie_word_embeddings": False},
@@ -81,14 +81,14 @@ print(len(found), len(found.skipped), seconds, busy, peak)
 
 
 def conversation(draw: random.Random, source: Source) -> list[dict[str, str]]:
-    """Questions and answers, the mark of the picture in the first question."""
+    """Questions and answers, the mark of the image in the first question."""
 
     def words(mean: int) -> str:
         return " ".join(draw.choices(WORDS, k=draw.randint(max(1, mean // 2), mean + mean // 2)))
 
     turns = []
     for number in range(draw.randint(max(1, source.exchanges // 2), source.exchanges + source.exchanges // 2)):
-        mark = "<image>\n" if source.picture and not number else ""
+        mark = "<image>\n" if source.image and not number else ""
         turns += [
             {"from": "human", "value": f"{mark}{words(source.question)}?"},
             {"from": "gpt", "value": words(source.answer).capitalize()},
@@ -103,13 +103,13 @@ def rows(share: float) -> Iterator[dict[str, Any]]:
     draw.shuffle(order)
     for number, source in enumerate(order):
         row: dict[str, Any] = {"id": f"{number:012d}"}
-        if source.picture:
-            row["image"] = source.picture % draw.randrange(source.pictures)
+        if source.image:
+            row["image"] = source.image % draw.randrange(source.images)
         yield row | {"conversations": conversation(draw, source)}
 
 
 def write(folder: Path, share: float) -> tuple[Path, dict[str, int]]:
-    """The file, indented as the published one is, and its pictures; how much there is of both."""
+    """The file, indented as the published one is, and its images; the numbers of both."""
     file, named, number = folder / "train.json", set[str](), 0
     with file.open("w") as out:
         for number, row in enumerate(rows(share), 1):
@@ -121,11 +121,11 @@ def write(folder: Path, share: float) -> tuple[Path, dict[str, int]]:
     for parent in {Path(name).parent for name in named}:
         (folder / parent).mkdir(parents=True, exist_ok=True)
     for index, name in enumerate(sorted(named)):
-        picture = folder / f"picture{index // LINKS}.jpg"
+        image = folder / f"image{index // LINKS}.jpg"
         if index % LINKS == 0:
-            Image.effect_noise((320, 240), 60).convert("RGB").save(picture)
-        os.link(picture, folder / name)
-    return file, {"records": number, "bytes": file.stat().st_size, "pictures": len(named)}
+            Image.effect_noise((320, 240), 60).convert("RGB").save(image)
+        os.link(image, folder / name)
+    return file, {"records": number, "bytes": file.stat().st_size, "images": len(named)}
 
 
 def reading(file: Path) -> dict[str, float]:
@@ -162,21 +162,21 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="write the data here, or use what is there")
     parser.add_argument("--share", type=float, default=1.0, help="of the records")
     parser.add_argument("--turns", type=int, default=3)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = asked.keep or Path(temporary)
+        folder = args.keep or Path(temporary)
         about = folder / "about.json"
         if not about.exists():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "data").mkdir()
-            amounts = write(folder / "data", asked.share)[1]
+            amounts = write(folder / "data", args.share)[1]
             vlm = build(PICO, torch.device("cpu"), torch.float32)
             vlm.model.save_pretrained(folder / "model")
             vlm.processor.save_pretrained(folder / "model")
             about.write_text(json.dumps(amounts))
         file = folder / "data" / "train.json"
         turns = []
-        for turn in range(asked.turns):
+        for turn in range(args.turns):
             read = reading(file)
             tuned = tuning(file, folder / "model", Path(temporary) / f"run{turn}")
             turns.append({"read": read, "tune": tuned})
@@ -192,8 +192,8 @@ def main() -> None:
             "turns": turns,
         }
         print(json.dumps(result["data"] | found, indent=2))
-        if asked.out:
-            asked.out.write_text(json.dumps(result, indent=2) + "\n")
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does a region that a score picks learn to see better than an evenly spread one? On the demo's world, equal steps.
+"""Visual accuracy of regions picked by scores against evenly spread ones, on the demo's world with equal steps.
 
     python bench/regions.py --out runs/regions --seeds 0 1 2
 
@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from striate.demo import FULL, MODELS, Size, tuning, untuned
-from striate.demo.world import write_world
-from striate.evaluate import evaluate
 from striate.region import Region
-from striate.run import Run
-from striate.score import Score, Scores, score
-from striate.train import tune
+from striate.runs.evaluating import evaluate
+from striate.runs.run import Run
+from striate.runs.scoring import score
+from striate.runs.training import tune
+from striate.scores import Score, Scores
+from striate.studies.demo import FULL, MODELS, DemoSize, assemble_start, tuning
+from striate.studies.demo.world import write_world
 
 DEPTH, QUARTER = 12, 3
 SPREAD = {f"uniform, offset {offset}": f"uniform:{QUARTER}@{offset}" for offset in range(DEPTH // QUARTER)}
@@ -49,65 +50,65 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     size = replace(FULL, steps=args.steps, train=16 * args.steps, test=args.test, text=args.test)
     folders = {seed: args.out / f"seed-{seed}" for seed in args.seeds}
-    choices = {seed: started(out, seed, size, args.samples) for seed, out in folders.items()}
+    choices = {seed: prepare(out, seed, size, args.samples) for seed, out in folders.items()}
     found: dict[int, dict[str, Any]] = {seed: {} for seed in args.seeds}
     for name in choices[args.seeds[0]]:  # choice by choice, so that what is there at any time is there for every seed
         for seed, out in folders.items():
-            found[seed][name] = measured(out, Region.parse(choices[seed][name], DEPTH), seed, size)
+            found[seed][name] = measure(out, Region.parse(choices[seed][name], DEPTH), seed, size)
         (args.out / "regions.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    tell(found)
-    tell_predictions(folders, found)
+    print_table(found)
+    print_agreement(folders, found)
 
 
-def started(out: Path, seed: int, size: Size, samples: int) -> dict[str, str]:
-    """Everything that choosing needs, and the choices: form of a region by its name."""
+def prepare(out: Path, seed: int, size: DemoSize, samples: int) -> dict[str, str]:
+    """Create what the choice of regions needs; returns the region form by the name of the choice."""
     world, start = out / "world", out / "backbone"
     if not (world / "text.json").is_file():
         write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
-    if not finished(start):
+    if not is_finished(start):
         shutil.rmtree(start, ignore_errors=True)
-        untuned(start)
-    everything = tuned(out, Region.parse("all", DEPTH), seed, size)
+        assemble_start(start)
+    everything = tune_once(out, Region.parse("all", DEPTH), seed, size)
     picked: dict[str, dict[str, str]] = {"top": {}, "bottom": {}}
     for when, run in (("before", start), ("after", everything)):
-        for name in scored(run, world, after=when == "after", seed=seed, samples=samples):
+        for name in score_once(run, world, after=when == "after", seed=seed, samples=samples):
             for end, chosen in picked.items():
                 chosen[f"{end} by {name}, {when} tuning"] = f"{end}:{QUARTER}@{run}:{name}"
     return {"all": "all", **SPREAD, **RANDOM, **BLOCKS, **picked["top"], **picked["bottom"]}
 
 
-def measured(out: Path, region: Region, seed: int, size: Size) -> dict[str, Any]:
-    """What a model tuned in this region can do."""
-    results = Run.open(tuned(out, region, seed, size)).results
+def measure(out: Path, region: Region, seed: int, size: DemoSize) -> dict[str, Any]:
+    """Region and accuracies of the model tuned in this region."""
+    results = Run.open(tune_once(out, region, seed, size)).results
     assert results is not None
     tasks = {task: one["value"] for task, one in results["tasks"].items()}
-    return {"region": spelt(region), "visual": results["visual"], "text": results["text"], "tasks": tasks}
+    return {"region": layers_of(region), "visual": results["visual"], "text": results["text"], "tasks": tasks}
 
 
-def finished(run: Path) -> bool:
-    """Whether there is a run that came to its end."""
+def is_finished(run: Path) -> bool:
+    """Whether there is a finished run."""
     return (run / "run.json").is_file() and Run.open(run).info["status"] == "finished"
 
 
-def spelt(region: Region) -> str:
+def layers_of(region: Region) -> str:
     """The layers themselves, whatever chose them: equal regions are one run."""
     return "-".join(map(str, region)) if len(region) < region.depth else "all"
 
 
-def tuned(out: Path, region: Region, seed: int, size: Size) -> Path:
-    """The evaluated run of a region; made when there is none."""
-    run, world = out / f"tuned-{spelt(region)}", out / "world"
-    if not finished(run):
+def tune_once(out: Path, region: Region, seed: int, size: DemoSize) -> Path:
+    """The evaluated run of a region; created if missing."""
+    run, world = out / f"tuned-{layers_of(region)}", out / "world"
+    if not is_finished(run):
         shutil.rmtree(run, ignore_errors=True)
         tune(
             out / "backbone", data=world / "train.json", images=world / "images", out=run, method="full",
             region=",".join(map(str, region)), options=tuning(size, seed),
         )  # fmt: skip
-    evaluated(run, world, keep=spelt(region) in KEPT)
+    evaluate_once(run, world, keep=layers_of(region) in KEPT)
     return run
 
 
-def evaluated(run: Path, world: Path, *, keep: bool) -> None:
+def evaluate_once(run: Path, world: Path, *, keep: bool) -> None:
     """Evaluate a run that is not yet; the weights of dozens of models are not kept."""
     if Run.open(run).results is None:
         evaluate(
@@ -119,8 +120,8 @@ def evaluated(run: Path, world: Path, *, keep: bool) -> None:
         print(run, Run.open(run).results["visual"], flush=True)
 
 
-def scored(run: Path, world: Path, *, after: bool, seed: int, samples: int) -> list[str]:
-    """Names of the scores of a run; measured when they are not there."""
+def score_once(run: Path, world: Path, *, after: bool, seed: int, samples: int) -> list[str]:
+    """Names of the scores of a run; measured if missing."""
     if not (run / "scores.json").is_file():
         backbone = str(MODELS / "backbone") if after else None
         score(
@@ -130,7 +131,7 @@ def scored(run: Path, world: Path, *, after: bool, seed: int, samples: int) -> l
     return list(Scores.load(run / "scores.json").scores)
 
 
-def tell(found: dict[int, dict[str, Any]]) -> None:
+def print_table(found: dict[int, dict[str, Any]]) -> None:
     """A table: visual accuracy by choice, mean and spread over seeds, best first."""
     names = dict.fromkeys(name for seed in found.values() for name in seed)
     rows = []
@@ -145,8 +146,8 @@ def tell(found: dict[int, dict[str, Any]]) -> None:
         print(f"{name:52}{visual:9.1f}{spread:6.1f}{kept:8.1f}{text:8.1f}  {regions}")
 
 
-def tell_predictions(folders: dict[int, Path], found: dict[int, dict[str, Any]]) -> None:
-    """A table: how well a score, summed over a region, foretells what the model tuned there will see.
+def print_agreement(folders: dict[int, Path], found: dict[int, dict[str, Any]]) -> None:
+    """A table: how well a score, summed over a region, predicts the visual accuracy of the model tuned there.
 
     Spearman's rank correlation over all regions of a quarter that were tuned, seed by seed.
     """
@@ -155,13 +156,13 @@ def tell_predictions(folders: dict[int, Path], found: dict[int, dict[str, Any]])
     for when, run in (("before", "backbone"), ("after", "tuned-all")):
         scores = {seed: Scores.load(out / run / "scores.json").scores for seed, out in folders.items()}
         for name in next(iter(scores.values())):
-            agree = [foretold(scores[seed][name], found[seed]) for seed in folders]
+            agree = [agreement(scores[seed][name], found[seed]) for seed in folders]
             rows.append((fmean(agree), f"{name}, {when} tuning", agree))
     for mean, name, agree in sorted(rows, reverse=True):
         print(f"{name:52}{mean:6.2f}  {' '.join(f'{one:.2f}' for one in agree)}")
 
 
-def foretold(score: Score, found: dict[str, Any]) -> float:
+def agreement(score: Score, found: dict[str, Any]) -> float:
     """Rank correlation of a score's sum over regions with the accuracy after tuning them."""
     seen = {one["region"]: one["visual"] for one in found.values() if one["region"] != "all"}
     sign = -1 if score.direction == "low" else 1

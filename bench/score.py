@@ -27,7 +27,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from striate.data import IGNORED, Batch
-from striate.score.states import METRICS, States
+from striate.scores.states import METRICS, States
 from striate.trace import forward
 from striate.train.memory import PeakMemory
 from striate.vlm import Vlm
@@ -130,9 +130,9 @@ def activation_scores(vlm: Vlm, taken: list[Batch], *, turns: int) -> dict[str, 
 
 
 def causal_scores(vlm: Vlm, batch: Batch, *, turns: int) -> dict[str, Any]:
-    """Each causal score over one batch, in plain passes a layer of the model."""
-    from striate.score.causal import METRICS as CAUSAL
-    from striate.score.causal import Causal
+    """Each causal score over one batch, in plain passes per layer of the model."""
+    from striate.scores.causal import METRICS as CAUSAL
+    from striate.scores.causal import Causal
 
     with _backbone(vlm) as folder:
 
@@ -147,7 +147,7 @@ def causal_scores(vlm: Vlm, batch: Batch, *, turns: int) -> dict[str, Any]:
         found = take_turns(works, turns=turns, device=vlm.device)
     for work in found.values():
         work["passes"] = work["seconds"] / found["plain"]["seconds"]
-        work["passes_a_layer"] = work["passes"] / vlm.depth
+        work["passes_per_layer"] = work["passes"] / vlm.depth
     return found
 
 
@@ -195,7 +195,7 @@ def _print(report: dict[str, Any]) -> None:
     for name, work in report["activations"].items():
         print(f"{name:20} {work['seconds']:8.2f} s  {work['time_ratio']:.2f} x  memory {work['memory_ratio']:.2f} x")
     for name, work in report.get("causal", {}).items():
-        print(f"{name:20} {work['seconds']:8.2f} s  {work['passes_a_layer']:.2f} passes a layer")
+        print(f"{name:20} {work['seconds']:8.2f} s  {work['passes_per_layer']:.2f} passes per layer")
 
 
 if __name__ == "__main__":

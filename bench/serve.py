@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from striate.data import Batch, collate, encode, read
-from striate.run import model_folder
 from striate.vlm import Vlm, load
+from striate.vlm.reading import model_folder
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     first = models[str(args.models[0])]
     examples = [encode(one, first.processor, generation=True) for one in list(read(args.data, images=args.images))]
     batch = collate(examples[: args.batch], pad_id=first.pad_token_id, side="left").to(first.device, first.model.dtype)
-    found = measured(models, batch, args.tokens, args.turns)
+    found = measure(models, batch, args.tokens, args.turns)
     whole = found[str(args.models[0])]
     for row in found.values():
         row["ratios"] = {name: row[name] / whole[name] for name in whole if name != "ratios"}
@@ -55,7 +55,7 @@ def main() -> None:
     print(json.dumps(report["models"], indent=1))
 
 
-def measured(models: dict[str, Vlm], batch: Batch, tokens: int, turns: int) -> dict[str, dict[str, Any]]:
+def measure(models: dict[str, Vlm], batch: Batch, tokens: int, turns: int) -> dict[str, dict[str, Any]]:
     """Medians and sizes by model."""
     first: dict[str, list[float]] = {name: [] for name in models}
     decoding: dict[str, list[float]] = {name: [] for name in models}

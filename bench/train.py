@@ -3,13 +3,13 @@
     python bench/train.py --out bench/results/train.json                              # SmolLM2-135M's shape
     python bench/train.py --shape 7b --device cuda --out bench/results/train-gpu.json   # a 7B shape, on a GPU
 
-Random weights, generated pictures and words. Every contestant trains on the same records with the same tokens, in a
+Random weights, generated images and words. Every contestant trains on the same records with the same tokens, in a
 process of its own; they take turns, and each turn counts the steps behind the first. Contestants:
 
     all          transformers' Trainer, peft LoRA r 128 on all layers, padded batches of like length, all logits: the
                  recipe of LLaVA and Bunny; `all-recomputed` the same with gradient checkpointing
     all-trl      TRL's SFTTrainer with the same adapters, as its documentation has it
-    region       the Trainer with LoRA r 128 on `uniform:25%` and the projector in full (striate.lora_config)
+    region       the Trainer with LoRA r 128 on `uniform:25%` and the projector (full) (striate.lora_config)
     striate      striate's defaults for `uniform:25%`
     striate-*    the same with one thing changed
 """
@@ -50,16 +50,15 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import striate
-from striate.cost import Counts, Setup, this_machine
-from striate.cost.outline import outline_of
 from striate.data import IGNORED, Batch, Examples, Records, collate, read
-from striate.run import Run
-from striate.train import TUNE, in_full
-from striate.train.fitting import fit
+from striate.studies.cost import Counts, Setup, this_machine
+from striate.studies.cost.fake_model import fake_model_of
+from striate.train import TUNE, trainable_parameters
+from striate.train.fit import Trained, fit
 from striate.train.memory import PeakMemory
-from striate.train.order import LengthGrouped
-from striate.train.trainer import Group
-from striate.vlm import Vlm, multiplies_bfloat16
+from striate.train.optimizer import Group
+from striate.train.order import length_grouped
+from striate.vlm import Vlm, has_native_bfloat16, select
 
 WORDS = [f"word{index}" for index in range(2000)]
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "<image>")
@@ -111,13 +110,11 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, *, depth: int 
     )  # fmt: skip
     with device:
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    vlm = Vlm.of(model.to(device))
-    vlm.__dict__["processor"] = processor(shape)
-    return vlm
+    return Vlm.of(model.to(device), processor(shape))
 
 
 def processor(shape: Shape) -> LlavaProcessor:
-    """A word a token; pictures in the size of the tower."""
+    """One word per token; images in the size of the tower."""
     vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -133,7 +130,7 @@ def processor(shape: Shape) -> LlavaProcessor:
 
 
 def write_records(folder: Path, shape: Shape, number: int) -> Path:
-    """Records with a picture each, as a LLaVA-style JSON file."""
+    """Records with one image each, as a LLaVA-style JSON file."""
     draw = random.Random(0)
     rows = []
 
@@ -170,12 +167,12 @@ class Padded(Trainer):
     """The plain Trainer; batches are of like length, as LLaVA's recipe groups them."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return LengthGrouped(self.train_dataset.lengths, batch=self.args.train_batch_size, seed=0)
+        return length_grouped(self.train_dataset.lengths, self.args.train_batch_size, 0)
 
 
 def by_trainer(vlm: Vlm, records: Records, about: About, *, region: str, recompute: bool = False) -> Measured:
     """peft and the Trainer."""
-    network = adapted(vlm, region)
+    network = add_adapters(vlm, region)
     steps = Steps(vlm.device)
     trainer = Padded(
         model=network, args=arguments(about, gradient_checkpointing=recompute),
@@ -190,8 +187,8 @@ def _inputs(examples: list[Any], pad_id: int) -> dict[str, torch.Tensor]:
     return {**batch.inputs, "labels": batch.labels}
 
 
-def adapted(vlm: Vlm, region: str) -> nn.Module:
-    """Adapters on the region, the projector in full, what trains in float32."""
+def add_adapters(vlm: Vlm, region: str) -> nn.Module:
+    """Adapters on the region, full training of the projector, trained weights in float32."""
     chosen = striate.Region.parse(region, vlm.depth)
     network = peft.get_peft_model(vlm.model, striate.lora_config(vlm, chosen))
     for parameter in network.parameters():
@@ -201,7 +198,7 @@ def adapted(vlm: Vlm, region: str) -> nn.Module:
 
 
 def arguments(about: About, **settings: Any) -> TrainingArguments:
-    """Those of LLaVA's recipe, without what it writes."""
+    """The arguments of LLaVA's recipe, without saving and reporting."""
     settings |= (
         {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if settings["gradient_checkpointing"] else {}
     )
@@ -216,12 +213,12 @@ def arguments(about: About, **settings: Any) -> TrainingArguments:
 def by_trl(vlm: Vlm, records: Records, about: About) -> Measured:
     """TRL's SFTTrainer on conversations, collated by itself."""
     from datasets import Dataset, Features, List, Value
-    from datasets import Image as Picture
+    from datasets import Image as ImageFeature
     from trl import SFTConfig, SFTTrainer
 
     rows = [{"messages": list(r.messages), "images": [str(image) for image in r.images]} for r in records.records]
     part = {"type": Value("string"), "text": Value("string")}
-    features = {"messages": List({"role": Value("string"), "content": List(part)}), "images": List(Picture())}
+    features = {"messages": List({"role": Value("string"), "content": List(part)}), "images": List(ImageFeature())}
     steps = Steps(vlm.device)
     trainer = SFTTrainer(
         model=vlm.model, processing_class=vlm.processor, callbacks=[steps],
@@ -257,18 +254,13 @@ def by_striate(
 
         network, named = adapt(vlm, chosen, projector=projector, rank=128, alpha=256, dropout=0.05)
     else:
-        network, named = vlm.model, in_full(vlm, vlm.train_only(chosen, projector=projector))
+        network, named = vlm.model, trainable_parameters(vlm, select(vlm, chosen, projector=projector))
     groups = {part: Group(parameters, 2e-5) for part, parameters in named.items()}
-    run = Run.create(Path(about.folder) / "run", verb="tune", options={}, seed=0, parent="")
-
-    def train() -> None:
-        fit(vlm, network, run, records, groups, options, progress=False)
-
-    found = measure(train, None, vlm, about)
-    ends = [entry["seconds"] for entry in run.history()]
-    seconds = [b - a for a, b in itertools.pairwise(ends)]
-    told = {name: run.info["training"][name] for name in ("data_wait", "packing", "recomputed_layers")}
-    return replace(found, seconds=seconds, training=told)
+    trained: list[Trained] = []
+    found = measure(lambda: trained.append(fit(vlm, network, chosen, records, groups, options)), None, vlm, about)
+    ends = [entry["seconds"] for entry in trained[0].log.history]
+    summary = {name: trained[0].to_json()[name] for name in ("data_wait", "packing", "recomputed_layers")}
+    return replace(found, seconds=[b - a for a, b in itertools.pairwise(ends)], training=summary)
 
 
 @dataclass(frozen=True)
@@ -341,17 +333,17 @@ def step_of(about: About, folder: str) -> tuple[Vlm, Batch]:
 
 
 def floor(vlm: Vlm, batch: Batch, about: About) -> dict[str, float]:
-    """FLOPs that a step of striate's must do, the rate of large products here, and the seconds that makes."""
+    """FLOPs that a step of striate's must do, the rate of GEMMs here, and the seconds that makes."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from striate.train.loss import Shortcuts, answer_losses
+    from striate.train.loss import FastPaths, answer_losses
     from striate.train.packing import record_by_record
 
     device, shape = torch.device(about.device), SHAPES[about.shape]
-    in_full(vlm, vlm.train_only(striate.Region.parse("uniform:25%", vlm.depth)))
+    trainable_parameters(vlm, select(vlm, striate.Region.parse("uniform:25%", vlm.depth)))
     cast = torch.autocast(device.type, torch.bfloat16, enabled=about.dtype == "bfloat16")
     with FlopCounterMode(display=False) as counter, record_by_record(vlm), cast:
-        answer_losses(vlm, vlm.model, batch, shortcuts=Shortcuts(True, True)).mean().backward()
+        answer_losses(vlm, vlm.model, batch, fast_paths=FastPaths(True, True)).mean().backward()
     width, dtype = shape.text["hidden_size"], getattr(torch, about.dtype)
     left = torch.randn(int(batch.inputs["attention_mask"].sum()), width, dtype=dtype, device=device)
     right = torch.randn(shape.text["intermediate_size"], width, dtype=dtype, device=device)
@@ -365,11 +357,11 @@ def floor(vlm: Vlm, batch: Batch, about: About) -> dict[str, float]:
         seconds.append((time.perf_counter() - began) / 5)
     rate = 2 * left.numel() * len(right) / median(seconds)
     flops = counter.get_total_flops()
-    return {"flops": flops, "tokens": len(left), "flops_a_second": rate, "seconds": flops / rate}
+    return {"flops": flops, "tokens": len(left), "flops_per_second": rate, "seconds": flops / rate}
 
 
-def foretold(vlm: Vlm, batch: Batch, about: About) -> float:
-    """The seconds a step that `striate cost` says from the config, the mean lengths and its own look at the machine."""
+def predict(vlm: Vlm, batch: Batch, about: About) -> float:
+    """The seconds per step that `striate cost` predicts from the config, the mean lengths and the measured machine."""
     answers, pictured = int((batch.labels != IGNORED).sum()), int(batch.image_mask.sum())
     texts = int(batch.inputs["attention_mask"].sum()) - answers - pictured
     setup = Setup(
@@ -377,8 +369,8 @@ def foretold(vlm: Vlm, batch: Batch, about: About) -> float:
         text_tokens=round(texts / about.batch), answer_tokens=round(answers / about.batch),
     )  # fmt: skip
     dtype = "bfloat16" if about.dtype == "bfloat16" else "float32"
-    sketch = outline_of(vlm.model.config, kept_as=getattr(torch, about.dtype), dtype=dtype)
-    step = Counts(sketch, setup).step(striate.Region.parse("uniform:25%", vlm.depth))
+    fake = fake_model_of(vlm.model.config, kept_as=getattr(torch, about.dtype), dtype=dtype)
+    step = Counts(fake, setup).step(striate.Region.parse("uniform:25%", vlm.depth))
     return step.seconds(*this_machine(dtype).reached)
 
 
@@ -396,15 +388,15 @@ def take_turns(names: list[str], about: About, turns: int) -> dict[str, dict[str
                 print(f"{name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
                 continue
             found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"turn {turn + 1}: {name:26} {median(found[name][-1]['seconds']):8.2f} s a step", flush=True)
+            print(f"turn {turn + 1}: {name:26} {median(found[name][-1]['seconds']):8.2f} s per step", flush=True)
     return {name: _summary(results, about) for name, results in found.items() if results}
 
 
 def _summary(results: list[dict[str, Any]], about: About) -> dict[str, Any]:
     step = median(median(result["seconds"]) for result in results)
     return {
-        "seconds_a_step": step,
-        "samples_a_second": about.batch / step,
+        "seconds_per_step": step,
+        "records_per_second": about.batch / step,
         "peak_gb": median(result["peak_gb"] for result in results),
         "above_rest_gb": median(result["above_rest_gb"] for result in results),
         "all_seconds": [result["seconds"] for result in results],
@@ -415,30 +407,30 @@ def _summary(results: list[dict[str, Any]], about: About) -> dict[str, Any]:
 def compare(found: dict[str, dict[str, Any]]) -> None:
     """Ratios: to the better of the all-layer recipes, and to the Trainer on the same region."""
     recipes = [found[name] for name in ("all", "all-recomputed") if name in found]
-    best = min(recipes, key=lambda one: one["seconds_a_step"])
+    best = min(recipes, key=lambda one: one["seconds_per_step"])
     for one in found.values():
-        one["speedup_vs_all_layer_lora"] = best["seconds_a_step"] / one["seconds_a_step"]
+        one["speedup_vs_all_layer_lora"] = best["seconds_per_step"] / one["seconds_per_step"]
         one["memory_ratio"] = one["peak_gb"] / best["peak_gb"]
         if "region" in found:
-            one["speedup_vs_same_region"] = found["region"]["seconds_a_step"] / one["seconds_a_step"]
+            one["speedup_vs_same_region"] = found["region"]["seconds_per_step"] / one["seconds_per_step"]
 
 
 def main() -> None:
-    """Measure, and write what was found."""
+    """Measure, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: what striate would take here")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="a turn; the first does not count")
-    parser.add_argument("--batch", type=int, help="records a step; default: the shape's")
+    parser.add_argument("--steps", type=int, default=3, help="per turn; the first does not count")
+    parser.add_argument("--batch", type=int, help="records per step; default: the shape's")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--depth", type=int, help="decoder layers; default: the shape's")
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
-    dtype = options.dtype or ("bfloat16" if multiplies_bfloat16(device) else "float32")
+    dtype = options.dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
     about = About(options.shape, options.device, dtype, options.steps, options.batch or SHAPES[options.shape].batch, "")
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
@@ -458,18 +450,18 @@ def main() -> None:
     compare(report["contestants"])
     with tempfile.TemporaryDirectory() as folder:
         vlm, batch = step_of(about, folder)
-    report["foretold"] = {"seconds": foretold(vlm, batch, about)}
+    report["predicted"] = {"seconds": predict(vlm, batch, about)}
     report["floor"] = floor(vlm, batch, about)
     if "striate" in report["contestants"]:
-        ours = report["contestants"]["striate"]["seconds_a_step"]
-        report["foretold"]["measured_to_foretold"] = ours / report["foretold"]["seconds"]
+        ours = report["contestants"]["striate"]["seconds_per_step"]
+        report["predicted"]["measured_to_predicted"] = ours / report["predicted"]["seconds"]
         report["floor"]["ratio"] = ours / report["floor"]["seconds"]
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     for name, work in report["contestants"].items():
-        print(f"{name:26} {work['seconds_a_step']:7.2f} s a step  {work['speedup_vs_all_layer_lora']:5.2f} x  "
+        print(f"{name:26} {work['seconds_per_step']:7.2f} s per step  {work['speedup_vs_all_layer_lora']:5.2f} x  "
               f"peak {work['peak_gb']:6.2f} GB, {work['memory_ratio']:.2f} x")  # fmt: skip
-    print(f"floor {report['floor']['seconds']:.2f} s a step, foretold {report['foretold']['seconds']:.2f} s")
+    print(f"floor {report['floor']['seconds']:.2f} s per step, predicted {report['predicted']['seconds']:.2f} s")
 
 
 if __name__ == "__main__":

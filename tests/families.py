@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from striate.errors import UserError
-from striate.prune.protected import protected_in
+from striate.prune.protected import protected_by_config
 from striate.vlm import Vlm
 
 TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
@@ -54,21 +54,14 @@ READ = [name for name in {**pico.MORE, **pico.OTHERS} if name not in OWN and not
 # Tried with their processor, and not the whole path, for its time: their parts are those of others.
 ALIKE = ("exaone4_5", "glm46v", "hyperclovax_vision_v2")
 
-# What they cannot do, with what is said: parameters that no loss reaches, in every step that trains them.
-_NO_GRADIENT = "parameters should train but got no gradient"
-CANNOT: dict[str, dict[str, str]] = {
-    "ernie4_5_vl_moe": {"tune full": f"no: 4 {_NO_GRADIENT}"},  # a balance of its experts that its router keeps
-    "hunyuan_vl": dict.fromkeys(STEPS, f"no: 1 {_NO_GRADIENT}"),  # the separator of images in its projector
-}
-
 # Processors that records cannot be read with, or that no tiny one can be made of; others that are missing below need
 # torchvision, which is not installed, or have no name in transformers.
 _NO_TEMPLATE = "it takes no chat template"
-_NO_TOKEN = "it names no image token"
+_NO_TOKEN = "it has no image token"
 _TORCHVISION = "it needs torchvision"
 UNREAD: dict[str, str] = {
     "blip-2": _NO_TEMPLATE,
-    "deepseek_ocr2": "its model has features for pictures of 768 and 1024 pixels alone",
+    "deepseek_ocr2": "its model has features for images of 768 and 1024 pixels alone",
     "fuyu": _NO_TEMPLATE,
     "git": _NO_TOKEN,
     "instructblip": _NO_TEMPLATE,
@@ -93,7 +86,7 @@ def parts(kind: str) -> str:
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return "no: its config is behind no class for images and text"
     try:
-        Vlm.sketched(config)
+        Vlm.on_meta(config)
     except UserError as error:
         reason = str(error).removeprefix(f"{kind} ").removeprefix(f"{kind}: ")
         return f"no: {reason}"
@@ -115,7 +108,7 @@ def prune(kind: str) -> str:
     """`protected: why` where a type has layers that cannot be cut, `yes` where cutting is proven, or nothing."""
     config = config_of(kind)
     depth = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None) or 0
-    found = protected_in(config, depth)
+    found = protected_by_config(config, depth)
     if found:
         reasons = "; ".join(dict.fromkeys(found.values()))
         return f"protected: {'all' if len(found) == depth else len(found)} of {depth} layers: {reasons}"
@@ -128,7 +121,7 @@ def row(kind: str) -> list[str]:
     if found != "yes":
         return [f"`{kind}`", found, *[""] * (len(STEPS) + 2)]
     tried = kind in {*OWN, *READ} - {*ALIKE}
-    steps = [CANNOT.get(kind, {}).get(step, "yes") if tried else "" for step in STEPS]
+    steps = ["yes" if tried else "" for _ in STEPS]
     return [f"`{kind}`", found, processor(kind), *steps, prune(kind)]
 
 
@@ -156,15 +149,15 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
   `striate inspect` does it: {found} of {types}. {completed} default configs lack values, which `COMPLETED` in
   `tests/families.py` adds.
 - **Processor**: records of one image, of two, of a conversation and of text alone are read with a tiny processor of the
-  type's own: the answers are learnt to the letter, and each feature that the model makes has its image token. {read}
-  types; `no` says why not, and the columns behind it are then tried with pictures laid out as the type has them. In
-  transformers, Mllama's tokens before the first picture look across to whatever pads the row, and HunYuan's numbers of
+  type's own: the answers are learned to the letter, and each feature that the model makes has its image token. {read}
+  types; `no` says why not, and the columns behind it are then tried with images laid out as the type has them. In
+  transformers, Mllama's tokens before the first image look across to whatever pads the row, and HunYuan's numbers of
   images run on over a batch: losses depend on the batch a little.
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
-  LoRA, a score of what came of it, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
+  LoRA, a score of the result, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
 
-An empty cell was not tried. `tune` tries every short cut on the model before it takes it, and `prune` proves every cut,
-so that a type which does not hold is told so before anything is saved.
+An empty cell was not tried. `tune` tries every fast path on the model before it uses it, and `prune` verifies every
+cut, so that a type which fails is refused before anything is saved.
 
 """

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["striate.train", "striate.score", "striate.evaluate"])
+CONTEXT.set_forkserver_preload(["striate.train", "striate.scores", "striate.evaluation"])
 PATIENCE = 120  # seconds; a process that waits for another for ever is the fault to look for
 
 

@@ -105,7 +105,7 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pico_processor() -> LlavaProcessor:
-    """32-pixel pictures, 16 image tokens each."""
+    """32-pixel images, 16 image tokens each."""
     return LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": 32, "width": 32}),
         tokenizer=pico_tokenizer(),
@@ -319,7 +319,7 @@ def filled(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# Image tokens of one picture, where they are not 16; and the token that has to stand before them.
+# Number of image tokens per image where it is not 16, and the token that must precede them.
 _TOKENS = dict.fromkeys(
     ("mistral3", "aya_vision", "cohere2_vision", "glm4v", "glm4v_moe", "lfm2_vl", "aria", "blip-2",
      "idefics2", "llama4", "paddleocr_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"), 4
@@ -330,7 +330,7 @@ _PATCHED = {"fuyu": (1, 16, 192), **dict.fromkeys(_TYPED, (16, 3 * 2 * 8 * 8)), 
 
 
 def pico_pixels(name: str) -> dict[str, torch.Tensor]:
-    """One picture as the family's own processor would give it to a model of `MORE` or `OTHERS`."""
+    """One image as the family's own processor prepares it for a model of `MORE` or `OTHERS`."""
     size = (1, 1, 3, 32, 32) if name == "idefics2" else (1, 3, 128, 128) if name == "got_ocr2" else (1, 3, 32, 32)
     pixels = {"pixel_values": torch.randn(*_PATCHED.get(name, size))}
     if name == "fuyu":
@@ -370,15 +370,15 @@ def pico_prompts(name: str) -> dict[str, dict[str, torch.Tensor]]:
 
 
 class PicoReader(LlavaProcessor):
-    """A real processor whose pictures are laid out as a family has them. What they show is drawn by lot."""
+    """A real processor that returns random pixels in the layout of a family."""
 
     name: str
 
     def _process_images(self, images: Any, **_: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-        pictures = [pico_pixels(self.name) for batch in images for _ in batch]
+        outputs = [pico_pixels(self.name) for batch in images for _ in batch]
         lead = self.tokenizer.convert_ids_to_tokens([_LEADS[self.name]]) if self.name in _LEADS else []
         mark = " ".join([*lead, *[self.image_token] * _TOKENS.get(self.name, 16)])
-        return {key: torch.cat([one[key] for one in pictures]) for key in pictures[0]}, [mark] * len(pictures)
+        return {key: torch.cat([one[key] for one in outputs]) for key in outputs[0]}, [mark] * len(outputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, return_mm_token_type_ids=self.name in _TYPED, **kwargs)

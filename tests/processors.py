@@ -127,7 +127,7 @@ def ernie4_5_vl_moe() -> ProcessorMixin:
 
 
 def glm(kind: type[ProcessorMixin], images: type[PilBackend]) -> ProcessorMixin:
-    size = {"shortest_edge": 2 * 16**2, "longest_edge": 2 * 64**2}  # of a picture twice, as of two frames
+    size = {"shortest_edge": 2 * 16**2, "longest_edge": 2 * 64**2}  # of an image twice, as of two frames
     tokens = tokenizer(
         image_token="<|image|>", video_token="<|video|>", start="<|begin_of_image|>", end="<|end_of_image|>",
         video_start="<|begin_of_video|>", video_end="<|end_of_video|>",
@@ -256,7 +256,7 @@ MIXED_UP = ("hunyuan_vl",)  # its model numbers the images of a batch, not those
 
 
 def processor(family: str) -> ProcessorMixin:
-    """The family's processor; stand-ins for its video side are let in."""
+    """The family's processor; dummies for its video processor are allowed."""
     with patch.object(ProcessorMixin, "check_argument_for_proper_class"):
         return FAMILIES[family]()
 

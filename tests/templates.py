@@ -159,7 +159,7 @@ TEXT_ONLY = """
 
 PRINTED = TEXT_ONLY.replace("+ message['content'] +", "~ message['content'] ~")
 
-# Thinks before it answers, but only when asked to go on: the prompt is no prefix of the finished text.
+# Thinks before it answers, but only when asked to go on: the prompt is not a prefix of the finished text.
 THINKING = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n\\n</think>\\n\\n' }}")
 
 TEMPLATES = {
@@ -189,7 +189,7 @@ CORPUS = "is the red cat on a mat? yes, no: two dogs and one bird. What colour A
 
 @cache
 def bpe(adds_bos: bool = False, spaces: bool = False) -> Tokenizer:
-    """Byte pairs learnt on one line; every text goes through it and back unchanged.
+    """Byte pairs learned on one line; every text goes through it and back unchanged.
 
     `spaces`: as SentencePiece has it, with a word's space inside its first token, and only known letters.
     """
@@ -223,7 +223,7 @@ def tokenizer(adds_bos: bool = False, spaces: bool = False, **named: str) -> Pre
 
 
 def llava(template: str = CHATML, adds_bos: bool = False, spaces: bool = False) -> LlavaProcessor:
-    """32 x 32 pixels and 4 x 4 image tokens an image."""
+    """32 x 32 pixels and 4 x 4 image tokens per image."""
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tokenizer(adds_bos, spaces),
@@ -234,7 +234,7 @@ def llava(template: str = CHATML, adds_bos: bool = False, spaces: bool = False) 
 
 
 # Every family's processor with its own way to cut an image up, small. Those that also take video want
-# torchvision for it; their image side does not, so the tests put a stand-in in the video processor's place.
+# torchvision for it; their image side does not, so the tests replace the video processor by a dummy.
 
 SQUARE = {"height": 32, "width": 32}
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]

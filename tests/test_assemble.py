@@ -23,7 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import striate
-from striate.assemble import assemble
+from striate.studies.assemble import assemble
 
 SIZE = {"height": 32, "width": 32}
 TOWER = {

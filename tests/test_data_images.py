@@ -9,10 +9,12 @@ import threading
 import time
 import warnings
 import zlib
+from base64 import b64encode, encodebytes, urlsafe_b64encode
 from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from urllib.parse import quote, quote_from_bytes
 
 import numpy as np
 import pytest
@@ -75,8 +77,8 @@ def test_palettes_and_transparency_lie_on_white() -> None:
     red = palette.getpixel((0, 0))
     np.testing.assert_array_equal(pixels(encoded(palette, "PNG", transparency=red)), expected)
     np.testing.assert_array_equal(pixels(encoded(FLAG, "PNG", transparency=(255, 0, 0))), expected)
-    grey = Image.new("LA", (4, 4), (100, 128))
-    assert abs(int(pixels(encoded(grey, "PNG"))[0, 0, 0]) - (100 * 128 + 255 * 127) // 255) <= 1
+    gray = Image.new("LA", (4, 4), (100, 128))
+    assert abs(int(pixels(encoded(gray, "PNG"))[0, 0, 0]) - (100 * 128 + 255 * 127) // 255) <= 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -105,7 +107,7 @@ def test_one_bit_and_cmyk() -> None:
 
 
 def test_the_first_frame_of_a_moving_one() -> None:
-    rest = [Image.new("RGB", FLAG.size, colour) for colour in ("green", "black")]
+    rest = [Image.new("RGB", FLAG.size, color) for color in ("green", "black")]
     for kind in ("GIF", "WEBP", "TIFF", "PNG"):
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(FLAG, kind, save_all=True, append_images=rest, **options)
@@ -144,8 +146,8 @@ def bomb(side: int, high: int = 0) -> bytes:
     (bomb(12_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
     (bomb(60_000), f"image data has more than {MAX_PIXELS:,} pixels; scale it down"),
     (bomb(1, 2**24), f"image data has more than {MAX_SIDE:,} pixels on a side; scale it down"),
-    (encoded(FLAG, "PNG")[:-30], "image data is damaged"),
-    (encoded(FLAG.resize((99, 99)), "JPEG")[:-200], "image data is damaged"),
+    (encoded(FLAG, "PNG")[:-30], "image data is corrupted"),
+    (encoded(FLAG.resize((99, 99)), "JPEG")[:-200], "image data is corrupted"),
     (b"", "is not an image"),
     (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
@@ -234,14 +236,26 @@ def test_an_image_that_becomes_a_link_is_found_out(folder: Path) -> None:
     ("../missing.png", "is outside the image folder"),
     ("loop.png", "not found in"),
     ("nul\0.png", "not found in"),
-    ("x" * 5000, "not found in"),
+    ("x" * 5000, "has 5,000 characters and is neither a path nor a base64 image"),
     ("pipe.png", "is not a file"),
     ("deep", "is not a file"),
-    ("", "an image must be a path, found"),
-    (7, "an image must be a path, found 7"),
-    (None, "an image must be a path, found None"),
+    ("", "an image must be a path, URL or data, found"),
+    (7, "an image must be a path, URL or data, found 7"),
+    (None, "an image must be a path, URL or data, found None"),
     ({"bytes": None, "path": "../secret.png"}, "is outside the image folder"),
-    ("file:///etc/passwd", "not found in"),
+    ("file:///etc/passwd", "image /etc/passwd is outside the image folder"),
+    ("file://localhost/etc/passwd", "image /etc/passwd is outside the image folder"),
+    ("file://elsewhere/a.png", "not found in"),
+    ("s3://bucket/a.png", "image s3://bucket/a.png is a URL of type s3, which is not supported; download it"),
+    ("gs://bucket/a.png", "is a URL of type gs, which is not supported; download it"),
+    ("hf://datasets/a/b.png", "is a URL of type hf, which is not supported; download it"),
+    ("data:video/mp4;base64,AAAA", "image data:video/mp4;base64,AAAA is not a data URI of an image"),
+    ("data:image/png;base64", "is not a data URI of an image"),
+    ("data:image/png;base64,A*", "is not valid base64"),
+    ({"bytes": "x"}, "image x is not valid base64"),
+    ({"bytes": [137, 80]}, "an image must be a path, URL or data, found [137, 80]"),
+    ({"bytes": None, "path": None}, "an image must be a path, URL or data, found None"),
+    ({"a": 1}, "an image must be a path, URL or data, found None"),
     ("https://example.org/a.png", "is a URL; download it, or pass --allow-urls"),
 ])  # fmt: skip
 def test_images_that_may_not_be_opened(folder: Path, name: object, message: str) -> None:
@@ -251,6 +265,54 @@ def test_images_that_may_not_be_opened(folder: Path, name: object, message: str)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+KINDS = {"PNG": {}, "JPEG": {}, "GIF": {}, "WEBP": {"lossless": True}, "BMP": {}, "TIFF": {}, "JPEG2000": {}}
+
+
+def saved(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, kind, **KINDS[kind])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_a_record_holds_itself(tmp_path: Path, kind: str) -> None:
+    data = saved(kind)
+    text, folder = b64encode(data).decode(), ImageFolder(tmp_path)
+    texts = [text, encodebytes(data).decode(), urlsafe_b64encode(data).decode(), text.rstrip("="), f" {text}\n"]
+    uris = [f"data:image/{kind.lower()};base64,{one}" for one in texts[:1]]
+    uris += [
+        f"DATA:;charset=utf-8;base64,{text}",
+        f"data:image/x,{quote_from_bytes(data)}",
+        f"data:;base64,{quote(text)}",
+    ]
+    pairs = [{"bytes": one, "path": "nowhere.png"} for one in (data, text, uris[0])]
+    pairs += [{"base64": text}, {"url": uris[0]}, {"image_url": {"url": uris[0]}}, {"path": None, "bytes": text}]
+    for value in [data, *texts, *uris, *pairs]:
+        assert folder.locate(value, "train.json:3") == data
+    assert open_image(data).getpixel((8, 8))[0] > 250
+
+
+@pytest.mark.parametrize("ending", ["JPG", "png", "jpeg"])
+def test_base64_that_ends_like_the_name_of_a_file(tmp_path: Path, ending: str) -> None:
+    text = b64encode(saved("JPEG") + bytes(5)).decode().rstrip("=")
+    text = text[: len(text) // 4 * 4] + ending.rjust(4, "A")  # what follows the end of a JPEG does not matter
+    assert open_image(ImageFolder(tmp_path).locate(text, "")).size == (16, 16)
+
+
+def test_data_of_more_pixels_than_a_file_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 100)
+    image = ImageFolder(tmp_path).locate("data:image/png;base64," + b64encode(saved("PNG")).decode(), "")
+    with pytest.raises(RecordError, match="image data has more than 100 pixels; scale it down"):
+        open_image(image)
+
+
+@pytest.mark.parametrize("form", ["file://{}", "FILE://{}", "file://localhost{}", "file:///{}"])
+def test_addresses_of_files(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "a cat.png"
+    file.write_bytes(saved("PNG"))
+    assert ImageFolder(tmp_path).locate(form.format(quote(str(file))), "") == file
 
 
 class Web(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Reading: both spellings, every kind of file, and one clear line for each thing that can be wrong."""
+"""Reading: both formats, every kind of file, and one clear line for each thing that can be wrong."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from striate.data import Record, RecordError, Skipped, open_image, read, stored
+from striate.data import Record, RecordError, Skipped, lazy_records, open_image, read
+from striate.data.format import record_of
 from striate.data.images import ImageFolder
-from striate.data.spelling import record_of
 from striate.errors import UserError
 
 IMAGE = {"type": "image"}
@@ -29,8 +29,8 @@ def text(words: str) -> dict[str, str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, colour in (("a.png", "red"), ("b.png", "blue")):
-        Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / name)
     return tmp_path
 
 
@@ -39,7 +39,7 @@ def read_one(folder: Path, row: Any, **options: Any) -> Record:
     return read(folder / "train.json", **options).records[0]
 
 
-# Spellings.
+# Formats.
 
 LLAVA = {
     "id": "000123",
@@ -54,11 +54,11 @@ LLAVA = {
 }
 
 
-def test_llava_spelling(folder: Path) -> None:
+def test_llava_format(folder: Path) -> None:
     found = read_one(folder, {**LLAVA, "image": ["a.png", "b.png", "a.png"]})
     assert found.messages == (
         {"role": "system", "content": [text("Answer briefly.")]},
-        {"role": "user", "content": [IMAGE, text("Is it"), IMAGE, text(" or "), IMAGE, text("?")]},
+        {"role": "user", "content": [IMAGE, text("\nIs it\n"), IMAGE, text(" or "), IMAGE, text("?")]},
         {"role": "assistant", "content": [text("The first")]},
         {"role": "user", "content": [text("Sure?")]},
         {"role": "assistant", "content": [text("Yes")]},
@@ -68,14 +68,14 @@ def test_llava_spelling(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [
-    "<image>\nWhat?",
+    "<image>What?",
     "What?",  # no mark: the image comes first
     [IMAGE, text("What?")],
     [text("<image>What?")],
     [{"type": "image", "text": None}, {"type": "text", "text": "What?", "image": None}],  # as Arrow fills it up
 ])  # fmt: skip
 @pytest.mark.parametrize("key", ["image", "images"])
-def test_spellings_of_the_same_record(folder: Path, content: Any, key: str) -> None:
+def test_formats_of_the_same_record(folder: Path, content: Any, key: str) -> None:
     image = "a.png" if key == "image" else ["a.png"]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": [text("red")]}]
     other = [{"from": "human", "value": content}, {"from": "gpt", "value": "red"}]
@@ -115,7 +115,7 @@ def test_text_only_evaluation_and_plain_text_records(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 @pytest.mark.parametrize("as_lines", [False, True])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_lists_and_lines_are_told_apart(folder: Path, name: str, as_lines: bool, mark: bytes) -> None:
+def test_lists_and_lines_are_distinguished(folder: Path, name: str, as_lines: bool, mark: bytes) -> None:
     rows = [json.dumps({"messages": CHAT, "id": id}, ensure_ascii=False) for id in ("ä\u2028b", "c")]
     whole = "\n\n".join(rows) if as_lines else " [" + ",\n".join(rows) + "]"
     (folder / name).write_bytes(mark + whole.encode())
@@ -154,19 +154,19 @@ def test_parquet_keeps_its_images_on_disk(folder: Path, monkeypatch: pytest.Monk
     })  # fmt: skip
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
     found = read(folder / "train.parquet", on_bad="skip")
-    assert found.skipped == [Skipped("train.parquet:2", "3 <image> marks for 2 images; they must be as many")]
+    assert found.skipped == [Skipped("train.parquet:2", "3 <image> placeholders for 2 images; they must match")]
     assert [open_image(image).getpixel((0, 0)) for image in found.records[0].images] == [(255, 0, 0)] * 2
     single = [{"image": data, "messages": CHAT}, {"image": {"bytes": None, "path": "b.png"}, "messages": CHAT}]
     datasets.Dataset.from_list(single).to_parquet(folder / "other.parquet")
-    colours = [open_image(record.images[0]).getpixel((0, 0)) for record in read(folder / "other.parquet")]
-    assert colours == [(255, 0, 0), (0, 0, 255)]
+    colors = [open_image(record.images[0]).getpixel((0, 0)) for record in read(folder / "other.parquet")]
+    assert colors == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_hub_data_sets_and_parquet_need_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "train.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for path in ("nobody/nothing", folder / "train.parquet"):
-        with pytest.raises(UserError, match="pip install datasets"):
+        with pytest.raises(UserError, match=r"pip install 'striate\[data\]'"):
             read(path)
 
 
@@ -178,7 +178,7 @@ def test_unreadable_data_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match=r"train.parquet: not a readable Parquet file"):
         read(folder / "train.parquet")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match=r"nobody/nothing: no such file here, and not loadable from the hub"):
+    with pytest.raises(UserError, match=r"nobody/nothing: no such file, and not loadable from the hub"):
         read("nobody/nothing")
 
 
@@ -186,7 +186,7 @@ def test_unreadable_data_sets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def llava_rows(number: int) -> list[dict[str, Any]]:
-    """Records with and without a picture, letters of one to four bytes, an id that says which."""
+    """Records with and without an image, letters of one to four bytes, an id that says which."""
     letters = ["plain", "ä\u2028", "\u4e2d", "\U0001f408"]
     return [
         {"id": str(index), "conversations": [
@@ -202,7 +202,7 @@ def llava_rows(number: int) -> list[dict[str, Any]]:
 def test_a_list_comes_in_blocks_of_any_size(
     folder: Path, block: int, layout: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "BLOCK", block)
+    monkeypatch.setattr(lazy_records, "BLOCK", block)
     rows = llava_rows(9)
     text = "\n".join(map(json.dumps, rows)) if layout is None else f" {json.dumps(rows, **layout)}\n"
     (folder / "train.json").write_text("\ufeff" + text, encoding="utf-8")
@@ -210,7 +210,7 @@ def test_a_list_comes_in_blocks_of_any_size(
     alone = [record_of(row, f"train.json:{number}", ImageFolder(folder)) for number, row in enumerate(rows, 1)]
     assert list(found) == alone
     assert [record.source for record in found] == [f"train.json:{number}" for number in range(1, 10)]
-    assert all(isinstance(entry, stored.Place) for entry in found.entries)
+    assert all(isinstance(entry, lazy_records.RecordLocation) for entry in found.entries)
 
 
 @pytest.mark.parametrize("text", [
@@ -221,7 +221,7 @@ def test_a_list_comes_in_blocks_of_any_size(
 def test_a_broken_list_is_refused_where_it_breaks(
     folder: Path, text: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored, "BLOCK", block)
+    monkeypatch.setattr(lazy_records, "BLOCK", block)
     (folder / "train.json").write_text(text, encoding="utf-8")
     with pytest.raises(json.JSONDecodeError) as expected:
         json.loads(text)
@@ -235,7 +235,7 @@ def test_a_broken_list_is_refused_where_it_breaks(
 def test_what_is_known_of_a_record_without_reading_it(folder: Path) -> None:
     (folder / "train.json").write_text(json.dumps(llava_rows(12)))
     found = read(folder / "train.json").records
-    in_memory = stored.Stored(list(found))
+    in_memory = lazy_records.LazyRecords(list(found))
     assert [found.size(index) for index in range(12)] == [in_memory.size(index) for index in range(12)]
     assert [record.id for record in found.take([7, 2])] == ["7", "2"]
     assert [record.id for record in found[::5]] == ["0", "5", "10"]
@@ -250,7 +250,7 @@ def test_a_file_that_changes_under_a_training_is_refused(folder: Path) -> None:
     path.write_text(json.dumps(llava_rows(3)))
     found = read(path).records
     os.utime(path, ns=(1, 1))
-    with pytest.raises(UserError, match=r"train.json has changed since its records were read: start again"):
+    with pytest.raises(UserError, match=r"train.json has changed since its records were read: run the command again"):
         found[0]
     path.unlink()
     with pytest.raises(UserError, match=r"train.json: cannot be read \(No such file or directory\)"):
@@ -278,20 +278,20 @@ def test_a_file_that_changes_under_a_training_is_refused(folder: Path) -> None:
     ({"messages": [{"role": "user"}]}, "turn 1: the content must be text or a list, found nothing"),
     ({"messages": [{"role": "user", "content": ""}]}, "turn 1 is empty"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]},
-     "turn 1: a content part must be text or an image, found {'type': 'video'}"),
+     "turn 1: a part of type 'video' is not supported: striate supports images and text; give frames as images"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "turn 1: a content part must be text or an image"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": " \n"}]}, "turn 2: the answer is empty"),
     ({"messages": [CHAT[0], {"role": "assistant", "content": "see <image>"}], "image": "a.png"},
      "turn 2: an answer cannot hold an image"),
     ({"messages": [{"role": "user", "content": "<image> and <image>"}], "image": "a.png"},
-     "2 <image> marks for 1 images; they must be as many"),
+     "2 <image> placeholders for 1 images; they must match"),
     ({"messages": [{"role": "user", "content": "<image>"}], "images": ["a.png", "b.png"]},
-     "1 <image> marks for 2 images; they must be as many"),
-    ({"messages": [{"role": "user", "content": "<image>"}]}, "1 <image> marks for 0 images"),
+     "1 <image> placeholders for 2 images; they must match"),
+    ({"messages": [{"role": "user", "content": "<image>"}]}, "1 <image> placeholders for 0 images"),
     ({"messages": CHAT, "image": "c.png"}, "image c.png not found in"),
     ({"messages": CHAT, "image": "../c.png"}, "image ../c.png is outside the image folder"),
-    ({"messages": CHAT, "image": 7}, "an image must be a path, found 7"),
-    ({"messages": CHAT, "image": [["a.png"]]}, "an image must be a path, found ['a.png']"),
+    ({"messages": CHAT, "image": 7}, "an image must be a path, URL or data, found 7"),
+    ({"messages": CHAT, "image": [["a.png"]]}, "an image must be a path, URL or data, found ['a.png']"),
     ({"messages": CHAT, "image": "http://localhost/a.png"},
      "image http://localhost/a.png is a URL; download it, or pass --allow-urls"),
     ({"messages": CHAT, "answers": {"a": 1}}, "'answers' must be a list of texts, found {'a': 1}"),
@@ -344,6 +344,58 @@ def test_missing_files(tmp_path: Path) -> None:
         read(tmp_path / "train.json")
     with pytest.raises(UserError, match=r"no .json, .jsonl, .parquet file in this folder"):
         read(tmp_path)
+
+
+# Missing values.
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("block", [1, 7, 10**6])
+@pytest.mark.parametrize(("value", "place"), [
+    ({"choices": ["a", NAN]}, "choices[1]"), ({"answers": NAN}, "answers"), ({"score": float("inf")}, "score"),
+    ({"about": {"x": [0, -float("inf")]}}, "about.x[1]"),
+])  # fmt: skip
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_what_is_not_finite_in_json_is_refused_with_its_place(
+    folder: Path, value: Any, place: str, as_lines: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_records, "BLOCK", block)
+    rows = [{"messages": CHAT}, {"messages": CHAT, **value}, {"messages": CHAT, "task": "NaN, Infinity"}]
+    (folder / "train.json").write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))
+    found = read(folder / "train.json", on_bad="skip")
+    reason = f"not valid JSON ({place} is not finite; write null for a missing value); fix or remove it"
+    assert found.skipped == [Skipped("train.json:2", reason)]
+    assert [record.task for record in found] == ["", "NaN, Infinity"]
+    with pytest.raises(RecordError, match=r"^train.json:2: not valid JSON"):
+        read(folder / "train.json")
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({"choices": ["a", None]}, "'choices' has an empty item 2; write its text, or remove it"),
+    ({"choices": [NAN, "b"]}, "'choices' has an empty item 1"),
+    ({"answers": [None]}, "'answers' has an empty item 1"),
+    ({"answers": [float("inf")]}, "'answers' must be a list of texts, found [inf]"),
+    ({"answers": [True]}, "'answers' must be a list of texts, found [True]"),
+    ({"image": ["a.png", None], "messages": [{"role": "user", "content": "<image><image>"}]}, "an image must be a"),
+    ({"image": NAN, "messages": [{"role": "user", "content": "<image>"}]}, "1 <image> placeholders for 0 images"),
+    ({"messages": [{"role": "user", "content": NAN}]}, "turn 1: the content must be text or a list, found nothing"),
+    ({"messages": NAN, "text": NAN}, "expected 'conversations', 'messages' or 'text', found nothing"),
+])  # fmt: skip
+def test_a_missing_value_does_not_become_a_word(folder: Path, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        record_of({"messages": CHAT, **row}, "a:1", ImageFolder(folder))
+    assert str(caught.value).startswith(f"a:1: {reason}")
+
+
+@pytest.mark.parametrize("nothing", [None, NAN])
+def test_a_missing_value_is_as_if_it_were_not_there(folder: Path, nothing: float | None) -> None:
+    keys = ("id", "task", "metric", "answers", "choices", "image", "images", "text", "system", "weight")
+    empty = dict.fromkeys(keys, nothing) | {"image_path": [nothing], "img": {"bytes": nothing, "path": nothing}}
+    found = record_of({"messages": [CHAT[0] | {"from": nothing}, CHAT[1]], **empty}, "a:1", ImageFolder(folder))
+    assert found == record_of({"messages": CHAT}, "a:1", ImageFolder(folder))
+    whole = record_of({"messages": CHAT, "answers": [3.0, 2.5, 7, "None"]}, "a:1", ImageFolder(folder))
+    assert whole.answers == ("3", "2.5", "7", "None")  # Arrow and pandas make 3.0 of 3 where another row has none
 
 
 # Benchmarks as they are published.
@@ -413,17 +465,17 @@ def tdiuc(folder: Path) -> Path:
 
 
 def test_tdiuc_has_a_task_for_each_type_of_question(tdiuc: Path) -> None:
-    colour, counting = read(tdiuc, images=tdiuc.parents[1] / "Images")
-    assert colour.messages[0]["content"] == [IMAGE, text("What colour is it?")]
-    assert (colour.task, colour.answers, colour.source) == ("tdiuc_color", ("red",), f"{tdiuc.name}:1")
+    color, counting = read(tdiuc, images=tdiuc.parents[1] / "Images")
+    assert color.messages[0]["content"] == [IMAGE, text("What colour is it?")]
+    assert (color.task, color.answers, color.source) == ("tdiuc_color", ("red",), f"{tdiuc.name}:1")
     assert (counting.task, counting.answers) == ("tdiuc_counting", ("2",))
     assert counting.messages[0]["content"] == [IMAGE, text("How many cats?")]
-    assert {image.name for image in colour.images + counting.images} == {"COCO_val2014_000000000042.jpg"}
+    assert {image.name for image in color.images + counting.images} == {"COCO_val2014_000000000042.jpg"}
 
 
 def test_tdiuc_with_something_wrong(tdiuc: Path) -> None:
     questions = tdiuc.parents[1] / "Questions/OpenEnded_mscoco_val2014_questions.json"
-    with pytest.raises(UserError, match=r"questions without answers; give the file of annotations"):
+    with pytest.raises(UserError, match=r"questions without answers; give its annotation file"):
         read(questions)
     broken = [{**ANNOTATIONS[0], "question_id": 8}, {**ANNOTATIONS[0], "answers": []}, ANNOTATIONS[1]]
     tdiuc.write_text(json.dumps({"data_subtype": "val2014", "annotations": broken}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -20,25 +19,27 @@ import processors
 import pytest
 import templates
 import torch
+from asking import answered, in_family, loud, noise, record
 from pico import WORDS, pico_llava
 from PIL import Image
 
 from striate.data import IGNORED, Example, Record, RecordError, Skipped, collate, encode
 from striate.errors import UserError
-from striate.evaluate import (
+from striate.evaluation import (
     Likelihood,
     Prediction,
     answer,
     answers,
     choose,
-    evaluate,
     likelihood,
     prefix,
     resolve,
-    select,
+    sample_tasks,
     summary,
 )
-from striate.run import Run
+from striate.runs.cli import main
+from striate.runs.evaluating import evaluate
+from striate.runs.run import Run
 from striate.vlm import Vlm, load
 
 
@@ -50,29 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def vlm(folder: Path) -> Vlm:
     return loud(load(folder, dtype="float32", device="cpu"))
-
-
-def loud(vlm: Vlm) -> Vlm:
-    """Fresh weights are so small that every answer would be the same."""
-    with torch.no_grad():
-        for parameter in vlm.model.parameters():
-            parameter.mul_(4)
-    return vlm
-
-
-def record(question: str, *answers: str, image: int | None = None, **fields: Any) -> Record:
-    pictures = () if image is None else (Image.new("RGB", (32, 32), (image, 90, 255 - image)),)
-    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
-    return Record("", ({"role": "user", "content": content},), pictures, answers=answers, **fields)
-
-
-def noise(seed: int, width: int, height: int) -> Image.Image:
-    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
-
-
-def answered(question: Record, text: str) -> Record:
-    turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    return replace(question, messages=(*question.messages, turn))
 
 
 RECORDS = [
@@ -136,7 +114,9 @@ def test_the_checkpoints_sampling_and_penalties_are_ignored(vlm: Vlm) -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_likelihood_of_answers(vlm: Vlm, batch: int) -> None:
     records = [answered(asked, " ".join(WORDS[: 1 + n])) for n, asked in enumerate(RECORDS)]
-    for index, found in likelihood(vlm, records, batch=batch):
+    both = dict(likelihood(vlm, records, batch=batch))
+    assert sorted(both) == list(range(len(RECORDS)))
+    for index, found in both.items():
         log_prob, num_tokens = log_prob_by_hand(vlm, records[index])
         assert found.num_tokens == num_tokens == index + 2  # the words and the end of the turn
         assert found.log_prob == pytest.approx(log_prob, abs=1e-4)
@@ -177,8 +157,10 @@ def test_every_token_of_a_text_is_predicted_once(vlm: Vlm, bos: str | None) -> N
 def test_logits_are_made_for_a_bounded_number_of_tokens(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [answered(asked, " ".join(WORDS[: 1 + n])) for n, asked in enumerate(RECORDS)]
     expected = dict(likelihood(vlm, records))
-    monkeypatch.setattr("striate.evaluate.answers.MAX_ROWS", 5)
-    for index, found in likelihood(vlm, records):
+    monkeypatch.setattr("striate.evaluation.answers.MAX_ROWS", 5)
+    bounded = dict(likelihood(vlm, records))
+    assert bounded.keys() == expected.keys() == {*range(len(RECORDS))}
+    for index, found in bounded.items():
         assert found.log_prob == pytest.approx(expected[index].log_prob, abs=1e-4)
 
 
@@ -189,14 +171,6 @@ def test_a_record_that_cannot_be_read_is_skipped_alone(vlm: Vlm, tmp_path: Path,
     assert isinstance(found[0], Skipped)
     assert found[0].source == "x.json:1"
     assert found[1] == dict(answer(vlm, [RECORDS[1]], max_new_tokens=2))[0]
-
-
-def in_family(name: str) -> Vlm:
-    """A pico model of the family with the family's pico processor."""
-    processor = processors.processor(name)
-    vlm = Vlm.of(processors.fitting(name, processor))
-    vlm.__dict__["processor"] = processor  # in place of the one in a folder
-    return vlm
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
@@ -211,10 +185,11 @@ def test_no_family_mixes_up_the_records_of_a_batch(name: str) -> None:
     if name not in processors.IMAGE_NEEDED:
         records.insert(1, record("yes, no: two dogs"))
     said = dict(answer(vlm, records, batch=1, max_new_tokens=4))
-    assert all(isinstance(text, str) for text in said.values())
+    assert [type(said[index]) for index in range(len(records))] == [str] * len(records)
     assert dict(answer(vlm, records, batch=3, max_new_tokens=4)) == said
     records = [answered(asked, "one bird" * n) for n, asked in enumerate(records, 1)]
     alone, together = (dict(likelihood(vlm, records, batch=batch)) for batch in (1, 3))
+    assert alone.keys() == together.keys() == said.keys()
     for index, found in alone.items():
         assert found.log_prob == pytest.approx(together[index].log_prob, abs=1e-4)
 
@@ -226,9 +201,9 @@ def close(found: list[list[Likelihood]], expected: list[list[Likelihood]]) -> bo
 
 
 def read(vlm: Vlm, examples: list[list[Example]]) -> prefix.Prefix | None:
-    starts = [prefix.shared(choices) for choices in examples]
+    starts = [prefix.shared_length(choices) for choices in examples]
     prompts = [prefix.split(choices[0], start)[0] for choices, start in zip(examples, starts, strict=True)]
-    return prefix.read(vlm, prompts) if all(starts) else None
+    return prefix.prefill(vlm, prompts) if all(starts) else None
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's processor
@@ -280,17 +255,17 @@ def test_a_prompt_is_shared_up_to_the_last_answer(vlm: Vlm) -> None:
     asked = [
         encode(answered(replace(RECORDS[0], messages=talk), text), vlm.processor) for text in ("yes", "no it sees")
     ]
-    start = prefix.shared(asked)
+    start = prefix.shared_length(asked)
     prompt, answer = prefix.split(asked[1], start)
     assert vlm.tokenizer.decode(answer.labels) == "no it sees </s>"
     assert len(prompt) == start
     assert torch.equal(prompt.inputs["pixel_values"], asked[1].inputs["pixel_values"])
-    assert prefix.shared([asked[0], encode(answered(RECORDS[0], "no"), vlm.processor)]) == 0  # of other lengths
+    assert prefix.shared_length([asked[0], encode(answered(RECORDS[0], "no"), vlm.processor)]) == 0  # of other lengths
     other = replace(asked[1], inputs=asked[1].inputs | {"pixel_values": asked[1].inputs["pixel_values"] + 1})
-    assert prefix.shared([asked[0], other]) == 0
+    assert prefix.shared_length([asked[0], other]) == 0
     words = asked[1].inputs["input_ids"].clone()
     words[1] = 9
-    assert prefix.shared([asked[0], replace(asked[1], inputs=asked[1].inputs | {"input_ids": words})]) == 0
+    assert prefix.shared_length([asked[0], replace(asked[1], inputs=asked[1].inputs | {"input_ids": words})]) == 0
 
 
 def metric_of(**fields: Any) -> str:
@@ -324,7 +299,7 @@ def test_answers_and_task_of_a_record() -> None:
             "x.json:1: no metric 'exact_macth'; nearest: exact_match",
         ),
         ({}, "x.json:1: exact_match needs 'answers', found none"),
-        ({"metric": "vqa_accuracy", "answers": ("a",)}, "4 people or more, found 1"),
+        ({"metric": "vqa_accuracy", "answers": ("a",)}, "at least 4 people's answers, found 1"),
         ({"choices": ("a", "b"), "answers": ("C",)}, "needs answers that are among the 2 'choices', found"),
         ({"answers": ("a",), "metric": "scienceqa_accuracy"}, "among the 0 'choices', found"),
         ({"messages": (), "text": "a dog", "metric": "anls"}, "anls needs a question, found plain text"),
@@ -362,14 +337,19 @@ def test_summary_by_task_and_modality() -> None:
 
 def test_a_sample_does_not_depend_on_the_other_tasks() -> None:
     records = [replace(record(f"{n}"), task="even" if n % 2 == 0 else "odd", metric="anls") for n in range(40)]
-    both = select(records, samples=5, seed=1)
+    both = sample_tasks(records, samples=5, seed=1)
     assert [one.task for one in both] == ["even"] * 5 + ["odd"] * 5
-    assert select(records, tasks="odd", samples=5, seed=1) == both[5:]
-    assert select(records, samples=5, seed=2) != both
+    assert sample_tasks(records, tasks="odd", samples=5, seed=1) == both[5:]
+    assert sample_tasks(records, samples=5, seed=2) != both
     assert [records.index(one) for one in both[:5]] == sorted(records.index(one) for one in both[:5])
     with pytest.raises(UserError, match="no task 'od'; nearest: odd"):
-        select(records, tasks=["even", "od"])
-    assert select(records, tasks=["odd,even"], samples=5, seed=1) == both  # as the command line gives them
+        sample_tasks(records, tasks=["even", "od"])
+    for name in ("lm:arc_easy", "lmms:gqa", "paper-visual"):
+        with pytest.raises(
+            UserError, match=f"^{name} is a harness's task, with records of its own: leave out the data"
+        ):
+            sample_tasks(records, tasks=f"even,{name}")
+    assert sample_tasks(records, tasks=["odd,even"], samples=5, seed=1) == both  # as the command line gives them
 
 
 @pytest.fixture
@@ -432,12 +412,43 @@ def test_bad_records_stop_or_are_listed(folder: Path, data: list[Path], tmp_path
     assert {line["source"] for line in Run.open(out).skipped()} == {"test.json:2", "test.json:3"}
     assert results["tasks"]["name"]["n"] == 1
     data[0].write_text(json.dumps(rows[1:2]))
-    with pytest.raises(UserError, match=r"none of the 1 records can be asked: test.json:1: "):
+    with pytest.raises(UserError, match=r"none of the 1 records can be used: test.json:1: "):
         evaluate(folder, data[0], out=tmp_path / "none", on_bad_record="skip", device="cpu")
 
 
+def test_what_is_left_out_is_counted_where_people_look(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["what is this ?", *["what is this ? " * 20] * 23]
+    written = [{"messages": [{"role": "user", "content": text}], "answers": ["no"]} for text in texts]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in written))
+    words = ["eval", str(folder), "--data", str(file), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--max-length", "50", "--max-new-tokens", "2", "--on-bad-record", "skip"]
+    assert main(words) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    listed = tmp_path / "run" / "skipped.jsonl"
+    assert last == f"23 of 24 records left out, listed in {listed}; 23 more than --max-length 50 tokens"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["skipped"], results["left_out"]) == (23, {"more than --max-length 50 tokens": 23})
+
+
+def test_empty_answers_are_counted(folder: Path, data: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("striate.evaluation.answers.opens_thinking", lambda _: True)  # so no answer ever comes
+    found = evaluate(folder, data[0], out=tmp_path / "run", tasks="name", max_new_tokens=2, device="cpu")
+    assert found["empty"] == sum(task["n"] for task in found["tasks"].values())
+
+
+def test_longest_images_come_first_whatever_their_length(vlm: Vlm) -> None:
+    """An image counts as its tokens, also where the records have no answer in them, or more tokens than usual."""
+    asked = [record("what is this ? " * 12), record("what ?", image=10)]
+    assert answers.batches(vlm, asked, 1) == [[0], [1]]
+    asked = [record("what is this ? " * 2), record("what ?", image=10)]
+    assert answers.batches(vlm, asked, 1) == [[1], [0]]
+
+
 def test_evaluate_needs_somewhere_to_write(folder: Path, data: list[Path]) -> None:
-    with pytest.raises(UserError, match=r"is no run to write results into: name a new one with --out"):
+    with pytest.raises(UserError, match=r"is not a run folder to write results into: name a new one with --out"):
         evaluate(folder, data)
 
 
@@ -495,7 +506,7 @@ def test_a_stopped_evaluation_goes_on_to_the_same_results(
         evaluate(out=out, **asked)
     if error is KeyboardInterrupt:
         num = {1: 2, 4: 6}[after]
-        assert str(raised.value) == f"stopped with {num} of 6 records answered and saved; the same command goes on"
+        assert str(raised.value) == f"stopped with {num} of 6 records answered and saved; the same command resumes"
     assert Run.open(out).info["status"] == status
     assert Run.open(out).results is None
     with saving() as rest:
@@ -552,7 +563,7 @@ def test_skipped_records_are_remembered(asked: dict[str, Any], data: list[Path],
 
 LAUNCHED = """
 import json, sys
-from striate.evaluate import evaluate
+from striate.runs.evaluating import evaluate
 assert evaluate(**json.loads(sys.argv[1]))["tasks"]["name"]["n"] == 3
 """
 

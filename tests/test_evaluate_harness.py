@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from launch import together
 from pico import pico_llava
 from PIL import Image
 
 from striate.data import read
 from striate.errors import UserError
-from striate.evaluate import answer, evaluate, harness
-from striate.run import Run
+from striate.evaluation import answer, harness, lmms
+from striate.runs.evaluating import evaluate, evaluate_tasks
+from striate.runs.run import Run
 from striate.vlm import load
 
 pytestmark = [
@@ -151,7 +153,7 @@ def asked(model: Path, task_path: Path, tmp_path_factory: pytest.TempPathFactory
     @cache
     def ask(names: str, **options: Any) -> dict[str, Any]:
         place = tmp_path_factory.mktemp("runs") / "run"
-        found = harness.run(model, names, out=place, task_path=task_path, device="cpu", dtype="float32", **options)
+        found = evaluate_tasks(model, names, out=place, task_path=task_path, device="cpu", dtype="float32", **options)
         assert Run.open(place).results == json.loads(json.dumps(found))
         return found
 
@@ -189,6 +191,29 @@ def test_lmms_eval_finds_what_striate_finds(
     assert (found["visual"], found["text"]) == (pytest.approx(see["value"]), None)
 
 
+def harnessed(model: Path, out: Path, task_path: Path, prefixes: Sequence[str]) -> None:
+    """One process of an evaluation."""
+    names = [f"{prefix}:{NAMES[prefix]}" for prefix in prefixes]
+    evaluate_tasks(model, names, out=out, task_path=task_path, batch=4, device="cpu", dtype="float32")
+
+
+NAMES = {"lm": "pico_choose,pico_say", "lmms": "pico_see"}
+
+
+def test_two_processes_share_the_questions(
+    asked: Callable[..., dict[str, Any]], model: Path, task_path: Path, tmp_path: Path
+) -> None:
+    prefixes = [prefix for prefix, package in harness.PACKAGES.items() if find_spec(package)]
+    if not prefixes:
+        pytest.skip("neither harness is installed")
+    assert together(2, harnessed, model, tmp_path / "two", task_path, prefixes) == [0, 0]
+    found = Run.open(tmp_path / "two")
+    assert found.info["status"] == "finished"
+    for prefix in prefixes:
+        for name, task in asked(f"{prefix}:{NAMES[prefix]}", batch=4)["tasks"].items():
+            assert (found.results or {})["tasks"][name] == pytest.approx(task)
+
+
 @needs_lm
 def test_a_group_counts_as_one_task(asked: Callable[..., dict[str, Any]]) -> None:
     alone = asked("lm:pico_choose")["tasks"]["pico_choose"]
@@ -214,7 +239,7 @@ def test_an_answer_stops_before_a_stop_string(asked: Callable[..., dict[str, Any
     rows = json.loads(data["rows"].read_text())
     assert any(row["first"] != row["whole"] for row in rows)
     assert asked("lmms:pico_cut,pico_percent")["tasks"]["pico_cut"]["value"] == 1
-    assert harness._before("a red dog", ["d", "", "re"]) == "a "
+    assert lmms._before("a red dog", ["d", "", "re"]) == "a "
 
 
 @needs_lmms
@@ -260,7 +285,7 @@ def test_results_by_hand() -> None:
 
 @needs_lmms
 def test_sampling_is_refused(asked: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(UserError, match=r"task pico_sample wants sampled answers or beams; striate gives it one"):
+    with pytest.raises(UserError, match=r"task pico_sample needs sampled answers or beams; striate supports one"):
         asked("lmms:pico_sample")
 
 
@@ -280,8 +305,8 @@ def test_an_unknown_task_and_the_nearest(prefix: str, task_path: Path, monkeypat
 @pytest.mark.parametrize("prefix", harness.PACKAGES)
 def test_a_harness_that_is_not_installed(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, harness.PACKAGES[prefix], None)
-    with pytest.raises(UserError, match=r"^lmm?s?-eval is not installed: pip install 'striate\[eval\]'$"):
-        harness.run("nowhere", f"{prefix}:any", out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"^--tasks lmm?s?:any needs lmm?s?-eval, .*: pip install 'striate\[eval\]'$"):
+        evaluate_tasks("nowhere", f"{prefix}:any", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

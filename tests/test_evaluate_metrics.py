@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from striate.evaluate import metrics
-from striate.evaluate.metrics import (
+from striate.evaluation import metrics
+from striate.evaluation.metrics import (
     anls,
     contains,
     exact_match,
@@ -30,7 +30,7 @@ from striate.evaluate.metrics import (
         ("1.5", "15", 0),
         ("-3", "3", 0),
         ("-3", "-3.", 1),
-        ("the", "a", 0),  # normalising both away would make them equal
+        ("the", "a", 0),  # normalizing both away would make them equal
         ("A.", "a", 1),
         ("+", "-", 0),
         ("", "cat", 0),
@@ -82,14 +82,14 @@ def test_vqa_accuracy_is_the_mean_over_ten_leave_one_out_subsets(matches: int, s
         ("it's 1.5.", "it's 1.5"),
     ],
 )
-def test_vqa_normalisation(prediction: str, answer: str) -> None:
+def test_vqa_normalization(prediction: str, answer: str) -> None:
     assert vqa_accuracy(prediction, [answer] * 10) == 1
 
 
 @pytest.mark.parametrize(
     ("prediction", "answer"), [("3.5", "35"), ("10:30", "1030"), ("lets", "let's"), ("well", "we'll"), ("50%", "50")]
 )
-def test_vqa_normalisation_leaves_alone(prediction: str, answer: str) -> None:
+def test_vqa_normalization_leaves_alone(prediction: str, answer: str) -> None:
     assert vqa_accuracy(prediction, [answer] * 10) == 0
 
 
@@ -236,6 +236,7 @@ def test_every_metric_is_found_by_its_name() -> None:
     assert list(metrics.METRICS) == [
         "exact_match",
         "contains",
+        "share_named",
         "vqa_accuracy",
         "anls",
         "relaxed_accuracy",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pico import pico_llava
 from safetensors import safe_open
-from test_train import write_data
+from training import write_data
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

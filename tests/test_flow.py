@@ -8,34 +8,45 @@ from pathlib import Path
 import pytest
 
 import striate
-from striate import demo as demos
-from striate.report import table
+from striate.runs.run import Run
+from striate.studies import demo as demos
+from striate.studies.report import table
 
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demos, "QUICK", demos.Size(train=32, test=2, text=2, steps=2))
-    report = demos.demo(out=tmp_path / "demo", quick=True)
-    assert "OpenMoji" in report.read_text()
+    monkeypatch.setattr(demos, "QUICK", demos.DemoSize(train=32, test=2, text=2, steps=2))
+    found = demos.demo(out=tmp_path / "demo", quick=True)
+    assert "OpenMoji" in found.report.read_text()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["depth"] == 12
     assert set(summary["runs"]) == {"backbone", "all", "uniform", "first", "last"}
-    seen = {name: summary["runs"][name]["visual"] for name in demos.REGIONS}
-    expected = {name: value / seen["all"] for name, value in seen.items()} if seen["all"] else {}
-    assert summary["retention"] == pytest.approx(expected, abs=1e-4)
     assert [summary["runs"][name]["region"] for name in ("uniform", "first", "last")] == ["0,4,8", "0-2", "9-11"]
     assert set(summary["runs"]["uniform"]["tasks"]) == {
         "name", "count", "exists", "colour", "position", "read", "know", "facts", "arithmetic", "stories",
     }  # fmt: skip
     runs = [tmp_path / "demo" / name for name in summary["runs"]]
     for path in runs[1:]:
-        run = striate.Run.open(path)
+        run = Run.open(path)
         assert run.info["status"] == "finished"
         assert run.info["training"]["steps"] == 2
         assert len(run.predictions()) == 7 * 2 + 3 * 2
         assert striate.load(path).depth == 12
+    assert list(found.runs) == runs
     assert table(runs).row_count == 5
     with pytest.raises(striate.UserError, match="holds another run"):
         demos.demo(out=tmp_path / "demo", quick=True)
+
+
+@pytest.mark.parametrize("best", [0.8, 0.0])
+def test_what_is_kept_is_the_share_of_all_layers(tmp_path: Path, best: float) -> None:
+    runs = {}
+    for number, name in enumerate(["backbone", *demos.REGIONS]):
+        runs[name] = Run.create(tmp_path / name, verb="tune", options={})
+        runs[name].update(depth=12)
+        tasks = {"read": {"value": best}}
+        runs[name].write_results({"visual": best * (1 if name == "all" else number / 10), "text": 0.5, "tasks": tasks})
+    summary = demos.summarize(runs, seed=0, seconds=1.0)
+    assert summary["retention"] == ({"all": 1.0, "uniform": 0.2, "first": 0.3, "last": 0.4} if best else {})
 
 
 def test_what_ships_is_small_and_plain() -> None:

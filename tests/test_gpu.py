@@ -10,10 +10,10 @@ import pytest
 import torch
 from launch import together
 from pico import pico_llava
-from test_train import OPTIONS, changed, weights, write_data
+from training import OPTIONS, changed, weights, write_data
 
-import striate
-from striate.train import tune
+from striate.runs.run import Run
+from striate.runs.training import tune
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def test_resumed_on_a_gpu(model: Path, data: Path, tmp_path: Path) -> None:
     losses(model, data, tmp_path / "whole", **options)
     run = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.train._save", lambda *_: (_ for _ in ()).throw(ValueError("power cut")))
+        patch.setattr("striate.runs.training._end", lambda *_: (_ for _ in ()).throw(ValueError("power cut")))
         with pytest.raises(ValueError, match="power cut"):
             losses(model, data, run, **options)
     tune(model, data=data, out=run, region="1,3", method="full", resume=True, options=replace(OPTIONS, **options))
@@ -78,5 +78,5 @@ def sharded(model: Path, data: Path, out: Path) -> None:
 def test_sharded_over_two_gpus(model: Path, data: Path, tmp_path: Path) -> None:
     alone = losses(model, data, tmp_path / "one", device="cuda", batch=4, micro_batch=1)
     assert together(2, sharded, model, data, tmp_path / "two") == [0, 0]
-    run = striate.Run.open(tmp_path / "two")
+    run = Run.open(tmp_path / "two")
     assert [entry["loss"] for entry in run.history()] == pytest.approx(alone, rel=1e-3)

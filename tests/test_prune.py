@@ -16,23 +16,25 @@ import torch
 from pico import DEPTH, pico, pico_llava, pico_more, pico_prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_train import write_data
+from training import write_data
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import striate
-from striate.cli import main
+from striate import weights
 from striate.data import Examples, collate, read
 from striate.errors import UserError
-from striate.prune import Numbering, Pruning, Surgery, bypass, cut, cut_checkpoint, prune, stream
+from striate.prune import Numbering, Pruning, Surgery, bypass, cut, cut_checkpoint
 from striate.prune.choice import Calibration, blocks
-from striate.prune.proof import observe, prove_cut
-from striate.prune.stream import Shard, copy_weights
+from striate.prune.proof import observe, verify_cut
 from striate.region import Region
-from striate.run import Run
-from striate.score.sampling import Sampling
+from striate.runs.cli import main
+from striate.runs.pruning import prune
+from striate.runs.run import Run
+from striate.scores.sampling import Sampling
 from striate.train import TrainOptions
-from striate.train.loss import answer_logits, distilled
+from striate.train.loss import answer_logits, distillation_losses
 from striate.vlm import Vlm, load
+from striate.weights import INDEX, WEIGHTS, file_tensors
 
 OPTIONS = TrainOptions(batch=4, micro_batch=4, steps=2, device="cpu", dtype="float32")
 LAYERS = "model.language_model.layers."
@@ -73,9 +75,9 @@ def test_old_and_new_numbers() -> None:
     numbers = numbering(1, 4, depth=6)
     assert numbers.new == {0: 0, 2: 1, 3: 2, 5: 3}
     assert numbers.of(Region((0, 1, 5), 6)) == Region((0, 3), 4)
-    assert numbers.neighbours == Region((0, 1, 2, 3), 4)
-    assert numbering(0, depth=6).neighbours == Region((0,), 5)
-    assert numbering(5, depth=6).neighbours == Region((4,), 5)
+    assert numbers.neighbors == Region((0, 1, 2, 3), 4)
+    assert numbering(0, depth=6).neighbors == Region((0,), 5)
+    assert numbering(5, depth=6).neighbors == Region((4,), 5)
     with pytest.raises(UserError, match="4 of 4 layers cannot be cut"):
         numbering(0, 1, 2, 3)
 
@@ -87,7 +89,7 @@ def test_everything_in_a_config_that_goes_by_layers() -> None:
         "hybrid_override_pattern": "M-M*-E", "eos_token_id": [1, 2, 3, 4, 5, 6], "hidden_size": 6,
         "mrope_section": [1, 1, 2], "torch_dtype": "float6",
     }  # fmt: skip
-    assert numbering(1, 4, depth=6).renumbered(settings, "n_layer") == {
+    assert numbering(1, 4, depth=6).renumber(settings, "n_layer") == {
         "n_layer": 4, "layer_types": list("acdf"), "no_rope_layers": [1, 1, 0, 0], "moe_layers": [2, 3],
         "kv_source_layers": [0, 1, 1, 3], "first_k_dense_replace": 1, "max_window_layers": 7,
         "hybrid_override_pattern": "MM*E",
@@ -168,7 +170,7 @@ def test_tensors_are_the_same_to_the_bit(name: str, size: str, tmp_path: Path) -
     assert all(torch.equal(weights[1][key], tensor) for key, tensor in expected.items())
     assert {tensor.dtype for tensor in weights[1].values()} == {torch.bfloat16}
     if len(shards[0]) > 1:
-        index = json.loads((target / stream.INDEX).read_text())
+        index = json.loads((target / INDEX).read_text())
         assert index["weight_map"].keys() == expected.keys()
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
         loaded = AutoModelForImageTextToText.from_pretrained(target, dtype="auto")
@@ -203,25 +205,25 @@ def test_packed_weights_keep_their_companions(model: Path, tmp_path: Path) -> No
     # As bitsandbytes writes them: odd shapes, bytes, and names of modules in the config.
     source = tmp_path / "source"
     shutil.copytree(model, source)
-    weights = load_file(source / stream.WEIGHTS)
+    weights = load_file(source / WEIGHTS)
     stem = surgery(model, 1).stem
     packed = f"{stem}3.mlp.up_proj.weight"
     weights |= {packed: torch.zeros(7, 1, dtype=torch.uint8), f"{packed}.absmax": torch.rand(3),
                 f"{packed}.quant_state.bitsandbytes__nf4": torch.arange(5, dtype=torch.uint8)}  # fmt: skip
-    save_file(weights, source / stream.WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, source / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     skipped = ["lm_head", f"{stem}1.mlp", f"{LAYERS}2.mlp", "model.vision_tower.encoder.layers.2.mlp"]
     config["quantization_config"] = {"llm_int8_skip_modules": skipped, "load_in_4bit": True}
     (source / "config.json").write_text(json.dumps(config))
     surgery(model, 1).write(source, tmp_path / "cut")
-    found = load_file(tmp_path / "cut" / stream.WEIGHTS)
+    found = load_file(tmp_path / "cut" / WEIGHTS)
     moved = {key: key.replace("layers.3", "layers.2") for key in weights if key.startswith(packed)}
     assert len(moved) == 3
     assert all(torch.equal(found[new], weights[old]) for old, new in moved.items())
-    with safe_open(tmp_path / "cut" / stream.WEIGHTS, "pt") as file:
+    with safe_open(tmp_path / "cut" / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    quantised = json.loads((tmp_path / "cut" / "config.json").read_text())["quantization_config"]
-    assert quantised["llm_int8_skip_modules"] == ["lm_head", f"{LAYERS}1.mlp", skipped[3]]
+    quantized = json.loads((tmp_path / "cut" / "config.json").read_text())["quantization_config"]
+    assert quantized["llm_int8_skip_modules"] == ["lm_head", f"{LAYERS}1.mlp", skipped[3]]
 
 
 def test_layers_above_the_last_stay_above_it(model: Path) -> None:
@@ -239,39 +241,39 @@ def test_a_config_spelt_out_at_the_top(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps({**text, **config, "max_window_layers": 4}))
     vlm = load(source, device="cpu")
     assert vlm.depth == DEPTH
-    edited = Surgery.of(vlm, source, numbering(0, 1)).edited({**text, **config, "max_window_layers": 4})
+    edited = Surgery.of(vlm, source, numbering(0, 1)).edit({**text, **config, "max_window_layers": 4})
     assert (edited["num_hidden_layers"], edited["max_window_layers"]) == (2, 2)
     assert len(edited["layer_types"]) == 2
     assert "text_config" not in edited
     # As some are: both at the top and in a part of its own, which then counts.
-    both = Surgery.of(vlm, source, numbering(0, 1)).edited({**config, "num_hidden_layers": 4, "text_config": text})
+    both = Surgery.of(vlm, source, numbering(0, 1)).edit({**config, "num_hidden_layers": 4, "text_config": text})
     assert both["num_hidden_layers"] == both["text_config"]["num_hidden_layers"] == 2
     assert "layer_types" not in both
 
 
 def test_memory_does_not_grow_with_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "CHUNK", 1 << 16)
+    monkeypatch.setattr(weights, "CHUNK", 1 << 16)
     (tmp_path / "cut").mkdir()
-    save_file({f"layers.{n}.w": torch.rand(1 << 20) for n in range(4)}, tmp_path / stream.WEIGHTS)  # 4 MB each
+    save_file({f"layers.{n}.w": torch.rand(1 << 20) for n in range(4)}, tmp_path / WEIGHTS)  # 4 MB each
     tracemalloc.start()
     try:
-        copy_weights(tmp_path, tmp_path / "cut", lambda name: None if name == "layers.1.w" else name)
+        weights.copy(tmp_path, tmp_path / "cut", lambda name: None if name == "layers.1.w" else name)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 1 << 19
-    assert len(load_file(tmp_path / "cut" / stream.WEIGHTS)) == 3
+    assert len(load_file(tmp_path / "cut" / WEIGHTS)) == 3
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.rand(100)}, tmp_path / "short.safetensors")
     whole = (tmp_path / "short.safetensors").read_bytes()
     (tmp_path / "short.safetensors").write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="is damaged"):
-        Shard.open(tmp_path / "short.safetensors")
+    with pytest.raises(UserError, match=r"cannot read .*short\.safetensors: "):
+        file_tensors(tmp_path / "short.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors here")
-    with pytest.raises(UserError, match=r"text\.safetensors is no safetensors file"):
-        Shard.open(tmp_path / "text.safetensors")
+    with pytest.raises(UserError, match=r"cannot read .*text\.safetensors: "):
+        file_tensors(tmp_path / "text.safetensors")
 
 
 # The proof.
@@ -288,7 +290,7 @@ def test_a_careless_cut_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("striate.prune.proof.cut", careless)
     with pytest.raises(UserError, match=r"layers 0 cannot be cut from this llava model: .*; nothing was written"):
-        prove_cut(vlm, numbering(0, depth=6), prompts)
+        verify_cut(vlm, numbering(0, depth=6), prompts)
 
 
 @pytest.mark.parametrize("spoil", ["weights", "config"])
@@ -302,9 +304,9 @@ def test_a_proof_that_fails_writes_nothing(
             self = replace(self, settings={"num_hidden_layers": 4})  # layer 3 would come back random
         write(self, source, folder)
         if spoil == "weights":
-            weights = load_file(folder / stream.WEIGHTS)
+            weights = load_file(folder / WEIGHTS)
             next(tensor for name, tensor in weights.items() if ".mlp." in name).view(-1)[0] += 1e-3
-            save_file(weights, folder / stream.WEIGHTS, metadata={"format": "pt"})
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
     monkeypatch.setattr(Surgery, "write", spoilt)
     with pytest.raises(UserError, match=r"layers 1 cannot be cut: .*; nothing was written"):
@@ -313,15 +315,14 @@ def test_a_proof_that_fails_writes_nothing(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
-@pytest.mark.parametrize("moment", ["_copy_bytes", "copy_weights", "prove_saved"])
+@pytest.mark.parametrize("moment", ["weights._copy_bytes", "prune.surgery.copy", "prune.verify_saved"])
 def test_what_goes_wrong_midway_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, moment: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    home = {"_copy_bytes": "stream", "copy_weights": "surgery", "prove_saved": ""}[moment]
-    monkeypatch.setattr(".".join(filter(None, ("striate.prune", home, moment))), fail)
+    monkeypatch.setattr(f"striate.{moment}", fail)
     expected = UserError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected, match="No space left" if expected is UserError else None):
         pruned(model, tmp_path / "run")
@@ -331,10 +332,10 @@ def test_what_goes_wrong_midway_leaves_nothing(
 def test_a_kill_leaves_no_model_that_loads(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A kill runs no code of ours: at the worst moment, all files are there but the last one, the config.
     target = tmp_path / "half"
-    monkeypatch.setattr(Surgery, "edited", lambda *_: 1 / 0)
+    monkeypatch.setattr(Surgery, "edit", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         surgery(model, 1).write(model, target)
-    assert (target / stream.WEIGHTS).is_file()
+    assert (target / WEIGHTS).is_file()
     with pytest.raises(UserError, match=r"it has no config\.json"):
         load(target)
 
@@ -405,7 +406,7 @@ def test_iterative_measures_again(model: Path, data: Path) -> None:
     plan = prune(model, region="0", remove="2", iterative=True, data=data, dry_run=True, options=OPTIONS)
     vlm = load(model, device="cpu")
     sampling = Sampling(batch=4, on_bad="skip")
-    calibration = Calibration(vlm, sampling, sampling.draw(data))
+    calibration = Calibration(vlm, sampling, sampling.draw(striate.data.read(data, on_bad="skip")))
     with bypass(vlm, plan.order[:1]):
         values = calibration.score("angular_distance").values
     assert plan.order[1] == min({1, 2, 3} - {plan.order[0]}, key=values.__getitem__)
@@ -423,7 +424,7 @@ def test_until_stops_in_time(model: Path, data: Path) -> None:
     for share, plan in plans.items():
         before, after = plan.perplexity
         assert after / before - 1 <= share / 100
-    with pytest.raises(UserError, match=r"no layer can go: without layer \d perplexity rises by"):
+    with pytest.raises(UserError, match=r"no layer can be cut: without layer \d perplexity rises by"):
         prune(model, region="3", remove="until:0%", data=data, dry_run=True, options=OPTIONS)
 
 
@@ -443,7 +444,7 @@ def test_blocks_are_runs_of_neighbours(model: Path, tmp_path: Path) -> None:
     assert plan.order == (1, 2)
 
 
-@pytest.mark.parametrize(("what", "trained"), [("region", "0,2"), ("neighbours", "0,1"), ("projector", "none")])
+@pytest.mark.parametrize(("what", "trained"), [("region", "0,2"), ("neighbors", "0,1"), ("projector", "none")])
 def test_healing_is_a_short_tune(model: Path, data: Path, tmp_path: Path, what: Any, trained: str) -> None:
     bare = load(pruned(model, tmp_path / "bare").path).model.state_dict()
     run = pruned(model, tmp_path / "run", heal=data, heal_layers=what)
@@ -453,7 +454,7 @@ def test_healing_is_a_short_tune(model: Path, data: Path, tmp_path: Path, what: 
     assert {item.name for item in run.path.iterdir()} == {"run.json", "region.json", "checkpoint", "log.jsonl"}
     assert run.region == Region.load(run.checkpoint) == Region((0, 2), 3)
     assert {"prune.json", "LICENSE"} <= {file.name for file in run.checkpoint.iterdir()}
-    assert "trained for a short while" in (run.checkpoint / "README.md").read_text()
+    assert "(2 steps)" in (run.checkpoint / "README.md").read_text()
     found = load(run.path).model.state_dict()
     moved = {name for name in bare if not torch.equal(bare[name], found[name])}
     layers = {name.removeprefix(LAYERS).partition(".")[0] for name in moved if name.startswith(LAYERS)}
@@ -473,28 +474,28 @@ def test_healing_can_learn_from_the_uncut_model(model: Path, data: Path, tmp_pat
     def divergence(run: Run) -> float:
         with torch.no_grad():
             own, taught = (answer_logits(vlm, vlm.model.eval(), batch) for vlm in (load(run.path), uncut))
-        return float(distilled(torch.zeros(len(own)), own, taught, share=1.0).mean())
+        return float(distillation_losses(torch.zeros(len(own)), own, taught, share=1.0).mean())
 
     assert divergence(healed) < 0.5 * divergence(bare)
 
 
 BAD = [
-    ({"heal_distillation": 0.5}, "--heal-distillation says how to heal: give records with --heal"),
+    ({"heal_distillation": 0.5}, "--heal-distillation needs --heal: the records to heal on"),
     ({"heal_distillation": 2.0}, "--heal-distillation 2.0: a share from 0 to 1"),
-    ({"remove": "3", "layers": None, "by": "random"}, "only 2 layers can go: of 4, 2 are in the region 0,3"),
-    ({"remove": "2"}, "either how many layers go .* or which"),
-    ({"layers": None}, "either how many layers go .* or which"),
-    ({"remove": "some", "layers": None, "by": "random"}, r"--remove some: how many layers is that\? Accepted: 4 "),
-    ({"remove": "0", "layers": None, "by": "random"}, "how many layers is that"),
+    ({"remove": "3", "layers": None, "by": "random"}, "only 2 layers can be cut: of 4, 2 are in the region 0,3"),
+    ({"remove": "2"}, "either --remove .* or --layers"),
+    ({"layers": None}, "either --remove .* or --layers"),
+    ({"remove": "some", "layers": None, "by": "random"}, r"--remove some is not a number of layers; accepted: 4 "),
+    ({"remove": "0", "layers": None, "by": "random"}, "--remove 0 is not a number of layers"),
     ({"layers": "1,3"}, "--layers 1,3: 3 in the region 0,3, which is never cut"),
     ({"layers": "7"}, "layer 7 does not exist"),
     ({"region": "none", "layers": "all"}, "4 of 4 layers cannot be cut"),
-    ({"region": None}, r"has no region\.json: say which layers must stay"),
+    ({"region": None}, r"has no region\.json: name the layers to keep"),
     ({"layers": None, "remove": "1"}, "angular_distance is measured on records: give them with --data"),
     ({"layers": None, "remove": "1", "by": "angular"}, "no score 'angular'; nearest: angular_distance"),
-    ({"layers": None, "remove": "until:1%", "by": "random"}, "watches perplexity on records"),
+    ({"layers": None, "remove": "until:1%", "by": "random"}, "measures perplexity on records"),
     ({"layers": None, "remove": "1", "by": "random", "iterative": True}, "which random cannot be"),
-    ({"out": None}, "where to"),
+    ({"out": None}, "--out is required"),
     ({"heal": Path("nowhere.json")}, "nowhere.json: no such file"),
 ]
 
@@ -524,7 +525,7 @@ def test_models_that_cannot_be_pruned(model: Path, tmp_path: Path) -> None:
     remote = tmp_path / "remote"
     remote.mkdir()
     (remote / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
-    with pytest.raises(UserError, match="code of its own, which striate never runs"):
+    with pytest.raises(UserError, match="custom code, which striate never runs"):
         pruned(remote, tmp_path / "run")
     with pytest.raises(UserError, match="no model at 'no/such-model'"):
         pruned("no/such-model", tmp_path / "run")  # type: ignore[arg-type]
@@ -537,7 +538,7 @@ def test_models_that_cannot_be_pruned(model: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_is_there_stays_as_it_is(model: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         cut_checkpoint(model, tmp_path, numbering(1), options=OPTIONS)
     assert content(tmp_path) == {"mine": b"precious"}
 
@@ -546,7 +547,7 @@ def test_a_disk_that_is_too_small_is_found_out_first(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(UserError, match=r"no room for the checkpoint in .* 0\.0 are free"):
+    with pytest.raises(UserError, match=r"not enough disk space for the checkpoint in .* 0\.0 GB are free"):
         pruned(model, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 

@@ -9,14 +9,15 @@ import pico
 import pytest
 import templates
 import torch
-from test_evaluate import in_family
+from asking import in_family
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from striate.errors import UserError
-from striate.prune import Numbering, Surgery, bypass, protected
-from striate.prune.proof import Inputs, observe, probes, prove_cut, prove_saved
-from striate.prune.protected import protected_in
+from striate.prune import Numbering, Surgery, bypass, protected_layers
+from striate.prune.proof import observe, verify_cut, verify_saved
+from striate.prune.protected import protected_by_config
 from striate.region import Region
+from striate.roundtrip import Inputs, probes
 from striate.vlm import Vlm, load
 
 DEPTH = 6
@@ -50,10 +51,10 @@ def cut_and_reload(
     vlm = load(source, dtype="float32", device="cpu")
     numbers = Numbering(Region(layers, vlm.depth))
     surgery = Surgery.of(vlm, source, numbers)
-    expected = prove_cut(vlm, numbers, prompts)
+    expected = verify_cut(vlm, numbers, prompts)
     assert vlm.depth == numbers.depth
     surgery.write(source, target)
-    prove_saved(
+    verify_saved(
         target, expected, prompts, numbers=numbers, device=torch.device("cpu"), dtype="float32", attn=None
     )  # fmt: skip
     return load(target, device="cpu")
@@ -89,17 +90,17 @@ def test_a_family_of_more(name: str, tmp_path: Path) -> None:
 
 
 def test_what_is_protected() -> None:
-    assert protected(Vlm.of(pico.pico("llava"))) == {}
-    assert protected(Vlm.of(pico.pico("qwen3_vl"))) == dict.fromkeys(
+    assert protected_layers(Vlm.of(pico.pico("llava"))) == {}
+    assert protected_layers(Vlm.of(pico.pico("qwen3_vl"))) == dict.fromkeys(
         (0, 1), "DeepStack adds image features behind it, by its number"
     )
     mllama = Vlm.of(pico.pico_more("mllama"))
-    assert protected(mllama) == dict.fromkeys((1, 3), "its cross-attention is how the image gets in")
-    assert set(protected_in(AutoConfig.for_model("gemma3n"), 35)) == set(range(35))
+    assert protected_layers(mllama) == dict.fromkeys((1, 3), "its cross-attention is how the image gets in")
+    assert set(protected_by_config(AutoConfig.for_model("gemma3n"), 35)) == set(range(35))
     gemma = AutoConfig.for_model(
         "gemma3n", text_config={"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 15}
     )  # the last 15 share with the last sliding and the last full layer before them
-    assert set(protected_in(gemma, 35)) == {18, 19, *range(20, 35)}
+    assert set(protected_by_config(gemma, 35)) == {18, 19, *range(20, 35)}
 
 
 def test_protection_is_no_more_than_the_proof_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +114,7 @@ def test_layers_listed_by_number_keep_their_place(tmp_path: Path) -> None:
     model, prompts = in_more("mllama")
     vlm = cut_and_reload(model, prompts, tmp_path, (0, 4))
     assert vlm.model.config.text_config.cross_attention_layers == [0, 2]
-    assert set(protected(vlm)) == {0, 2}
+    assert set(protected_layers(vlm)) == {0, 2}
 
 
 def test_experts_and_layers_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

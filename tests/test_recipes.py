@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from paper import PAPER, full_size
 from peft import get_peft_model
-from test_import import PAPER, full_size
 from transformers import AutoConfig
 
 import striate
-from striate.cli import VERBS, parser_of
-from striate.options import call_arguments
+from striate.runs.cli import VERBS, parse_call
+from striate.vlm import select
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # Trained: LoRA pairs of rank 128 on the seven (Phi-3: four, fused) matrices of a layer; the projector.
@@ -32,7 +32,7 @@ LAYERS = {"llava-1.5-13b": [0, 4, 8, 13, 17, 22, 26, 31, 35]}
 def parsed(verb: str, words: list[str]) -> dict:
     module, _, attribute = VERBS[verb][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    return call_arguments(function, parser_of(verb, function).parse_args(words))
+    return parse_call(verb, function, words)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -54,7 +54,7 @@ def test_recipe_is_planned_at_full_size(name: str) -> None:
     vlm = striate.Vlm.of(full_size(name))
     region = striate.Region.parse(call["region"], vlm.depth)
     assert list(region) == LAYERS.get(name, [0, 4, 8, 12, 18, 22, 26, 30])
-    plan = vlm.train_only(region)
+    plan = select(vlm, region)
     assert plan.total == PAPER[name][1]
     lora = striate.lora_config(vlm, region, rank=call["rank"], alpha=call["alpha"], dropout=call["dropout"])
     with torch.device("meta"):

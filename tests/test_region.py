@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from striate.errors import UserError
 from striate.region import FORMS, PAPER, Region
 
-settings.register_profile("striate", deadline=None)  # a busy machine is no failure
+settings.register_profile("striate", deadline=None)  # a busy machine must not fail the tests
 settings.load_profile("striate")
 
 depths = st.integers(1, 80)
@@ -138,15 +138,15 @@ def test_the_papers_lists_are_for_32_layers_only() -> None:
         ("12", "layer 12"),
         ("0,4-12", "layer 12"),
         ("0-999999999", "layer 999999999"),
-        ("4,4", "layer 4 is given 2 times"),
-        ("0-4,2", "layer 2 is given 2 times"),
-        ("8-4", "8-4 runs backwards"),
+        ("4,4", "layer 4 is listed 2 times"),
+        ("0-4,2", "layer 2 is listed 2 times"),
+        ("8-4", "8-4 is reversed"),
         ("uniform:3@4", "layer 12"),
         ("uniform:13", "13 layers"),
         ("uniform:0", "0 layers"),
         ("uniform:0%", "0%"),
         ("uniform:101%", "101%"),
-        ("uniform:2.5", "no whole number"),
+        ("uniform:2.5", "not an integer"),
         ("first:3@1", "'@'"),
         ("top:3", "top:3@scores.json:NAME"),
         ("spread:3@2", "spread:3@scores.json:NAME"),
@@ -247,7 +247,7 @@ def test_chosen_by_a_score(
 ) -> None:
     k, values = case
     depth, sign = len(values), -1 if direction == "low" else 1
-    file = write_scores(tmp_path_factory.getbasetemp() / "drawn.json", direction=direction, score=values)
+    file = write_scores(tmp_path_factory.getbasetemp() / "random.json", direction=direction, score=values)
     top, bottom, spread = (Region.parse(f"{form}:{k}@{file}:score", depth) for form in ("top", "bottom", "spread"))
     assert len(top) == len(bottom) == len(spread) == k
     assert 2 * k > depth or not len(top & bottom)

@@ -13,89 +13,31 @@ import subprocess
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 from PIL import Image
+from reporting import DEPTH, QUIET, answer, make_run, make_scores
 from rich.console import Console
 
 from striate.errors import UserError
-from striate.evaluate.statistics import difference, mcnemar, retention
+from striate.evaluation.statistics import difference, mcnemar, retention
 from striate.region import Region
-from striate.report import Row, compare, table
-from striate.report import report as report_with_figures
-from striate.report.arms import kind, treatment
-from striate.report.figures import KINDS, figures
-from striate.report.lines import removed, trained
-from striate.run import Run
-from striate.score.table import Score, Scores
+from striate.runs.run import Run
+from striate.studies.report import ComparedRun, compare, table
+from striate.studies.report import report as report_with_figures
+from striate.studies.report.figures import KINDS, figures
+from striate.studies.report.lines import removed_lines, trained_lines
+from striate.studies.report.treatment import kind, treatment
 
-DEPTH = 12
-# Most tests look at the page alone; files of figures take longer than all else.
 report = partial(report_with_figures, page_only=True)
-QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 HOSTILE = (
     "<script>top.document.title='owned'</script>",
     '"><img src=x onerror="top.document.title=\'owned\'">',
     "</style></title></textarea><svg onload=\"top.document.title='owned'\">",
     "' onmouseover='top.document.title=1' x='{{ 7 * 7 }}{% raw %}",
 )
-
-
-def make_run(
-    path: Path,
-    *,
-    region: str | None = "all",
-    visual: tuple[float, ...] = (0.8, 0.6),
-    text: float | None = 0.7,
-    seconds: float | None = 100.0,
-    data: str = "test.json",
-    n: int = 100,
-    seed: int = 0,
-    answers: tuple[str, ...] = ("cup", "two"),
-    images: tuple[Path, ...] = (),
-    **options: Any,
-) -> Path:
-    """A finished run: two visual tasks with standard errors 0.03 and 0.04, two text tasks, two answers."""
-    run = Run.create(path, verb="tune", options={"epochs": 1, **options}, seed=seed)
-    if region:
-        run.write_region(Region.parse(region, DEPTH))
-    for step in range(1, 4):
-        run.log({"step": step, "loss": 3.0 / step, "lr": 1e-3, "seconds": float(step)})
-    tasks = {
-        name: {"metric": "exact_match", "modality": "visual", "value": value, "stderr": stderr, "n": n}
-        for name, value, stderr in zip(("read", "count"), visual, (0.03, 0.04), strict=False)
-    }
-    if text is not None:
-        tasks["facts"] = {"metric": "exact_match", "modality": "text", "value": text, "stderr": None, "n": n}
-        tasks["story"] = {"metric": "perplexity", "modality": "text", "value": 2.125, "stderr": 0.0, "n": n}
-    run.write_results({"tasks": tasks, "seconds": 1.0, "data": data})
-    run.write_predictions(
-        {
-            "id": task,
-            "task": task,
-            "metric": "exact_match",
-            "question": f"What to {task}?",
-            "answers": ["cup"],
-            "prediction": answer,
-            "score": float(answer == "cup"),
-            "images": [str(image) for image in images],
-        }
-        for task, answer in zip(("read", "count"), answers, strict=True)
-    )
-    training = {
-        "seconds": seconds,
-        "samples_per_second": 8.0,
-        "peak_memory_gb": 1.5,
-        "trainable_parameters": 1_480_000,
-    }
-    run.update(status="finished", **({"training": training} if seconds else {}))
-    return path
 
 
 @pytest.fixture
@@ -110,33 +52,14 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     path = tmp_path / "cup.png"
     Image.new("RGB", (640, 480), "red").save(path)
     return path
 
 
-def make_scores(path: Path, *, depth: int = DEPTH, suffix: str = "", partial: bool = False) -> Path:
-    """A finished score run: one score rises with depth, one falls, one falls and counts the other way round."""
-    rising = tuple(layer / depth for layer in range(depth))
-    spread = (0.01,) * depth
-    table = tuple((*(0.1,) * (depth - start), *(math.nan,) * start) for start in range(depth))
-    scores = [
-        Score(
-            f"image_attention{suffix}", rising, stderr=spread, n=9, samples=(rising,) * 9, source=f"somebody{suffix}"
-        ),
-        Score(f"angular_distance{suffix}", rising[::-1], stderr=spread, n=9, parts={"image": rising}, table=table),
-        Score(f"weight_angle{suffix}", (math.nan, *rising[:0:-1]), direction="low"),
-    ]
-    run = Run.create(path, verb="score", options={}, seed=0)
-    told = Scores(f"some/model{suffix}", depth, 9, {score.name: score for score in scores}, partial)
-    run.write_scores(told.to_json())
-    run.update(status="finished")
-    return path
-
-
 class Tags(HTMLParser):
-    """What is in a page: elements with their attributes, and text that is no script's."""
+    """What is in a page: elements with their attributes, and text outside scripts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -165,7 +88,9 @@ def ends(interval: Any) -> tuple[float, float, float]:
 
 def test_headline_says_what_the_best_region_kept(runs: list[Path], tmp_path: Path) -> None:
     words = text_of(report(runs, out=tmp_path / "report.html"))
-    finding = "uniform:25%, 3 of 12 layers, keeps 90.0 % of the visual accuracy of tuning all layers, in 0.70 of"
+    finding = (
+        "uniform:25%, 3 of 12 layers, keeps 90.0 % of the visual accuracy of the reference all (all layers), in 0.70 of"
+    )
     assert finding in words
     assert "The best of 2 regions by visual accuracy." in words
 
@@ -194,7 +119,7 @@ def test_the_reference_is_all_layers_or_the_first_or_the_one_asked_for(runs: lis
     absent = compare(runs[2:], runs[1])
     assert ([row.name for row in absent.rows], absent.reference.name) == (["uniform", "last", "all"], "all")
     words = text_of(report(runs, out=tmp_path / "report.html", reference=runs[3]))
-    assert "uniform:25%, 3 of 12 layers, keeps 180.0 % of the visual accuracy of last, in 2.80 of" in words
+    assert "3 of 12 layers, keeps 180.0 % of the visual accuracy of the reference last, in 2.80 of" in words
 
 
 def test_an_accuracy_of_nothing(tmp_path: Path) -> None:
@@ -255,10 +180,10 @@ def test_runs_evaluated_on_other_records_are_not_compared(
 
 def test_skipped_records_are_counted(runs: list[Path]) -> None:
     Run.open(runs[1]).skip({"source": "train.json:1", "reason": "no image"})
-    assert compare(runs).rows[1].notes == ("1 record left out",)
+    assert compare(runs).rows[1].notes == ("1 record left out, listed in skipped.jsonl",)
 
 
-def test_names_that_are_the_same_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_the_same_name_get_different_names(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / folder / "uniform", region="uniform:3") for folder in ("a", "b")]
     assert [row.name for row in compare([*paths, paths[0]]).rows] == ["a/uniform", "b/uniform"]
     Run.open(paths[1]).update(name="a/uniform")
@@ -279,12 +204,12 @@ def test_credits_are_shown_once(runs: list[Path], tmp_path: Path) -> None:
     assert text_of(report(runs, out=tmp_path / "report.html")).count("OpenMoji, CC BY-SA 4.0") == 1
 
 
-def test_samples_show_small_pictures_and_every_answer(tmp_path: Path, picture: Path) -> None:
+def test_samples_show_small_images_and_every_answer(tmp_path: Path, image: Path) -> None:
     missing, text_file = tmp_path / "gone.png", tmp_path / "text.png"
-    text_file.write_text("no picture")
+    text_file.write_text("no image")
     paths = [
-        make_run(tmp_path / "all", images=(picture, missing, text_file)),
-        make_run(tmp_path / "last", region="last:3", images=(picture, missing, text_file), answers=("cup", "")),
+        make_run(tmp_path / "all", images=(image, missing, text_file)),
+        make_run(tmp_path / "last", region="last:3", images=(image, missing, text_file), answers=("cup", "")),
     ]
     page = report(paths, out=tmp_path / "report.html")
     tags = Tags(page.read_text("utf-8")).tags
@@ -292,19 +217,19 @@ def test_samples_show_small_pictures_and_every_answer(tmp_path: Path, picture: P
     assert len(sources) == 2
     assert all(source.startswith("data:image/") and len(source) < 2000 for source in sources)
     words = text_of(page)
-    assert words.count("no picture") == 4
+    assert words.count("no image") == 4
     assert "What to read? truth cup ✓right ● all cup ✓right ■ last cup" in words
     assert "What to count? truth cup ✗wrong ● all two ✗wrong ■ last (nothing)" in words
 
 
-def test_samples_are_the_first_of_each_task_and_capped(tmp_path: Path, picture: Path) -> None:
+def test_samples_are_the_first_of_each_task_and_capped(tmp_path: Path, image: Path) -> None:
     path = make_run(tmp_path / "all")
     line = {
         "metric": "exact_match",
         "answers": ["a"],
         "prediction": "a",
         "score": 0.5,
-        "images": [str(picture)],
+        "images": [str(image)],
     }
     tasks = [f"task {i % 20}" for i in range(100)]
     Run.open(path).write_predictions(
@@ -322,8 +247,8 @@ def test_scores_stand_under_the_regions(runs: list[Path], tmp_path: Path) -> Non
     page = report([*runs, make_scores(tmp_path / "scores"), other], out=tmp_path / "report.html")
     words = text_of(page)
     assert "scores layer scores only" in words
-    assert "some/model, 9 samples, stopped before all were seen" in words
-    section = words[words.index("A cell a layer") :]
+    assert "some/model, 9 records, stopped before the last one" in words
+    section = words[words.index("One cell per layer") :]
     # Regions of the same depth first, then range and top quarter of each score.
     assert "● all ◆ uniform ▲ last image attention0 to 0.9179-11 angular distance0 to 0.9170-2" in section
     assert "weight angle0.0833 to 0.9179-11" in section  # low is important
@@ -341,7 +266,7 @@ def test_rank_correlations_between_scores(tmp_path: Path) -> None:
     assert "123 1 image attention 2 angular distance−1.00 3 weight angle1.00−1.00" in words
 
 
-def test_figures_of_scores_and_of_layers_put_back(tmp_path: Path) -> None:
+def test_figures_of_scores_and_of_reverted_layers(tmp_path: Path) -> None:
     back = Run.create(tmp_path / "back", verb="revert", options={})
     cell = {"value": 4.0, "stderr": None, "n": 1}
     back.write_results({"reverted": {"visual": {"tuned": cell, "backbone": cell, "groups": {"8-15": cell}}}})
@@ -351,10 +276,10 @@ def test_figures_of_scores_and_of_layers_put_back(tmp_path: Path) -> None:
         "Layer scores: scores",
         "Image attention: scores",
         "Blocks of layers: scores",
-        "Layers put back: back",
+        "Layers reverted: back",
     ):
         assert title in words
-    assert "layers put back only" in words
+    assert "layers reverted only" in words
     assert report([tmp_path / "scores", back.path], out=tmp_path / "again.html").read_bytes() == page.read_bytes()
 
 
@@ -424,7 +349,7 @@ def test_text_from_data_stays_text(tmp_path: Path) -> None:
 def test_a_file_that_is_no_report_is_not_overwritten(runs: list[Path], tmp_path: Path) -> None:
     precious = tmp_path / "train.json"
     precious.write_text("[]")
-    with pytest.raises(UserError, match=r"train\.json exists and is no report"):
+    with pytest.raises(UserError, match=r"train\.json exists and is not a report"):
         report(runs, out=precious)
     assert precious.read_text() == "[]"
     with pytest.raises(UserError, match="cannot be written"):
@@ -436,7 +361,7 @@ def test_a_file_that_is_no_report_is_not_overwritten(runs: list[Path], tmp_path:
 def test_no_runs_and_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one run"):
         report([], out=tmp_path / "report.html")
-    with pytest.raises(UserError, match=r"no run.*run\.json"):
+    with pytest.raises(UserError, match=r"not a run folder.*run\.json"):
         report([tmp_path], out=tmp_path / "report.html")
 
 
@@ -447,25 +372,6 @@ def test_table_for_the_terminal(runs: list[Path], tmp_path: Path) -> None:
     lines = [line.split() for line in shown.getvalue().splitlines()]
     assert lines[3] == ["uniform", "■···■···■···", "63.0±2.5", "90.0", "81-99", "70.0", "1.48", "M", "70", "1.50"]
     assert (lines[5][0], lines[5][-3:]) == ("[red]going", ["running;", "not", "evaluated"])
-
-
-def answer(path: Path, scores: dict[str, list[float]], *, words: str = "") -> Path:
-    """Give a run results and predictions that agree: visual tasks with these scores, one a record."""
-    run = Run.open(path)
-    tasks = {
-        name: {"metric": "exact_match", "modality": "visual", "value": fmean(own), "stderr": 0.1, "n": len(own)}
-        for name, own in scores.items()
-    }
-    run.write_results({"tasks": tasks, "seconds": 1.0, "data": "test.json"})
-    run.write_predictions(
-        {
-            "id": str(i), "task": name, "metric": "exact_match", "question": f"{words} {name} {i}?", "answers": ["yes"],
-            "prediction": "yes" if score else "no", "score": score, "images": [],
-        }
-        for name, own in scores.items()
-        for i, score in enumerate(own)
-    )  # fmt: skip
-    return path
 
 
 def test_runs_on_the_same_records_are_compared_record_by_record(tmp_path: Path) -> None:
@@ -503,7 +409,7 @@ def test_a_difference_within_noise_is_called_so(tmp_path: Path) -> None:
     assert page.count('<span class="hidden">within noise</span>') == 1
 
 
-def test_other_records_are_told_by_the_records_and_not_by_the_name_of_the_file(tmp_path: Path) -> None:
+def test_other_records_are_recognized_by_the_records_and_not_by_the_name_of_the_file(tmp_path: Path) -> None:
     scores = {"read": [1.0, 0.0, 1.0]}
     paths = [
         answer(make_run(tmp_path / "all"), scores),
@@ -520,7 +426,7 @@ def test_another_processor_is_not_compared(tmp_path: Path) -> None:
         answer(path, {"read": [1.0, 0.0]})
         (path / "checkpoint").mkdir()
         (path / "checkpoint" / "processor_config.json").write_text(json.dumps({"size": size}))
-    note = "its processor prepares pictures or prompts in another way than that of all: not compared"
+    note = "its processor prepares images or prompts differently from that of all: not compared"
     assert compare(paths).rows[1].notes == (note,)
 
 
@@ -528,11 +434,14 @@ def test_another_processor_is_not_compared(tmp_path: Path) -> None:
 def seeds(tmp_path: Path) -> Path:
     """Three seeds of all layers and of a quarter, each on records of its own, where the quarter keeps 50, 75, 100 %."""
     for seed, right in enumerate((2, 3, 4)):
-        world = {"data": f"runs/world-{seed}/test.json", "model": f"runs/seed-{seed}/start", "seed": seed}
+        start = tmp_path / "start" / str(seed)
+        Run.create(start, verb="assemble", options={"llm": "some/model"}, seed=seed)
+        world = {"data": f"runs/world-{seed}/test.json", "model": str(start), "seed": seed}
         for name, region, number in (("all", "all", 4), ("part", "uniform:25%", right)):
             scores = {"read": [1.0] * number + [0.0] * (4 - number), "count": [1.0] * number + [0.0] * (4 - number)}
             run = make_run(tmp_path / "runs" / f"seed-{seed}" / name, region=region, **world)
             answer(run, scores, words=f"seed {seed}")
+            Run.open(run).update(generated="a world of 4 questions")
     return tmp_path / "runs"
 
 
@@ -544,7 +453,7 @@ def test_runs_that_differ_only_in_the_seed_are_one_line(seeds: Path, tmp_path: P
     part = comparison.arms[1]
     assert part.mean(lambda row: row.visual) == pytest.approx((0.75, 0.25))  # mean and deviation of 0.5, 0.75, 1
     words = text_of(report([seeds], out=tmp_path / "report.html"))
-    assert "keeps 75.0 % of the visual accuracy of tuning all layers" in words
+    assert "keeps 75.0 % of the visual accuracy of the reference all (all layers)" in words
     assert "Mean of 3 seeds, which keep 50.0 to 100.0 %." in words
     assert "75.0 ±25.0" in words
 
@@ -565,21 +474,60 @@ def test_the_same_seed_twice_is_not_two_seeds(seeds: Path, tmp_path: Path) -> No
     assert sorted(len(arm.rows) for arm in compare([seeds, copy]).arms) == [1, 1, 3, 3]
 
 
+SAME = {"model config.json": "sha256 a", "model model.safetensors": "sha256 b", "data": "sha256 c", "code": "sha256 d"}
+OTHER_MODEL, OTHER_DATA = SAME | {"model model.safetensors": "sha256 z"}, SAME | {"data": "sha256 z"}
+
+
+def made(seed: int = 0, content: Any = SAME, generated: str = "", verb: str = "tune", **options: Any) -> dict[str, Any]:
+    """As run.json tells of a training."""
+    about = {"verb": verb, "seed": seed, "content": content, "parent": options.get("model"), "options": options}
+    return about | ({"generated": generated} if generated else {})
+
+
 @pytest.mark.parametrize(
     ("one", "other", "alike"),
     [
-        ({"model": "runs/seed-0/start", "seed": 0}, {"model": "runs/seed-1/start", "seed": 1}, True),
-        ({"model": "start-7b", "seed": 7}, {"model": "start-13b", "seed": 13}, False),
-        ({"learning_rate": 0.1, "seed": 0}, {"learning_rate": 0.2, "seed": 1}, False),
-        ({"remove": "0", "seed": 0}, {"remove": "1", "seed": 1}, False),
-        ({"data": "a/seed0.json", "seed": 0}, {"data": "a/seed1.json", "seed": 1}, True),
+        (made(0, model="a", data="b"), made(1, model="c", data="d"), True),
+        (made(3, model="phi-3"), made(4, OTHER_MODEL, model="phi-4"), False),
+        (made(3, {}, model="phi-3"), made(4, {}, model="phi-4"), False),
+        (made(3, {}, model="phi"), made(4, {}, model="phi"), True),
+        (made(0, model="seed-0/m"), made(1, OTHER_MODEL, model="seed-1/m"), False),
+        (made(0, data="seed0.json"), made(1, OTHER_DATA, data="seed1.json"), False),
+        (made(0, data="a.json", generated="a"), made(1, OTHER_DATA, data="b.json", generated="a"), True),
+        (made(0, data="a.json", generated="a"), made(1, data="a.json", generated="b"), False),
+        (made(0, learning_rate=0.1), made(1, learning_rate=0.2), False),
+        (made(0, remove="0"), made(1, remove="1"), False),
+        (made(0, projector="train"), made(1, projector="freeze"), False),
+        (made(0, teacher="t-0"), made(1, teacher="t-1"), False),
+        (made(0, model="m"), made(1, model="m", verb="align"), False),
+        (made(0, out="a", device="cpu", rank=1), made(1, out="b", device="cuda", rank=1), True),
     ],
 )
-def test_what_counts_as_another_seed(tmp_path: Path, one: Any, other: Any, alike: bool) -> None:
-    paths = [make_run(tmp_path / str(i) / "run", **options) for i, options in enumerate((one, other))]
-    runs = [Run.open(path) for path in paths]
-    first, second = (treatment("run", run.info, run.region) for run in runs)
+def test_what_counts_as_another_seed(one: Any, other: Any, alike: bool) -> None:
+    first, second = (treatment("run", info, None) for info in (one, other))
     assert (first == second) == alike
+
+
+@pytest.mark.parametrize(
+    ("seeds", "rates", "alike"), [((0, 1), (1, 1), True), ((5, 5), (1, 1), True), ((0, 1), (1, 2), False),
+                                  ((0, 7), (1, 1), False)],
+)  # fmt: skip
+def test_a_parent_is_known_by_its_making(tmp_path: Path, seeds: Any, rates: Any, alike: bool) -> None:
+    found = []
+    for own, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
+        grandparent = Run.create(tmp_path / f"g{own}", verb="assemble", options={"llm": "some/model"}, seed=seed)
+        parent = tmp_path / f"any name {own}"
+        Run.create(parent, verb="align", options={"model": str(grandparent.path), "learning_rate": rate}, seed=seed)
+        content = {"model model.safetensors": f"sha256 {own}"}  # trained from another seed, it is another
+        info = {"verb": "tune", "options": {"model": str(parent)}, "seed": own, "content": content}
+        found.append(treatment("run", info, None))
+    assert (found[0] == found[1]) == alike
+
+
+def test_a_run_that_names_itself_as_its_model_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run.create("a", verb="tune", options={"model": "a"}, seed=0)
+    assert treatment("a", run.info, None)
 
 
 @pytest.mark.parametrize(
@@ -636,7 +584,7 @@ def sizes(tmp_path: Path) -> Path:
 
 
 def test_lines_over_the_number_of_trained_layers(sizes: Path) -> None:
-    small, large = trained(compare([sizes]))
+    small, large = trained_lines(compare([sizes]))
     assert (small.name, large.name) == ("uniform, 100 records", "uniform, 200 records")
     curve = large.curve(lambda row: row.tasks["read"]["value"], 0.98)
     assert curve.points() == {2: [2 / 12] * 2, 4: [4 / 12] * 2, 12: [1.0, 1.0]}
@@ -693,10 +641,10 @@ def test_pruned_runs_become_curves_before_and_after_healing(tmp_path: Path) -> N
             Run.open(path).update(verb="prune", parent=str(whole), prune=done, **({"healed": {}} if healed else {}))
             paths.append(path)
     comparison = compare(paths)
-    before, after = removed(comparison)
+    before, after = removed_lines(comparison)
     assert (before.name, before.dashed, after.name, after.dashed) == ("all", True, "all, healed", False)
 
-    def read(row: Row) -> float:
+    def read(row: ComparedRun) -> float:
         return row.tasks["read"]["value"]
 
     assert before.curve(read).points() == {0: [1.0], 1: [0.5], 2: [0.0]}
@@ -769,10 +717,8 @@ def test_no_script_from_data_runs_in_a_browser(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1400])
-def test_nothing_sticks_out_sideways(runs: list[Path], tmp_path: Path, picture: Path, width: int) -> None:
-    long = make_run(
-        tmp_path / ("long" * 20), region="0,2,4,6,8,10", images=(picture,), answers=("wide " * 99, "w" * 300)
-    )
+def test_nothing_sticks_out_sideways(runs: list[Path], tmp_path: Path, image: Path, width: int) -> None:
+    long = make_run(tmp_path / ("long" * 20), region="0,2,4,6,8,10", images=(image,), answers=("wide " * 99, "w" * 300))
     scores = [make_scores(tmp_path / f"scores of {depth}", depth=depth) for depth in (DEPTH, 80)]
     page = report([long, *runs, *scores, hostile_report(tmp_path / "h").parent / "0"], out=tmp_path / "report.html")
     script = "document.title = page.documentElement.scrollWidth + ' ' + page.body.innerText.length"
@@ -810,7 +756,7 @@ def test_a_run_is_set_against_the_reference_of_its_own_seed(tmp_path: Path) -> N
     assert [rows[name].kept.share.value for name in ("last-0", "last-1", "alone")] == pytest.approx([0.5, 0.5, 0.5])
 
 
-def test_what_should_be_equal_and_is_not_is_told(runs: list[Path]) -> None:
+def test_what_should_be_equal_and_is_not_is_noted(runs: list[Path]) -> None:
     content = {"code": "sha256 a", "data": "sha256 b", "model config.json": "sha256 c"}
     others = {"code": "sha256 z", "data": "sha256 y", "model config.json": "sha256 c"}
     versions = {"torch": "2.13.0", "striate": "1"}
@@ -820,7 +766,45 @@ def test_what_should_be_equal_and_is_not_is_told(runs: list[Path]) -> None:
     first, second, *_ = compare([*runs[:2]], reference=runs[0]).rows
     assert first.notes == ()
     assert second.notes == (
-        "odd", "1 loss spike", f"trained on other records than {first.name}", f"by other code than {first.name}",
+        "odd", "1 loss spike", f"trained on different records from {first.name}",
+        f"by different code than {first.name}",
         f"torch 2.12.0, {first.name} with 2.13.0",
     )  # fmt: skip
     assert second.spikes == ((900, 9.5),)
+
+
+def test_the_headline_names_the_reference_and_the_ties(tmp_path: Path) -> None:
+    paths = [
+        answer(make_run(tmp_path / "all"), {"read": [1.0] * 80 + [0.0] * 20}),
+        answer(make_run(tmp_path / "uniform", region="uniform:25%"), {"read": [1.0, 0.0, 1.0, 1.0] * 15 + [0.0] * 40}),
+        answer(make_run(tmp_path / "first", region="first:25%"), {"read": [1.0, 1.0, 0.0, 1.0] * 15 + [0.0] * 40}),
+        answer(make_run(tmp_path / "last", region="last:25%"), {"read": [1.0] * 10 + [0.0] * 90}),
+    ]
+    finding = "keeps 56.2 % of the visual accuracy of the reference all (all layers), in 1.00 of the time"
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    assert f"uniform:25%, 3 of 12 layers, tied with first:25%, {finding}" in words
+    words = text_of(report([paths[0], *paths[:0:-1]], out=tmp_path / "report.html"))
+    assert f"first:25%, 3 of 12 layers, tied with uniform:25%, {finding}" in words
+
+
+def test_a_headline_of_a_region_that_is_tied_with_the_reference(tmp_path: Path) -> None:
+    paths = [
+        answer(make_run(tmp_path / "all"), {"read": [1.0, 0.0, 1.0, 0.0] * 10}),
+        answer(make_run(tmp_path / "same", region="first:3"), {"read": [0.0, 1.0, 1.0, 0.0] * 10}),
+    ]
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    assert "keeps 100.0 % of the visual accuracy of the reference all (all layers), with which it is tied, in" in words
+
+
+@pytest.mark.parametrize(("gaps", "tied"), [((4, 5, 6), False), ((1, 5, 9), True), ((0, 0, 0), True)])
+def test_arms_of_several_seeds_are_tied_by_the_spread_of_their_differences(
+    tmp_path: Path, gaps: tuple[int, ...], tied: bool
+) -> None:
+    # Student's interval of three differences d: mean(d) +- 4.303 sd(d) / sqrt(3), by hand 5 +- 2.5 and 5 +- 9.9 points.
+    paths = []
+    for seed, gap in enumerate(gaps):
+        for region, right in (("all", 90), ("first:3", 60), ("last:3", 60 - gap)):
+            path = make_run(tmp_path / f"{region.partition(':')[0]}-{seed}", region=region, seed=seed)
+            paths.append(answer(path, {"read": [1.0] * right + [0.0] * (100 - right)}))
+    words = text_of(report(paths, out=tmp_path / "report.html"))
+    assert ("first:3, 3 of 12 layers, tied with last:3, keeps 66.7 %" in words) == tied

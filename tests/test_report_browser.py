@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_report import QUIET, answer, make_run, make_scores
+from reporting import QUIET, answer, make_run, make_scores
 
-from striate.report import report as report_with_figures
-from striate.run import Run
+from striate.runs.run import Run
+from striate.studies.report import report as report_with_figures
 
 pytestmark = pytest.mark.browser
 report = partial(report_with_figures, page_only=True)
@@ -28,7 +28,7 @@ frame.onload = () => {
   const page = frame.contentDocument, opened = performance.now() - began;
   const at = (name) => page.querySelector(name), all = (name) => [...page.querySelectorAll(name)];
   const put = (name, value, kind) => { at(name).value = value; at(name).dispatchEvent(new Event(kind)); };
-  const count = () => at(".count").textContent, cards = () => all("#browser .sample").length;
+  const count = () => at(".count").textContent, cards = () => all("#browser .card").length;
   document.title = JSON.stringify((() => { %s })());
 };
 frame.srcdoc = document.getElementById("source").value;
@@ -59,8 +59,8 @@ def use(page: Path, script: str, *, width: int = 1200, scripts: bool = True) -> 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
     """Three runs on 30 records of two tasks: `all` is always right, `part` in "read", `none` never."""
-    picture = tmp_path / "picture.png"
-    Image.new("RGB", (300, 200), "red").save(picture)
+    image = tmp_path / "image.png"
+    Image.new("RGB", (300, 200), "red").save(image)
     paths = [
         answer(make_run(tmp_path / "all"), {"read": [1.0] * 20, "count": [1.0] * 10}),
         answer(make_run(tmp_path / "part", region="first:3"), {"read": [1.0] * 20, "count": [0.0] * 10}),
@@ -68,7 +68,7 @@ def page(tmp_path: Path) -> Path:
     ]
     for path in paths:
         run = Run.open(path)
-        run.write_predictions(one | {"images": [str(picture)]} for one in run.predictions())
+        run.write_predictions(one | {"images": [str(image)]} for one in run.predictions())
     return report([*paths, make_scores(tmp_path / "scores")], out=tmp_path / "report.html")
 
 
@@ -76,7 +76,7 @@ def test_the_script_runs_under_the_policy_of_the_page_without_a_message(page: Pa
     elements, messages = show(page)
     assert not messages
     assert re.search(r'<section id="browser">', elements)
-    assert re.search(r'<section id="samples" hidden="">', elements)
+    assert re.search(r'<section id="cards" hidden="">', elements)
 
 
 def test_records_can_be_filtered_and_searched(page: Path) -> None:
@@ -90,15 +90,15 @@ def test_records_can_be_filtered_and_searched(page: Path) -> None:
     put("[name=who]", "all", "change"); found.push(count());
     put("[name=who]", "disagree", "change"); found.push(count());
     put("[name=who]", "every", "change"); put("[name=text]", "READ 1", "input"); found.push(count());
-    found.push(at("#browser .sample img").src.slice(0, 11), at("#browser .sample").innerText);
+    found.push(at("#browser .card img").src.slice(0, 11), at("#browser .card").innerText);
     return found;
     """
-    *numbers, picture, first = use(page, script)  # type: ignore[misc]
+    *numbers, image, first = use(page, script)  # type: ignore[misc]
     assert numbers == [
         "30 of 30 records.", 24, 30, True, "10 of 30 records.", "10 of 30 records.", "10 of 30 records.",
         "10 of 30 records.", "0 of 30 records.", "30 of 30 records.", "11 of 30 records.",
     ]  # fmt: skip
-    assert picture == "data:image/"
+    assert image == "data:image/"
     assert re.sub(r"\s+", " ", first) == "read read 1? truth yes ✓ right ● all yes ✓ right ■ part yes ✗ wrong ◆ none no"
 
 
@@ -118,9 +118,7 @@ def test_tables_sort_by_any_column(page: Path) -> None:
 
 
 def test_without_scripts_the_samples_are_there(page: Path) -> None:
-    script = (
-        'return [at("#browser").hidden, at("#samples").hidden, all("#samples .sample").length, all(".sort").length]'
-    )
+    script = 'return [at("#browser").hidden, at("#cards").hidden, all("#cards .card").length, all(".sort").length]'
     assert use(page, script, scripts=False) == [True, False, 4, 0]
 
 

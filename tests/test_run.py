@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from striate.errors import UserError
 from striate.region import Region
-from striate.run import Run, machine, model_folder, versions
+from striate.runs import provenance
+from striate.runs.run import Run, machine, versions
+from striate.vlm.reading import model_folder
 
 plain = st.dictionaries(
     st.text(),
@@ -72,6 +75,19 @@ def test_what_is_written_is_read_back(run: Run) -> None:
     assert run.skipped() == [{"source": "train.json:3", "reason": "no image"}]
 
 
+def test_skipping_takes_time_by_the_record_and_lists_each_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    lines = Run.skipped
+    monkeypatch.setattr(Run, "skipped", lambda self: read.append(1) or lines(self))
+    entries = [{"source": f"train.json:{number}", "reason": "no image"} for number in range(50)]
+    for entry in [*entries, *entries]:
+        run.skip(entry)
+    assert len(read) == 1  # the list on disk; 100 times would make 2,000 records take seconds
+    Run(run.path).skip({"source": "another", "reason": "no image"})
+    run.skip({"source": "another", "reason": "no image"}, *entries)
+    assert run.skipped() == [*entries, {"source": "another", "reason": "no image"}]
+
+
 def test_predictions_of_an_unfinished_evaluation(run: Run) -> None:
     assert run.unfinished is None
     assert run.begin_predictions({"model": "a"}) == []
@@ -113,7 +129,7 @@ def test_options_and_numbers_of_other_types(run: Run) -> None:
     assert json.loads((run.path / "run.json").read_text())["steps"] == 7
 
 
-def test_a_torn_last_line_is_dropped_and_does_not_spoil_the_next(run: Run) -> None:
+def test_a_torn_last_line_is_dropped_and_does_not_corrupt_the_next(run: Run) -> None:
     run.log({"step": 1, "loss": 2.0})
     with open(run.path / "log.jsonl", "ab") as file:
         file.write(b'{"step": 2, "lo')
@@ -156,7 +172,14 @@ def test_a_folder_with_anything_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no run.*run\.json"):
+    with pytest.raises(UserError, match=r"not a run folder.*run\.json"):
+        Run.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "[1]", '{"verb": "tune"}'])
+def test_a_run_json_of_something_else(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json is not that of a run: it has no verb and status"):
         Run.open(tmp_path)
 
 
@@ -198,12 +221,15 @@ def test_model_folder(run: Run, tmp_path: Path) -> None:
     ("error", "status"),
     [(None, "finished"), (KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")],
 )
-def test_recording_says_how_it_ended(run: Run, error: type[BaseException] | None, status: str) -> None:
+def test_recording_says_how_it_ended(
+    run: Run, error: type[BaseException] | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 107.5])
+    monkeypatch.setattr("striate.runs.run.time.monotonic", lambda: next(clock))
     with contextlib.suppress(error or ZeroDivisionError), run.recording():
         if error:
             raise error
-    assert run.info["status"] == status
-    assert 0 <= run.info["seconds"] < 60
+    assert (run.info["status"], run.info["seconds"]) == (status, 7.5)
 
 
 def test_recording_keeps_a_status_set_inside_and_adds_up_the_time(run: Run) -> None:
@@ -212,3 +238,51 @@ def test_recording_keeps_a_status_set_inside_and_adds_up_the_time(run: Run) -> N
         run.update(status="interrupted")
     assert run.info["status"] == "interrupted"
     assert run.info["seconds"] >= 100
+
+
+@pytest.mark.parametrize(
+    ("launch", "writes"),
+    [
+        ({"RANK": "3"}, True),  # a scheduler's name for a task that works alone
+        ({"RANK": "3", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "", "WORLD_SIZE": ""}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_the_first_process_of_a_launch_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launch: dict[str, str], writes: bool
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    Run.create(tmp_path / "run", verb="tune", options={})
+    assert (tmp_path / "run" / "run.json").is_file() is writes
+
+
+def test_a_resume_asks_for_the_same_code_that_trains_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = Path(provenance.__file__).parents[1]
+    shutil.copytree(sources, tmp_path / "striate", ignore=shutil.ignore_patterns("__pycache__", "models"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "striate" / "runs" / "provenance.py"))
+    before = provenance.code()
+    for name, same in (("studies/report/page.py", True), ("runs/cli.py", True), ("train/loss.py", False)):
+        file = tmp_path / "striate" / name
+        file.write_text(file.read_text() + "# another line\n")
+        assert (provenance.code() == before) is same, name
+
+
+def test_all_code_that_decides_the_weights_is_looked_at() -> None:
+    harmless = {"distributed", "errors", "roundtrip", "scores"}  # of `scores`, see TRAINING
+    sources = Path(provenance.__file__).parents[1]
+    counted = [file for pattern in provenance.TRAINING for file in sources.glob(pattern)]
+    imported = {
+        line.split()[1].split(".")[1]
+        for file in counted
+        for line in file.read_text().splitlines()
+        if line.startswith("from striate.") and not file.match("scores/*")
+    }
+    known = {file.relative_to(sources).parts[0].removesuffix(".py") for file in counted}
+    assert imported - harmless == known - {"scores"}

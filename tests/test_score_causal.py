@@ -1,4 +1,4 @@
-"""Layers skipped, frozen, reverted and pulled at: against full passes with the layer replaced, and by hand."""
+"""Layers bypassed, frozen, reverted, and their gradients: against full passes with a layer replaced, and by hand."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import pico
 import pytest
 import templates
 import torch
+from asking import answered, in_family, loud, record
 from pico import DEPTH, pico_llava
-from test_evaluate import answered, in_family, loud, noise, record
 from torch import nn
+from tracing import family_batch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from striate.data import Batch, Record, collate, encode
 from striate.errors import UserError
 from striate.region import Region
-from striate.score.backbone import Backbone
-from striate.score.causal import METRICS, Causal, bypassed
-from striate.score.gradient import Gradient
-from striate.score.likelihood import Answers, perplexity
-from striate.score.replay import Replay, divergence
-from striate.score.revert import parse_groups, revert
+from striate.scores.backbone import Backbone
+from striate.scores.causal import METRICS, Causal, skip
+from striate.scores.gradient import Gradient
+from striate.scores.likelihood import AnswerTokens, perplexity
+from striate.scores.replay import Replay, divergence
+from striate.scores.revert import parse_groups, revert
 from striate.vlm import Vlm, load
 
 CAUSAL = ("layer_contribution", "bypass_perplexity")
@@ -57,16 +58,6 @@ def vlm(folder: Path) -> Vlm:
 
 def batch_of(vlm: Vlm, records: list[Record], side: str = "right") -> Batch:
     return collate([encode(one, vlm.processor) for one in records], pad_id=vlm.pad_token_id, side=side)
-
-
-def family_batch(vlm: Vlm, name: str) -> Batch:
-    one = replace(answered(record("is the red cat on a mat?", image=0), "one bird"), images=(noise(0, 20, 16),))
-    two = replace(answered(record("What", image=0), "yes, two dogs"), images=(noise(1, 40, 40),))
-    if name == "paligemma":
-        return batch_of(vlm, [one, two])
-    content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}, {"type": "text", "text": "?"}]
-    several = Record("", ({"role": "user", "content": content},), (noise(2, 30, 30), noise(3, 16, 40)))
-    return batch_of(vlm, [one, answered(record("two"), "three"), two, answered(several, "a mat on one bird")])
 
 
 class Changed(nn.Module):
@@ -154,7 +145,7 @@ def test_every_family_resumes_where_it_is_asked_to(name: str) -> None:
     batch = family_batch(vlm, name)
     calls = [0] * vlm.depth
     with torch.no_grad():
-        replay = Replay(vlm, batch, Answers.of(batch))
+        replay = Replay(vlm, batch, AnswerTokens.of(batch))
 
         def counted(index: int, own: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +157,7 @@ def test_every_family_resumes_where_it_is_asked_to(name: str) -> None:
         for index, layer in enumerate(vlm.layers):
             vars(layer)["forward"] = counted(index, layer.forward)
         for index in range(vlm.depth):
-            replay.changed(index, bypassed)
+            replay.run_with(index, skip)
     # Each layer runs again for each layer below it, and for no other: depth / 2 passes in all.
     assert calls == list(range(vlm.depth))
 
@@ -185,16 +176,17 @@ def test_experts_are_changed_like_any_layer(vlm: Vlm) -> None:
 
 
 def test_tower_runs_once(vlm: Vlm) -> None:
-    runs = []
+    batch, runs = batch_of(vlm, RECORDS), []  # the first use of the processor runs the tower, too
     first = next(module for module in vlm.tower.modules() if isinstance(module, nn.Linear))
     handle = first.register_forward_hook(lambda *_: runs.append(1))
-    measured(vlm, [batch_of(vlm, RECORDS)])
+    measured(vlm, [batch])
     handle.remove()
     assert len(runs) == 1
 
 
 def test_scores_do_not_depend_on_batch_size_or_padding(vlm: Vlm, folder: Path) -> None:
     together = measured(vlm, [batch_of(vlm, RECORDS)], EVERYTHING, backbone=folder)
+    assert {*together} == {*EVERYTHING}
     for batches in (
         [batch_of(vlm, [one]) for one in RECORDS],
         [batch_of(vlm, RECORDS, side="left")],
@@ -295,7 +287,7 @@ def same(vlm: Vlm, before: dict[str, torch.Tensor]) -> bool:
 
 
 def nll_of(vlm: Vlm, batch: Batch) -> float:
-    answers = Answers.of(batch)
+    answers = AnswerTokens.of(batch)
     with torch.no_grad():
         return float(answers.nll(answers.logits(vlm, batch)).mean())
 
@@ -383,7 +375,7 @@ def test_one_layer_of_the_backbone_is_in_memory_at_a_time(
 
     for layer in vlm.layers:
         layer.mlp.register_forward_hook(differing)
-    with backbone.reverted(range(DEPTH)):
+    with backbone.revert(range(DEPTH)):
         nll_of(vlm, batch_of(vlm, RECORDS[:1]))
     assert held == [1] * DEPTH
 
@@ -416,7 +408,7 @@ def test_an_unmerged_adapter_is_switched_off_in_its_layer(folder: Path) -> None:
     assert found.backbone.value == pytest.approx(plain, rel=1e-6)
     assert trains == {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
     adapted.merge_adapter()
-    with pytest.raises(UserError, match="adapters are merged but still there"):
+    with pytest.raises(UserError, match="adapters are merged but still attached"):
         Causal(vlm, ("revert_perplexity",))
 
 
@@ -439,7 +431,7 @@ def test_a_plain_language_model_is_a_backbone_and_a_wrong_one_is_named(vlm: Vlm,
     with pytest.raises(UserError, match=r"needs a backbone \(--backbone\), or a model with unmerged adapters"):
         Causal(vlm, EVERYTHING)
     biased = in_family("qwen2_vl")
-    with pytest.raises(UserError, match=r"llm has no self_attn.q_proj.bias in layer 0: it is not what"):
+    with pytest.raises(UserError, match=r"llm has no self_attn.q_proj.bias in layer 0: it is not this"):
         Backbone(biased, language_model())
 
 
@@ -471,7 +463,7 @@ def test_groups_from_text() -> None:
     assert layers("uniform:2,7") == {"uniform:2": (0, 4), "7": (7,)}
     for text, message in (
         ("", "no group of layers is named; accepted: 8-15,16-23"),
-        ("sliding:9", "'sliding:9' asks for runs of 9 layers; this model has 8"),
+        ("sliding:9", "'sliding:9' means runs of 9 layers; this model has 8"),
         ("6-9", "layer 9 does not exist; this model's depth is 8"),
         ("none", "the group 'none' has no layers"),
         ("every", "unknown region form 'every'"),

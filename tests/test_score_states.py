@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import templates
 import torch
-from test_evaluate import answered, record
-from test_trace import MODELS, attention_of, batch_of, llava_of, mllama, of_family, records
+from asking import answered, record
 from torch import Tensor, nn
+from tracing import MODELS, attention_of, batch_of, llava_of, mllama, of_family, records
 from transformers import AttentionInterface
 
-import striate.score.states
+import striate.scores.states
 import striate.trace
 from striate.data import IGNORED, Batch, Record
 from striate.errors import UserError
-from striate.score.states import (
+from striate.scores.states import (
     METRICS,
     States,
     angular_distance,
@@ -29,7 +29,7 @@ from striate.score.states import (
     multimodal_block_influence,
     token_kinds,
 )
-from striate.score.table import Score
+from striate.scores.table import Score
 from striate.vlm import Vlm
 
 NAN = math.nan
@@ -336,7 +336,7 @@ def test_every_sample_is_kept(vlm: Vlm) -> None:
 
 
 def test_only_what_is_named_is_measured(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("striate.score.states.watch_attention", None)
+    monkeypatch.setattr("striate.scores.states.watch_attention", None)
     batch = batch_of(vlm, records())
     found = scores_of(vlm, batch, names=["angular_distance", "block_influence"])
     assert list(found) == ["angular_distance", "block_influence"]
@@ -370,9 +370,9 @@ def test_an_empty_batch_adds_nothing(vlm: Vlm) -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("model.language_model.layers.2.mlp.down_proj", "layer 2 gives out NaN or infinite hidden states: the llava"),
-        ("model.language_model.layers.0.self_attn.v_proj", "layer 0 gives out NaN or infinite"),
-        ("model.multi_modal_projector.linear_2", "the embeddings give the first layer NaN or infinite"),
+        ("model.language_model.layers.2.mlp.down_proj", "NaN or Inf in the output of layer 2: the llava"),
+        ("model.language_model.layers.0.self_attn.v_proj", "NaN or Inf in the output of layer 0"),
+        ("model.multi_modal_projector.linear_2", "NaN or Inf in the embeddings"),
     ],
 )
 @pytest.mark.parametrize("value", [NAN, math.inf])
@@ -400,7 +400,7 @@ def test_nan_in_padding_is_no_error(vlm: Vlm) -> None:
 
 def test_a_model_that_does_not_show_its_attention(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(striate.trace, "ALL_ATTENTION_FUNCTIONS", AttentionInterface())  # not the one it asks
-    with pytest.raises(UserError, match="llava models do not show their attention to transformers"):
+    with pytest.raises(UserError, match="llava models do not return attention weights to transformers"):
         scores_of(vlm, batch_of(vlm, records()))
     assert scores_of(vlm, batch_of(vlm, records()), names=["block_influence"])["block_influence"].n == 3
 

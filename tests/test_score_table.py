@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from striate.errors import UserError
 from striate.region import Region
-from striate.run import Run
-from striate.score.table import MOST_SAMPLES, Metric, Score, Scores, order, rank_correlation, shades
+from striate.runs.run import Run
+from striate.scores.table import MOST_SAMPLES, Metric, Score, Scores, order, rank_correlation, shades
 
 METRIC = Metric("sight", needs=("records",), range="0 to 1", source="by hand", direction="low")
 NAN = math.nan

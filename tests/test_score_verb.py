@@ -14,23 +14,24 @@ import torch
 from pico import DEPTH, pico_llava, pico_processor
 from PIL import Image
 from rich.console import Console, RenderableType
-from test_train import write_data
+from training import write_data
 
 import striate
-from striate.cli import main
 from striate.errors import UserError
-from striate.plot import Estimate, Reverted
+from striate.plot import Estimate, RevertProfile
 from striate.region import Region
-from striate.report import report
-from striate.run import Run
-from striate.score import METRICS, Score, Scores, causal, metrics, revert, score, states, weights
-from striate.score.causal import Causal
-from striate.score.figures import attention_maps, looks
-from striate.score.metrics import choose
-from striate.score.sampling import Sample, Sampling
-from striate.score.states import token_kinds
-from striate.score.terminal import reversions, strips
-from striate.score.weights import METRICS as WEIGHTS
+from striate.runs.cli import main
+from striate.runs.run import Run
+from striate.runs.scoring import revert, score
+from striate.runs.terminal import heat_strips, reversions
+from striate.scores import METRICS, Score, Scores, causal, metrics, states, weights
+from striate.scores.causal import Causal
+from striate.scores.figures import attention_maps, attention_overlay
+from striate.scores.metrics import choose
+from striate.scores.sampling import RecordSample, Sampling
+from striate.scores.states import token_kinds
+from striate.scores.weights import METRICS as WEIGHTS
+from striate.studies.report import report
 from striate.trace import forward, watch_attention
 
 
@@ -116,12 +117,13 @@ def test_a_report_on_a_score_run(whole: Path, tmp_path: Path) -> None:
     page = report([whole], out=tmp_path / "report.html").read_text("utf-8")
     assert "layer scores only" in page
     assert "multimodal block influence" in page
-    assert page.count('class="strip heat"') == len(METRICS)
+    assert page.count('class="layer-bar heat"') == len(METRICS)
 
 
 def test_scores_do_not_depend_on_the_batch(model: Path, data: Path, tmp_path: Path) -> None:
     metrics = ["block_influence,angular_distance", "image_attention", "layer_contribution", "gradient"]
     one, other = (measured(model, data, tmp_path / str(size), metrics=metrics, batch=size) for size in (1, 3))
+    assert {*one.scores} == {*other.scores} == {*",".join(metrics).split(",")}
     for name in one.scores:
         assert one[name].values == pytest.approx(other[name].values, rel=1e-3, abs=1e-6), name
         assert one[name].stderr == pytest.approx(other[name].stderr, rel=1e-2, abs=1e-6), name
@@ -135,7 +137,7 @@ def test_scores_go_into_the_run_that_the_model_is(model: Path, data: Path, tmp_p
     found = measured(run.path, data, None, metrics="block_influence", samples=2)
     assert found.samples == 2
     assert (run.info["verb"], run.info["status"]) == ("tune", "finished")
-    with pytest.raises(UserError, match="is no run to write results into: name a new one with --out"):
+    with pytest.raises(UserError, match="is not a run folder to write results into: name a new one with --out"):
         score(model, data=data, metrics="block_influence")
 
 
@@ -200,15 +202,16 @@ def test_an_interrupt_keeps_what_was_measured(
     assert "marked as partial" in capsys.readouterr().err
     found = Scores.load(out)
     assert found.partial
-    assert list(found.scores) == ["block_influence", "bypass_perplexity"][: 1 + after]
-    assert found["block_influence"].n == 8
-    assert found.scores["bypass_perplexity"].n == 3 if after else True
+    # One batch of 3 of the score that was stopped, if any; all 8 records of the one before.
+    assert {name: one.n for name, one in found.scores.items()} == (
+        {"block_influence": 8, "bypass_perplexity": 3} if after else {"block_influence": 8}
+    )
     assert Run.open(out).info["status"] == "interrupted"
 
 
 def test_the_draw_is_that_of_the_seed(data: Path) -> None:
     def ids(**options: Any) -> list[str]:
-        return [record.id for record in Sampling(**options).draw(data).records]
+        return [record.id for record in Sampling(**options).draw(striate.data.read(data)).records]
 
     assert ids(samples=3) == ids(samples=3) == sorted(ids(samples=3))
     assert len({tuple(ids(samples=3, seed=seed)) for seed in range(5)}) > 1
@@ -218,7 +221,7 @@ def test_the_draw_is_that_of_the_seed(data: Path) -> None:
 def test_batches_have_every_record_once_the_longest_first(model: Path, data: Path) -> None:
     vlm = striate.load(model, device="cpu")
     sampling = Sampling(batch=3)
-    sample = sampling.draw(data)
+    sample = sampling.draw(striate.data.read(data))
     batches = list(sampling.batches(vlm, sample))
     assert sorted(name for batch in batches for name in batch.ids) == [record.id for record in sample.records]
     assert len(batches) == sampling.num_batches(sample) == 3
@@ -227,7 +230,7 @@ def test_batches_have_every_record_once_the_longest_first(model: Path, data: Pat
 
 def test_answers_of_evaluation_records_and_plain_text_count(model: Path, text: Path) -> None:
     vlm, sampling = striate.load(model, device="cpu"), Sampling(batch=4)
-    (batch,) = sampling.batches(vlm, sampling.draw(text))
+    (batch,) = sampling.batches(vlm, sampling.draw(striate.data.read(text)))
     answers = [vlm.tokenizer.decode(row[row >= 0]) for row in batch.labels]
     assert sorted(answers) == [
         "no </s>", "the cat sees a red car", "what is this ? a red blue green cat", "yes </s>",
@@ -236,7 +239,7 @@ def test_answers_of_evaluation_records_and_plain_text_count(model: Path, text: P
 
 def test_long_text_is_cut(model: Path, text: Path) -> None:
     vlm, sampling = striate.load(model, device="cpu"), Sampling(batch=4, max_length=8, on_bad="skip")
-    (batch,) = sampling.batches(vlm, sampling.draw(text))
+    (batch,) = sampling.batches(vlm, sampling.draw(striate.data.read(text)))
     assert batch.labels.shape[1] == 8
 
 
@@ -254,12 +257,25 @@ def test_bad_records_stop_or_are_listed(model: Path, tmp_path: Path) -> None:
         measured(model, data, tmp_path / "none", metrics="block_influence", on_bad_record="skip")
 
 
+def test_records_without_an_answer_are_listed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out = write_data(tmp_path), tmp_path / "run"
+    rows = json.loads(data.read_text())
+    for row in rows[2:4]:
+        del row["conversations"][1]
+    data.write_text(json.dumps(rows))
+    words = ["score", str(model), "--data", str(data), "--metrics", "block_influence", "--device", "cpu"]
+    assert main([*words, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"2 records left out, listed in {out}/skipped.jsonl"
+    assert Run.open(out).skipped() == [{"source": f"train.json:{n}", "reason": "has no answer"} for n in (3, 4)]
+    assert Scores.load(out)["block_influence"].n == 6
+
+
 def test_records_without_answers(tmp_path: Path, model: Path) -> None:
     data = tmp_path / "asked.json"
     data.write_text(json.dumps([{"messages": [{"role": "user", "content": "what is this ?"}]}]))
-    with pytest.raises(UserError, match=r"asked\.json: none of its 1 records has an answer"):
+    with pytest.raises(UserError, match=r"none of the 1 records has an answer to measure layers on"):
         score(model, data=data, out=tmp_path / "run")
-    with pytest.raises(UserError, match="at least one sample"):
+    with pytest.raises(UserError, match="--samples 0: at least 1"):
         score(model, data=data, out=tmp_path / "run", samples=0)
     assert not (tmp_path / "run").exists()
 
@@ -279,13 +295,13 @@ def test_reverting_layers(model: Path, backbone: Path, data: Path, text: Path, t
     assert (found["visual"]["tuned"]["n"], found["text"]["tuned"]["n"]) == (8, 4)
     assert sorted(file.name for file in run.figures.iterdir()) == ["reverted.pdf", "reverted.png", "reverted.svg"]
     page = report([run.path], out=tmp_path / "report.html").read_text("utf-8")
-    assert "layers put back only" in page
-    assert "Layers put back: run" in page
+    assert "layers reverted only" in page
+    assert "Layers reverted: run" in page
 
 
 def test_reverting_what_is_not_there(model: Path, backbone: Path, data: Path, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"backbone": str(backbone), "out": tmp_path / "run", "device": "cpu"}
-    with pytest.raises(UserError, match="perplexity of what"):
+    with pytest.raises(UserError, match="--visual or --text is required"):
         revert(model, groups="each", **options)
     with pytest.raises(UserError, match=r"none of the 4 records of .*text\.json has an image"):
         revert(model, groups="each", visual=text, **options)
@@ -304,7 +320,7 @@ def test_one_sample_has_no_standard_error(model: Path, backbone: Path, data: Pat
 
 def test_attention_maps_are_those_of_the_trace(model: Path, data: Path) -> None:
     vlm, sampling = striate.load(model, dtype="float32", device="cpu"), Sampling(samples=1)
-    (batch,) = sampling.batches(vlm, sampling.draw(data))
+    (batch,) = sampling.batches(vlm, sampling.draw(striate.data.read(data)))
     maps = attention_maps(vlm, batch)
     assert maps is not None
     assert maps.shape == (DEPTH, 4, 4)  # 16 image tokens
@@ -321,20 +337,20 @@ def test_attention_maps_are_those_of_the_trace(model: Path, data: Path) -> None:
 
 def test_no_map_without_one_plain_picture(model: Path, data: Path, text: Path) -> None:
     vlm = striate.load(model, device="cpu")
-    assert looks(vlm, Sampling().draw(text).records) is None
-    assert looks(vlm, Sampling().draw(data).records) is not None
+    assert attention_overlay(vlm, Sampling().draw(striate.data.read(text)).records) is None
+    assert attention_overlay(vlm, Sampling().draw(striate.data.read(data)).records) is not None
     picture = Image.new("RGB", (32, 32))
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is this ?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
     ]
-    (batch,) = Sampling().batches(vlm, Sample([striate.data.Record("0", tuple(turns), (picture, picture))]))
+    (batch,) = Sampling().batches(vlm, RecordSample([striate.data.Record("0", tuple(turns), (picture, picture))]))
     assert attention_maps(vlm, batch) is None
 
 
 def test_the_guide_to_a_new_score_is_true() -> None:
     guide = (Path(__file__).parents[1] / "docs" / "add_a_score.md").read_text()
-    formula, test = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    formula, _, test = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
     names = {**vars(states), "pytest": pytest}
     exec(formula, names)
     exec(test, names)
@@ -346,7 +362,7 @@ def test_the_guide_to_a_new_score_is_true() -> None:
         (states, "METRICS _by_sample"),
         (causal, "KINDS Causal"),
         (weights, "FORMULAS"),
-        (metrics, "_measures"),
+        (metrics, "MEASURES"),
     ]:
         for name in wanted.split():
             assert hasattr(module, name)
@@ -357,7 +373,7 @@ def test_the_guide_to_a_new_score_is_true() -> None:
 def test_strips_fit_into_80_columns(depth: int) -> None:
     values = tuple(float(layer % 7) for layer in range(depth - 1))
     one = Score("multimodal_block_influence", (*values, math.nan), direction="low")
-    lines = shown(strips(Scores("m", depth, 1, {one.name: one, "flat": Score("flat", (0.5,) * depth)})))
+    lines = shown(heat_strips(Scores("m", depth, 1, {one.name: one, "flat": Score("flat", (0.5,) * depth)})))
     assert max(map(len, lines)) <= 80
     assert len(lines) == 5
     assert len(lines[1]) == depth * min(4, 80 // depth)
@@ -369,7 +385,7 @@ def test_strips_fit_into_80_columns(depth: int) -> None:
 
 
 def test_a_table_of_reversions_says_which_way() -> None:
-    found = Reverted({"8-15": Estimate(5.0, 0.2), "0": Estimate(3.0)}, Estimate(4.0, 0.1), Estimate(6.0, 0.1))
+    found = RevertProfile({"8-15": Estimate(5.0, 0.2), "0": Estimate(3.0)}, Estimate(4.0, 0.1), Estimate(6.0, 0.1))
     lines = [line.split() for line in shown(reversions({"visual": found, "text": found}))]
     assert lines[1] == ["none", *("4±0.1", "0", "▼", "-2") * 2]
     assert lines[2] == ["8-15", *("5±0.2", "▲", "+1", "▼", "-1") * 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import striate.weights as stored_weights
 from striate.errors import UserError
-from striate.run import Run
-from striate.score import weights
-from striate.score.table import Score
-from striate.score.weights import METRICS, Place, StoredLayers, parameter_change, weight_angle, weight_scores
+from striate.runs.run import Run
+from striate.scores import weights
+from striate.scores.table import Score
+from striate.scores.weights import METRICS, StoredLayers, parameter_change, weight_angle, weight_scores
 
 TEXT = {key: value for key, value in pico.FAMILIES["llava"]["text_config"].items() if key != "model_type"}
 
@@ -111,30 +113,31 @@ def shard(folder: Path) -> None:
     files = {name: f"model-{number % 4 + 1:05}-of-00004.safetensors" for number, name in enumerate(sorted(tensors))}
     for file in set(files.values()):
         save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     (folder / "model.safetensors").unlink()
 
 
 def test_two_tensors_are_in_memory_at_a_time(tuned: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
-    most, read = 0, Place.read
+    most, reader = 0, stored_weights._reader
 
-    def watched(place: Place) -> Tensor:
+    def read(file: Path, name: str) -> Tensor:
         nonlocal most
-        tensor = read(place)
+        tensor = reader(file, name)()
         alive.append(weakref.ref(tensor))
         most = max(most, sum(one() is not None for one in alive))
         return tensor
 
-    monkeypatch.setattr(Place, "read", watched)
+    monkeypatch.setattr(stored_weights, "_reader", lambda file, name: partial(read, file, name))
     weight_scores(tuned, backbone)
     assert len(alive) == 2 * 7 * DEPTH  # matrices of the decoder's layers, and nothing else
     assert most == 2
 
 
 def test_a_model_did_not_move_from_itself(tuned: Path) -> None:
-    for score in weight_scores(tuned, tuned):
-        assert score.values == (0.0,) * DEPTH
+    found = weight_scores(tuned, tuned)
+    assert [score.name for score in found] == list(METRICS)
+    assert [score.values for score in found] == [(0.0,) * DEPTH] * len(METRICS)
 
 
 def test_any_checkpoint_of_the_family_is_a_backbone(tuned: Path, backbone: Path, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_tower_layers_are_left_aside(tmp_path: Path) -> None:
         stored = StoredLayers.open(tmp_path / family)
         assert stored.depth == DEPTH
         own = model.get_decoder().layers[1].state_dict()
-        assert {name: place.shape for name, place in stored.layers[1].items()} == {
+        assert {name: one.shape for name, one in stored.layers[1].items()} == {
             name: tuple(tensor.shape) for name, tensor in own.items()
         }, family
 
@@ -173,7 +176,7 @@ def test_tower_layers_are_left_aside(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, r"bad has 3 decoder layers, the model 4: not its backbone$"),
         (
             {"intermediate_size": 48},
-            r"bad: model.layers.0.mlp.down_proj.weight is 32 x 48, the model's is 32 x 64: it is not what",
+            r"bad: model.layers.0.mlp.down_proj.weight is 32 x 48, the model's is 32 x 64: it is not this",
         ),
     ],
 )
@@ -187,17 +190,17 @@ def test_broken_and_missing_checkpoints(tuned: Path, backbone: Path, tmp_path: P
         with pytest.raises(UserError, match=message):
             weight_scores(tuned, folder)
 
-    refused("gone is no model folder", tmp_path / "gone")
+    refused("gone is not a model folder", tmp_path / "gone")
     tensors = load_file(backbone / "model.safetensors")
     lacking = {name: tensor for name, tensor in tensors.items() if name != "model.layers.2.mlp.up_proj.weight"}
     save_file(lacking, backbone / "model.safetensors")
-    refused(r"llm has no mlp.up_proj.weight in layer 2: it is not what this model was tuned from$")
+    refused(r"llm has no mlp.up_proj.weight in layer 2: it is not this model's backbone$")
     for layer in (0, 2):
         some = {name: tensor for name, tensor in tensors.items() if f"layers.{layer}." not in name}
         save_file(some, backbone / "model.safetensors")
-        refused(rf"llm has no weights of layer {layer}, but some of layer 3$")
+        refused(rf"llm has weights of layer 3, but none of layer {layer}$")
     save_file({"lm_head.weight": torch.ones(2, 2)}, backbone / "model.safetensors")
-    refused("llm holds no decoder layers")
+    refused("llm has no decoder layers")
     (backbone / "model.safetensors").write_bytes(b"no tensors at all")
     refused(r"cannot read .*model.safetensors: ")
     (backbone / "model.safetensors").unlink()

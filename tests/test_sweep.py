@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ import torch
 import yaml
 from pico import DEPTH, pico_llava
 from rich.console import Console
-from test_train import changed, weights, write_data
+from training import changed, weights, write_data
 
 import striate
-from striate.cli import main
-from striate.content import BLOCK, BLOCKS, content_of, difference, digest
-from striate.sweep import Forecast, Outcome, cells, sweep
-from striate.sweep.executor import PROGRAM
-from striate.sweep.forecast import predicted
-from striate.sweep.plan import num_records, num_steps, read_plan
+from striate.runs.cli import main
+from striate.runs.provenance import BLOCK, BLOCKS, content_of, difference, digest
+from striate.runs.run import Run
+from striate.studies.sweep import Forecast, Outcome, cells, sweep
+from striate.studies.sweep.cell import last_step
+from striate.studies.sweep.executor import PROGRAM, visible_gpus
+from striate.studies.sweep.forecast import predict
+from striate.studies.sweep.plan import num_records, num_steps, read_plan
 
 CPU = {"device": "cpu"}
 SHEET: dict[str, Any] = {
@@ -89,12 +92,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tune": {"region": "last:9"}}, "sweep.yaml: tune.region is set under tune as well|grid.region is set under tune"),
     ({"tune": {"samples": "9"}}, "sweep.yaml: data: samples 9: there are only 8 records"),
     ({"eval": {"max_length": 9}}, "sweep.yaml: eval.data is missing: records"),
-    ({"eval": {"tasks": "colour"}}, "sweep.yaml: eval.tasks: no tasks 'colour': expected lm:NAME"),
+    ({"eval": {"tasks": "color"}}, "sweep.yaml: eval.tasks: no tasks 'color': expected lm:NAME"),
     ({"eval": {**SHEET["eval"], "tasks": "trian"}}, "sweep.yaml: eval.tasks: no task 'trian'; nearest: train"),
     ({"eval": {"data": "none.json"}}, "sweep.yaml: eval.data: no such file or folder: none.json"),
     ({"eval": {"data": "../train.json", "samples": 2.5}}, "sweep.yaml: eval.samples: 2.5 is not a whole number"),
-    ({"prune": {"remove": 9}}, r"sweep.yaml: prune of uniform-25%: --remove 9: only 3 layers can go"),
-    ({"prune": {}}, "sweep.yaml: prune of uniform-25%: say either how many layers go"),
+    ({"prune": {"remove": 9}}, r"sweep.yaml: prune of uniform-25%: --remove 9: only 3 layers can be cut"),
+    ({"prune": {}}, "sweep.yaml: prune of uniform-25%: give either --remove"),
     ({"prune": {"remove": 1, "by": "magic"}}, "sweep.yaml: prune of uniform-25%: --by: no score 'magic'"),
     ({"prune": {"remove": 1, "scores": "none.json"}}, "sweep.yaml: prune.scores: no such file or folder: none.json"),
     ({"grid": {}}, "sweep.yaml: grid: expected options that vary"),
@@ -109,7 +112,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG, ids=[message[12:52] for _, message in WRONG])
-def test_what_is_wrong_in_the_file_is_told_before_anything_runs(
+def test_what_is_wrong_in_the_file_is_reported_before_anything_runs(
     change: dict[str, Any], message: str, here: Path
 ) -> None:
     with pytest.raises(striate.UserError, match=message) as refused:
@@ -151,10 +154,10 @@ def test_content_is_bytes_not_places(tmp_path: Path, monkeypatch: pytest.MonkeyP
     second.write_text("[]")
     assert content_of(first) == content_of(second)
     second.write_text("[ ]")
-    assert "content of data is another" in difference({"data": digest(first)}, {"data": digest(second)})
+    assert "content of data has changed" in difference({"data": digest(first)}, {"data": digest(second)})
     assert difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b was 2, now it is 3"
     assert difference({"a": 1}, {"a": 1}) == ""
-    monkeypatch.setattr("striate.content.WHOLE", BLOCKS * BLOCK)
+    monkeypatch.setattr("striate.runs.provenance.WHOLE", BLOCKS * BLOCK)
     weights_file = tmp_path / "model.safetensors"
     data = bytearray(3 * BLOCKS * BLOCK)
     weights_file.write_bytes(data)
@@ -169,7 +172,7 @@ def test_content_is_bytes_not_places(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("projector", ["train", "freeze"])
 def test_adapters_are_counted_as_they_will_be(here: Path, projector: str) -> None:
     file = sheet(tune=tune(method="lora", rank=2, projector=projector, steps=1), grid={"region": ["0,2"]})
-    run = striate.Run.open(sweep(file, only="0,2").cells[0].runs[0])  # type: ignore[union-attr]
+    run = Run.open(sweep(file, only="0,2").cells[0].runs[0])  # type: ignore[union-attr]
     assert run.info["training"]["method"] == "lora"
     assert run.info["training"]["trainable_parameters"] == read_plan(file).recipes[0].trainable
 
@@ -180,11 +183,12 @@ def test_a_cell_and_what_becomes_of_it(here: Path) -> None:
     file = sheet(tune=tune(steps=None), prune=prune, grid={**grid, "prune.remove": [1]})
     plan = read_plan(file)
     assert num_steps(plan.recipes[0], num_records(plan)) == 1
+    assert num_steps(replace(plan.recipes[0], tune=plan.recipes[0].tune | {"steps": 0}), 8) == 0
     outcome = sweep(file, only="last-25%_seed-3_samples-50%")
     assert isinstance(outcome, Outcome)
     cell = outcome.cells[0]
     assert cell.status == "finished"
-    tuned, pruned = (striate.Run.open(folder) for folder in cell.runs)
+    tuned, pruned = (Run.open(folder) for folder in cell.runs)
     assert tuned.info["training"]["samples"] == 4
     assert tuned.info["training"]["trainable_parameters"] == plan.recipes[0].trainable
     assert tuned.results is not None
@@ -238,7 +242,7 @@ def test_the_plan_before_and_the_commands(here: Path, capsys: pytest.CaptureFixt
     planned = sweep(file, dry_run=True)
     assert isinstance(planned, Forecast)
     assert [row[1] for row in planned.rows] == ["not started", "finished"]
-    seconds = striate.Run.open(here / "my out" / "uniform-25%_seed-1").info["training"]["seconds"]
+    seconds = Run.open(here / "my out" / "uniform-25%_seed-1").info["training"]["seconds"]
     assert planned.rows[0][4] > seconds  # three steps of four, as there, and the evaluation
 
 
@@ -248,14 +252,14 @@ def test_time_is_predicted_from_cells_of_the_same_region(here: Path) -> None:
     recipes = {recipe.cell.name: recipe for recipe in plan.recipes}
     done = [recipes["all_seed-0_samples-50%"], recipes["last-25%_seed-0_samples-50%"]]
     for recipe, seconds in zip(done, (24.0, 12.0), strict=True):
-        run = striate.Run.create(recipe.cell.runs[0], verb="tune", options={})
+        run = Run.create(recipe.cell.runs[0], verb="tune", options={})
         run.update(training={"seconds": seconds, "samples": 12})
         run.write_results({"seconds": 5.0})
     # 8 records, in 2 steps of 4, 3 times: 24 of 2 s or of 1 s each; and 5 s to evaluate.
-    assert predicted(recipes["all_seed-1_samples-100%"], done, 8) == 24 * 2 + 5
-    assert predicted(recipes["last-25%_seed-1_samples-100%"], done, 8) == 24 * 1 + 5
-    assert predicted(recipes["last-25%_seed-1_samples-100%"], done[:1], 8) == 24 * 2 + 5
-    assert predicted(recipes["all_seed-1_samples-50%"], [], 8) is None
+    assert predict(recipes["all_seed-1_samples-100%"], done, 8) == 24 * 2 + 5
+    assert predict(recipes["last-25%_seed-1_samples-100%"], done, 8) == 24 * 1 + 5
+    assert predict(recipes["last-25%_seed-1_samples-100%"], done[:1], 8) == 24 * 2 + 5
+    assert predict(recipes["all_seed-1_samples-50%"], [], 8) is None
 
 
 def test_one_method_for_all_cells(here: Path) -> None:
@@ -279,9 +283,9 @@ def test_a_cell_that_fails_stops_no_other(here: Path, capsys: pytest.CaptureFixt
         ["schedule-nonsense", "failed"], ["schedule-linear", "finished"],
     ]  # fmt: skip
     assert [cell.status for cell in cells("out")] == ["failed", "finished"]
-    run = striate.Run.open(here / "out" / "schedule-linear")
+    run = Run.open(here / "out" / "schedule-linear")
     assert run.info["command"] == "striate sweep sweep.yaml --only schedule-linear"
-    code = "import sys; from striate.sweep import cells; cells('out'); sys.exit('torch' in sys.modules)"
+    code = "import sys; from striate.studies.sweep import cells; cells('out'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -304,14 +308,14 @@ def held(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"plan": (folder / "sweep.json").read_text()}
     for cell in cells(folder):
         for path in cell.runs:
-            run = striate.Run.open(path)
+            run = Run.open(path)
             results = {key: value for key, value in (run.results or {}).items() if key != "seconds"}
             steps = [(entry["step"], entry["loss"]) for entry in run.history()]
             found[path.name] = (run.info["status"], results, run.predictions(), steps)
     return found
 
 
-def told(outcome: Any) -> str:
+def rows_of(outcome: Any) -> str:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(outcome)
@@ -351,31 +355,52 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_been(here: Path, world: Pa
     stopped = started("--workers", "2")
     wait_for((here / "out" / "last-25%" / "log.jsonl").exists)
     stopped.send_signal(signal.SIGINT)
-    _, said = stopped.communicate()
+    _, output = stopped.communicate()
     assert stopped.returncode == 130
-    assert said.splitlines()[-1].endswith("cells finished; go on with: striate sweep sweep.yaml")
+    assert output.splitlines()[-1].endswith("cells finished; go on with: striate sweep sweep.yaml")
     assert cells("out")[1].status == "interrupted"
     for name in ("uniform-25%", "last-25%"):
         sweep(file, only=name)
     found = sweep(file)
-    assert told(found) == told(expected)
+    assert rows_of(found) == rows_of(expected)
     mine, theirs = held(here / "out"), held(whole / "out")
     assert mine == theirs
     for run in ("uniform-25%", "last-25%+pruned"):
         assert changed(weights(here / "out" / run), weights(whole / "out" / run)) == set()
 
 
+@pytest.mark.parametrize("length", [1, 4090, 5000, 70_000])
+def test_the_last_step_of_a_log_whose_lines_are_long(tmp_path: Path, length: int) -> None:
+    run = Run.create(tmp_path / "run", verb="tune", options={})
+    assert last_step(run.path) == {}
+    for step in range(1, 4):  # a loss spike names every record of its batch
+        run.log({"step": step, "loss": 9.0, "spike": ["x" * length]})
+        assert last_step(run.path)["step"] == step
+    with (run.path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "spike": ["' + "x" * length)  # torn by a crash
+    assert last_step(run.path)["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("named", "names"), [("0,1", ["0", "1"]), ("1,-1,0", ["1"]), ("", []), ("-1", []), ("GPU-7,", ["GPU-7"])]
+)
+def test_gpus_of_cells_are_those_that_cuda_sees(named: str, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert visible_gpus() == names
+
+
 def test_options_that_would_do_nothing_are_refused(here: Path) -> None:
     with pytest.raises(striate.UserError, match="are for --executor ray"):
         sweep(sheet(), ray_cpus=2.0)
-    with pytest.raises(striate.UserError, match="--workers 0: at least one"):
+    with pytest.raises(striate.UserError, match="--workers 0: at least 1"):
         sweep(sheet(), workers=0)
 
 
 def test_without_ray_one_line_says_what_to_install(here: Path) -> None:
     if importlib.util.find_spec("ray"):
         pytest.skip("Ray is installed")
-    with pytest.raises(striate.UserError, match=r"needs Ray: pip install 'striate\[ray\]'"):
+    with pytest.raises(striate.UserError, match=r"needs ray, .*: pip install 'striate\[ray\]'"):
         sweep(sheet(), executor="ray")
     assert not (here / "out").exists()
 

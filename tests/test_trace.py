@@ -5,82 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
-import pico
 import pytest
 import templates
 import torch
-from test_evaluate import answered, in_family, loud, noise, record
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tracing import MODELS, attention_of, batch_of, llava_of, mllama, of_family, records
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import striate.trace
-from striate.data import Batch, Record, collate, encode
+from striate.data import Batch
 from striate.errors import UserError
-from striate.score.states import token_kinds
-from striate.trace import Attention, attention_rows, forward, watch_attention, watch_layers
+from striate.scores.states import token_kinds
+from striate.trace import attention_rows, forward, watch_attention, watch_layers
 from striate.vlm import Vlm
-
-# Language models that attend in other ways than Llama, each inside a LLaVA.
-MODELS: dict[str, dict[str, Any]] = {
-    "one head a group": {"model_type": "llama", "num_key_value_heads": 4},
-    "sliding window": {"model_type": "mistral", "sliding_window": 9},
-    "soft cap": {"model_type": "gemma2", "attn_logit_softcapping": 0.5, "sliding_window": 9},
-    "sinks": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
-    "experts": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "fused": {"model_type": "phi3"},
-}
-
-
-def llava_of(text: dict[str, Any]) -> Vlm:
-    """A pico LLaVA around a language model of another kind."""
-    family = pico.FAMILIES["llava"]
-    with patch.dict(pico.FAMILIES, llava=family | {"text_config": family["text_config"] | text}):
-        return of_family("llava")
-
-
-def of_family(name: str) -> Vlm:
-    """A pico model of a family in which no weights are 0, as those of Gemma 3's projector are to begin with."""
-    vlm = loud(in_family(name))
-    for parameter in vlm.model.parameters():
-        if not parameter.any() and parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.2)
-    return vlm
-
-
-def records(*, text_only: bool = True) -> list[Record]:
-    """One image, none, two; of different lengths; the last without an answer."""
-    two = record("What colour is one bird")
-    two = replace(
-        two,
-        messages=({"role": "user", "content": [{"type": "image"}, {"type": "image"}, *two.messages[0]["content"]]},),
-        images=(noise(2, 40, 40), noise(3, 32, 32)),
-    )
-    one = answered(replace(record("is the red cat on a mat?", image=0), images=(noise(0, 20, 16),)), "no, two dogs")
-    return [one, *([answered(record("yes, no: two dogs"), "red")] if text_only else []), two]
-
-
-def batch_of(vlm: Vlm, asked: list[Record], side: str = "right") -> Batch:
-    examples = [encode(one, vlm.processor, generation=one.messages[-1]["role"] == "user") for one in asked]
-    return collate(examples, pad_id=vlm.pad_token_id, side=side).to(vlm.device, vlm.model.dtype)
-
-
-def attention_of(vlm: Vlm, batch: Batch) -> dict[int, Attention]:
-    kinds, seen = token_kinds(batch), {}
-
-    def see(layer: int, attention: Attention) -> None:
-        assert layer not in seen
-        seen[layer] = attention
-
-    with watch_attention(vlm, see, queries=kinds["text"], keys=kinds["image"]):
-        forward(vlm, batch)
-    return seen
 
 
 def eager_maps(vlm: Vlm, batch: Batch) -> list[Tensor]:
@@ -147,7 +89,7 @@ def test_every_kind_of_attention(kind: str) -> None:
 
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An implementation that is told what flash attention is told, and makes no maps either."""
+    """An implementation with the arguments of flash attention, which returns no maps either."""
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
@@ -245,7 +187,9 @@ def test_pieces_make_no_difference(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) ->
     batch = batch_of(vlm, records())
     whole = attention_of(vlm, batch)
     monkeypatch.setattr(striate.trace, "MAX_WEIGHTS", 4 * batch.labels.numel() * 3)  # three rows at a time
-    for layer, found in attention_of(vlm, batch).items():
+    pieces = attention_of(vlm, batch)
+    assert list(pieces) == list(whole) == list(range(vlm.depth))
+    for layer, found in pieces.items():
         torch.testing.assert_close(found.given, whole[layer].given)
         torch.testing.assert_close(found.received, whole[layer].received)
 
@@ -253,7 +197,10 @@ def test_pieces_make_no_difference(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_given_is_received(vlm: Vlm) -> None:
     batch = batch_of(vlm, records())
     text = token_kinds(batch)["text"]
-    for found in attention_of(vlm, batch).values():
+    layers = attention_of(vlm, batch)
+    assert len(layers) == vlm.depth
+    for found in layers.values():
+        assert found.given.sum() > 0
         torch.testing.assert_close(found.received.sum(dim=1), found.given.sum(dim=1) / text.sum(dim=1))
         assert found.given[1].sum() == 0  # the record without an image
 
@@ -352,38 +299,10 @@ def test_a_watch_inside_a_watch(vlm: Vlm) -> None:
 def test_an_implementation_that_cannot_be_read(vlm: Vlm) -> None:
     vlm.model.config.get_text_config()._attn_implementation_internal = "flex_attention"
     with (
-        pytest.raises(UserError, match=r"cannot be watched in the flex_attention implementation: load .* with sdpa"),
+        pytest.raises(UserError, match=r"cannot be read in the flex_attention implementation: load .* with sdpa"),
         watch_attention(vlm, lambda *_: None, queries=torch.ones(1, 1), keys=torch.ones(1, 1)),
     ):
         pass
-
-
-def mllama() -> tuple[Vlm, Batch]:
-    """Layers 1 and 3 look at the image by cross-attention."""
-    text = {
-        **pico.FAMILIES["llava"]["text_config"],
-        "model_type": "mllama_text_model",
-        "cross_attention_layers": [1, 3],
-    }
-    tower = {
-        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1,
-        "attention_heads": 4, "image_size": 32, "patch_size": 8, "max_num_tiles": 1, "vision_output_dim": 64,
-        "intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1]],
-    }  # fmt: skip
-    with patch.dict(pico.FAMILIES, mllama={"text_config": text, "vision_config": tower}):
-        vlm = Vlm.of(pico.pico("mllama"))
-    tokens = torch.tensor([[2, 6, 10, 11, 12, 13], [2, 6, 14, 15, 0, 0]])
-    inputs = {
-        "input_ids": tokens,
-        "attention_mask": (tokens != 0).long(),
-        "pixel_values": torch.randn(2, 1, 1, 3, 32, 32),
-        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
-        "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
-        "cross_attention_mask": torch.ones(2, 6, 1, 1, dtype=torch.long),
-    }
-    labels = torch.full_like(tokens, -100)
-    labels[0, 4:], labels[1, 3] = tokens[0, 4:], 15
-    return vlm, Batch(inputs, labels, tokens == 6, ("a", "b"))
 
 
 def test_cross_attention_stays_silent() -> None:

@@ -13,36 +13,36 @@ import shutil
 import sys
 from pathlib import Path
 
-from striate.cli import main
-from striate.demo import FULL, untuned
-from striate.demo.world import write_world
-from striate.run import Run
-from striate.score import score
+from striate.runs.cli import main
+from striate.runs.run import Run
+from striate.runs.scoring import score
+from striate.studies.demo import FULL, assemble_start
+from striate.studies.demo.world import write_world
 
 OUT = Path("runs/paper-mini")
 SHEETS = ("strategies", "sizes", "pruning")
 
 
 def prepare() -> None:
-    """The world, the untuned model, and its scores, as far as they are not there."""
+    """The world, the untuned model, and its scores, those that are missing."""
     world, start, scores = OUT / "world", OUT / "backbone", OUT / "scores"
     if not (world / "text.json").is_file():  # the last file written
         write_world(world, seed=0, train=FULL.train, test=FULL.test, text=FULL.text)
-    if not finished(start):
+    if not is_finished(start):
         shutil.rmtree(start, ignore_errors=True)
-        untuned(start)
-    if not finished(scores):
+        assemble_start(start)
+    if not is_finished(scores):
         shutil.rmtree(scores, ignore_errors=True)
         score(start, data=world / "train.json", images=world / "images", out=scores, device="cpu")
 
 
-def finished(run: Path) -> bool:
-    """Whether there is a run that came to its end."""
+def is_finished(run: Path) -> bool:
+    """Whether there is a finished run."""
     return (run / "run.json").is_file() and Run.open(run).info["status"] == "finished"
 
 
 def paper_mini(*options: str) -> int:
-    """Do what is left to do, and write the report; returns the exit status."""
+    """Run what is unfinished, and write the report; returns the exit status."""
     prepare()
     for sheet in SHEETS:
         if status := main(["sweep", str(Path(__file__).parent / f"{sheet}.yaml"), *options]):

@@ -10,11 +10,11 @@ from pathlib import Path
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from striate.cli import main
+from striate.runs.cli import main
 
 
 def tune(settings: dict[str, str]) -> None:
-    """One process of the launch."""
+    """One process of the group."""
     status = main(["tune", "--config", settings["config"], "--resume", "auto"])
     if status:
         raise RuntimeError(f"striate tune ended with {status}")

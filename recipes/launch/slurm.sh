@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch recipes/launch/slurm.sh recipes/llava-1.5-7b.yaml [--shard ...]
-# Two minutes before the time is up Slurm sends SIGTERM: every process finishes its step and saves. The job then puts
+# Five minutes before the time is up Slurm sends SIGTERM: every process finishes its step and saves. The job then puts
 # itself in the queue again, and --resume auto goes on from there; once the run is finished it does nothing.
 #SBATCH --job-name=striate
 #SBATCH --nodes=2
@@ -8,10 +8,11 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=08:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -uo pipefail
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280 # seconds that torchrun leaves its processes to save; its own 30 are too few
 
 config=$1
 shift

@@ -10,12 +10,12 @@ from random import Random
 
 import torch
 from reading import IGNORED, LESSONS, Document, Lesson, TextBatch, build_tokenizer, dialogue, encode, text_batch
+from schedule import cosine, save_rounded
 from torch import Tensor, nn
-from training import cosine, save_rounded
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from striate.demo import prose
-from striate.demo.world import VISUAL_TASKS, sample_question
+from striate.studies.demo import prose
+from striate.studies.demo.world import VISUAL_TASKS, sample_question
 
 log = logging.getLogger("backbone")
 EMBEDDED = 0.3  # standard deviation of the word embeddings at the start
@@ -38,12 +38,12 @@ def backbone_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def train_backbone(folder: Path, *, seed: int, rows: int = 32) -> None:
-    """A Llama that has read the text world: it knows facts and sums, and looks up scenes told in words."""
+    """A Llama that has read the text world: it knows facts and sums, and looks up scenes described in words."""
     torch.manual_seed(seed)
     rng, tokenizer = Random(f"backbone {seed}"), build_tokenizer()
     tokenizer.save_pretrained(folder / "backbone")
     model = LlamaForCausalLM(backbone_config(tokenizer))
-    initialise(model)
+    initialize(model)
     wire(model)
     model.set_attn_implementation("eager")  # on a CPU faster to train than SDPA
     decoder, start = torch.compile(model.model, dynamic=False), time.time()
@@ -70,7 +70,7 @@ def schooling() -> Iterator[Lesson]:
 
 
 @torch.no_grad()
-def initialise(model: LlamaForCausalLM) -> None:
+def initialize(model: LlamaForCausalLM) -> None:
     """Layers that start as the identity, with unit-gain inputs: the tokens are seen through all of them at once."""
     for name, weight in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
@@ -94,7 +94,7 @@ def wire(model: LlamaForCausalLM) -> None:
     config = model.config
     width, size = config.hidden_size, config.hidden_size // config.num_attention_heads
     theta = 10_000.0 ** (-torch.arange(size // 2) / (size // 2))  # radians a token, of the rotary dimensions
-    fast = theta > 0.1  # those that tell neighbours apart
+    fast = theta > 0.1  # those that distinguish neighbors
     for index, layer in enumerate(model.model.layers):
         heads, basis = layer.self_attn, torch.linalg.qr(torch.randn(width, width))[0]
         for head in range(config.num_attention_heads):
@@ -131,10 +131,10 @@ def text_loss(model: LlamaForCausalLM, decoder: nn.Module, batch: TextBatch) -> 
     """Weighted mean cross-entropy of the next token; `decoder` is the model's own, perhaps compiled."""
     with torch.autocast("cpu", torch.bfloat16):
         states = decoder(batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-        learnt = batch.weights[:, 1:] > 0
-        logits = model.lm_head(states.last_hidden_state[:, :-1][learnt]).float()
-    losses = nn.functional.cross_entropy(logits, batch.ids[:, 1:][learnt], reduction="none")
-    weights = batch.weights[:, 1:][learnt]
+        learned = batch.weights[:, 1:] > 0
+        logits = model.lm_head(states.last_hidden_state[:, :-1][learned]).float()
+    losses = nn.functional.cross_entropy(logits, batch.ids[:, 1:][learned], reduction="none")
+    weights = batch.weights[:, 1:][learned]
     return (losses * weights).sum() / weights.sum()
 
 
@@ -163,20 +163,20 @@ def text_quality(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *,
     documents["arithmetic"] = [dialogue([prose.arithmetic(rng, "validation")]) for _ in range(number)]
     quality = {task: 100 * exact_share(model, tokenizer, some) for task, some in documents.items()}
     stories = [[("<s>", False), (prose.story(rng, "validation"), True)] for _ in range(50)]
-    ids, labels = padded(tokenizer, stories)
+    ids, labels = pad(tokenizer, stories)
     logits = model(ids).logits[:, :-1].flatten(0, 1)
     perplexity = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED).exp().item()
     return {task: round(value, 1) for task, value in quality.items()} | {"stories": round(perplexity, 2)}
 
 
 def exact_share(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> float:
-    ids, labels = padded(tokenizer, documents)
+    ids, labels = pad(tokenizer, documents)
     right = (model(ids).logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
     return right.all(1).float().mean().item()
 
 
-def padded(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> tuple[Tensor, Tensor]:
-    """Ids and labels of documents, one a row."""
+def pad(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> tuple[Tensor, Tensor]:
+    """Ids and labels of documents, one per row."""
     rows = [encode(one, tokenizer) for one in documents]
     ids = [torch.tensor(tokens) for tokens, _ in rows]
     labels = [torch.tensor(targets) for _, targets in rows]

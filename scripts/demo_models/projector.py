@@ -1,4 +1,4 @@
-"""The demo's projector: what a patch shows, said in the language model's own words."""
+"""The demo's projector: what a patch shows, in the word embeddings of the language model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from random import Random
 import torch
 from reading import word_ids
 from safetensors.torch import save_file
+from schedule import cosine
 from torch import Tensor, nn
 from tower import LABELS, accuracy, patch_loss, scene_batch
-from training import cosine
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionModel
 
-from striate.demo.lexicon import GROUNDS, PLACES, WORDS
-from striate.demo.scene import CHARACTERS
+from striate.studies.demo.lexicon import GROUNDS, PLACES, WORDS
+from striate.studies.demo.scene import CHARACTERS
 
 log = logging.getLogger("projector")
 
@@ -110,5 +110,5 @@ def alignment_loss(projected: Tensor, labels: dict[str, Tensor], words: dict[str
 
 def nearest(projected: Tensor, words: Tensor) -> Tensor:
     """Logits (N, label): how much more of a word than of its set's average word a projected patch holds."""
-    centred = words - words[words.abs().sum(1) > 0].mean(0) * (words.abs().sum(1, keepdim=True) > 0)
-    return projected @ (centred / words.norm(dim=1).max().square()).T * 10
+    centered = words - words[words.abs().sum(1) > 0].mean(0) * (words.abs().sum(1, keepdim=True) > 0)
+    return projected @ (centered / words.norm(dim=1).max().square()).T * 10

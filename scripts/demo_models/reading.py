@@ -12,10 +12,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from striate.demo import prose
-from striate.demo import scene as pictures
-from striate.demo.lexicon import GROUNDS, WORDS
-from striate.demo.questions import ask
+from striate.studies.demo import prose
+from striate.studies.demo import scene as rendering
+from striate.studies.demo.lexicon import GROUNDS, WORDS
+from striate.studies.demo.questions import ask
 
 LENGTH = 128  # tokens, of a row of text
 IGNORED = -100  # label of a token that the loss leaves out
@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         *SPECIAL.values(),
         *MARKS,
         "\u2581",
-        *pictures.CHARACTERS,
+        *rendering.CHARACTERS,
         *(f"\u2581{word}" for word in dict.fromkeys(words)),
     ]
     model = models.BPE({piece: index for index, piece in enumerate(pieces)}, [], unk_token="<unk>", ignore_merges=True)
@@ -83,7 +83,7 @@ class Lesson:
     stories: float = 0
 
 
-# Looking up comes first: what is not learnt on plain lists is not learnt on scenes.
+# Looking up comes first: what is not learned on plain lists is not learned on scenes.
 LESSONS = (
     Lesson(150, belongings=1),
     Lesson(350, belongings=0.2, echo=0.3, scenes=0.5),
@@ -95,7 +95,7 @@ TASKS = {"name": 1, "count": 2, "exists": 2, "colour": 1, "position": 1, "read":
 
 def document(rng: Random, split: str, lesson: Lesson, *, signs: tuple[str, ...] = ()) -> Document:
     """One text of the text world; `signs` are what signs may say, by default nothing that means anything."""
-    signs = signs or (pictures.random_text(rng),)
+    signs = signs or (rendering.random_text(rng),)
     sorts = ("belongings", "echo", "scenes", "facts", "sums", "stories")
     sort = rng.choices(sorts, [getattr(lesson, sort) for sort in sorts])[0]
     if sort == "stories":
@@ -116,14 +116,14 @@ def scene_turns(rng: Random, split: str, signs: tuple[str, ...]) -> tuple[str, l
     """A scene in words, with up to nine questions and answers about it."""
     asked = []
     while not asked:
-        scene = pictures.sample_scene(rng, split, signs=signs)
+        scene = rendering.sample_scene(rng, split, signs=signs)
         tasks = rng.choices(list(TASKS), list(TASKS.values()), k=9)
         asked = [(question.text, question.answer) for task in tasks if (question := ask(scene, task, rng))]
     return prose.describe(scene, rng), asked
 
 
 def dialogue(turns: list[tuple[str, str]]) -> Document:
-    """What the chat template makes of questions and answers; only the answers and their ends are learnt."""
+    """What the chat template makes of questions and answers; only the answers and their ends are learned."""
     pieces: Document = [("<s>", False)]
     for question, answer in turns:
         pieces += [
@@ -139,10 +139,10 @@ def dialogue(turns: list[tuple[str, str]]) -> Document:
 def encode(text: Document, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Token ids and labels of a document."""
     ids, labels = [], []
-    for piece, learnt in text:
+    for piece, learned in text:
         tokens = [token for word in piece.split() for token in word_ids(word, tokenizer)]
         ids += tokens
-        labels += tokens if learnt else [IGNORED] * len(tokens)
+        labels += tokens if learned else [IGNORED] * len(tokens)
     return ids, labels
 
 
@@ -173,14 +173,14 @@ def text_batch(rng: Random, tokenizer: PreTrainedTokenizerFast, lesson: Lesson, 
     batch = TextBatch(ids, torch.zeros(ids.shape), torch.zeros_like(ids), torch.zeros_like(ids))
     for row in range(rows):
         start = number = 0
-        while start < LENGTH - 24:  # less is no room for anything
+        while start < LENGTH - 24:  # too short for a document
             number += 1
             tokens, labels = (torch.tensor(some) for some in encode(document(rng, "train", lesson), tokenizer))
             end = min(start + len(tokens), LENGTH)
             span, size = (row, slice(start, end)), end - start
             batch.ids[span], batch.owner[span] = tokens[:size], number
             batch.weights[span] = torch.where(labels[:size] == IGNORED, CONTEXT, 1.0)
-            batch.weights[row, start] = 0  # nothing foretells a document's first token
+            batch.weights[row, start] = 0  # nothing predicts a document's first token
             batch.positions[span] = torch.arange(size)
             start = end
     return batch

@@ -1,4 +1,4 @@
-"""The demo's tower: a small SigLIP that tells what every patch of a picture shows."""
+"""The demo's tower: a small SigLIP that predicts what every patch of an image shows."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from random import Random
 
 import numpy as np
 import torch
+from schedule import cosine, save_rounded
 from torch import Tensor, nn
-from training import cosine, save_rounded
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
-from striate.demo import scene as pictures
-from striate.demo.lexicon import GROUNDS, PLACES, WORDS
-from striate.demo.scene import Scene
+from striate.studies.demo import scene as rendering
+from striate.studies.demo.lexicon import GROUNDS, PLACES, WORDS
+from striate.studies.demo.scene import Scene
 
 log = logging.getLogger("tower")
 LABELS = {
     "kind": 1 + len(WORDS),
-    "character": 1 + len(pictures.CHARACTERS),
+    "character": 1 + len(rendering.CHARACTERS),
     "ground": len(GROUNDS),
     "place": len(PLACES),
 }
@@ -32,8 +32,8 @@ def tower_config() -> SiglipVisionConfig:
         intermediate_size=640,
         num_hidden_layers=6,
         num_attention_heads=5,
-        image_size=pictures.SIDE,
-        patch_size=pictures.PATCH,
+        image_size=rendering.SIDE,
+        patch_size=rendering.PATCH,
         vision_use_head=False,
     )
 
@@ -43,18 +43,18 @@ def scene_batch(rng: Random, size: int) -> tuple[Tensor, dict[str, Tensor]]:
 
     Signs are random characters, so that the tower learns letters and no words.
     """
-    texts = tuple(pictures.random_text(rng) for _ in range(size))
-    scenes = [pictures.sample_scene(rng, "train", signs=texts) for _ in range(size)]
+    texts = tuple(rendering.random_text(rng) for _ in range(size))
+    scenes = [rendering.sample_scene(rng, "train", signs=texts) for _ in range(size)]
     return pixels_of(scenes), labels_of(scenes)
 
 
 def pixels_of(scenes: list[Scene]) -> Tensor:
-    array = np.stack([np.asarray(pictures.draw(scene)) for scene in scenes])
+    array = np.stack([np.asarray(rendering.draw(scene)) for scene in scenes])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
-    labels = [pictures.label_patches(scene) for scene in scenes]
+    labels = [rendering.label_patches(scene) for scene in scenes]
     return {name: torch.from_numpy(np.stack([getattr(one, name) for one in labels])) for name in LABELS}
 
 
@@ -105,5 +105,5 @@ def accuracy(logits: Tensor, target: Tensor) -> float:
 
 def save_tower(tower: SiglipVisionModel, folder: Path) -> None:
     save_rounded(tower, folder)
-    side = {"height": pictures.SIDE, "width": pictures.SIDE}
+    side = {"height": rendering.SIDE, "width": rendering.SIDE}
     SiglipImageProcessorPil(size=side).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Train the visual region of any Hugging Face vision-language model, and compare it honestly."""
+"""Find, train and prune the visual region of any Hugging Face vision-language model."""
 
 from __future__ import annotations
 
@@ -6,30 +6,73 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from striate.data import Record, Records, read
     from striate.errors import UserError
+    from striate.evaluation import Results, evaluate
+    from striate.prune import Pruned, bypass, drop_layers
     from striate.region import Region
-    from striate.run import Run
-    from striate.train import TrainOptions, align, lora_config, tune
-    from striate.vlm import Plan, Vlm, load
+    from striate.scores import Scores, revert, score
+    from striate.studies.report import report
+    from striate.train import Trained, TrainOptions, align, lora_config, tune
+    from striate.train.collator import Collator
+    from striate.vlm import Selection, Vlm, load, select
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# Public names and where they live; imported when first used, so that `import striate` costs nothing. The other verbs
-# are functions of the modules of the same name (`from striate.report import report`).
+# Public names and where they live; imported when first used, so that `import striate` costs nothing.
 _HOMES = {
-    "Plan": "striate.vlm",
+    "Collator": "striate.train.collator",
+    "Pruned": "striate.prune",
+    "Record": "striate.data",
+    "Records": "striate.data",
     "Region": "striate.region",
-    "Run": "striate.run",
+    "Results": "striate.evaluation",
+    "Scores": "striate.scores",
+    "Selection": "striate.vlm",
     "TrainOptions": "striate.train",
+    "Trained": "striate.train",
     "UserError": "striate.errors",
     "Vlm": "striate.vlm",
     "align": "striate.train",
+    "bypass": "striate.prune",
+    "drop_layers": "striate.prune",
+    "evaluate": "striate.evaluation",
     "load": "striate.vlm",
     "lora_config": "striate.train",
+    "read": "striate.data",
+    "report": "striate.studies.report",
+    "revert": "striate.scores",
+    "score": "striate.scores",
+    "select": "striate.vlm",
     "tune": "striate.train",
 }
 
-__all__ = ["Plan", "Region", "Run", "TrainOptions", "UserError", "Vlm", "align", "load", "lora_config", "tune"]
+__all__ = [
+    "Collator",
+    "Pruned",
+    "Record",
+    "Records",
+    "Region",
+    "Results",
+    "Scores",
+    "Selection",
+    "TrainOptions",
+    "Trained",
+    "UserError",
+    "Vlm",
+    "align",
+    "bypass",
+    "drop_layers",
+    "evaluate",
+    "load",
+    "lora_config",
+    "read",
+    "report",
+    "revert",
+    "score",
+    "select",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

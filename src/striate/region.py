@@ -1,4 +1,4 @@
-"""A region: which decoder layers of a language model are meant, and how people write that down."""
+"""A region: a set of decoder layers of a language model, and its text forms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCORES = "scores.json"
 FORMS = (
     "all, none, 0,4,8-11, uniform:8, uniform:25%, uniform:8@2 (offset 2), first:8, middle:8, last:8, "
     "hybrid:8, random:8@7 (seed 7), paper, paper-code, top:8@scores.json:NAME (the most important by a score), "
-    "bottom:8@..., spread:8@... (the best of each of 8 stretches), a saved region.json or a run folder that holds one"
+    "bottom:8@..., spread:8@... (the best of each of 8 blocks), a saved region.json or a run folder that holds one"
 )
 PAPER = {
     "paper": (0, 4, 8, 12, 18, 22, 26, 30),
@@ -33,8 +33,8 @@ PAPER_DEPTH = 32
 
 
 def _random(k: int, depth: int, seed: int) -> Sequence[int]:
-    # `random()` is the one method whose sequence Python promises to keep in every version; `sample()` is not.
-    # Ranking all layers by a draw each also makes random:4@7 a part of random:8@7.
+    # Python keeps the sequence of `random()` across versions, not that of `sample()`.
+    # Ranking all layers by one random number per layer also makes random:4@7 a subset of random:8@7.
     draw = random.Random(seed).random
     return sorted(range(depth), key=lambda _: draw())[:k]
 
@@ -44,7 +44,7 @@ def _spread(k: int, ranked: Sequence[int]) -> Sequence[int]:
     return [next(layer for layer in ranked if start <= layer < end) for start, end in pairwise(ends)]
 
 
-# How k of depth layers are chosen; the third number is what follows "@": an offset or a seed.
+# How k of depth layers are chosen; the third argument is the number after "@": an offset or a seed.
 CHOICES: dict[str, Callable[[int, int, int], Sequence[int]]] = {
     "uniform": lambda k, depth, offset: [i * depth // k + offset for i in range(k)],
     "first": lambda k, depth, _: range(k),
@@ -54,7 +54,7 @@ CHOICES: dict[str, Callable[[int, int, int], Sequence[int]]] = {
     "random": _random,
 }
 SHIFTED = ("uniform", "random")  # the choices that take "@"
-# How k layers are chosen from all of them in the order of their importance.
+# How k layers are chosen from all layers ranked by importance.
 SCORED: dict[str, Callable[[int, Sequence[int]], Sequence[int]]] = {
     "top": lambda k, ranked: ranked[:k],
     "bottom": lambda k, ranked: ranked[len(ranked) - k :],
@@ -68,11 +68,13 @@ _SPAN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 @dataclass(frozen=True)
 class Region:
-    """A set of decoder layers of a model with `depth` of them.
+    """A set of decoder layers of a model with `depth` decoder layers.
 
-    `layers` are 0-based indices, kept in rising order whatever order they came in. `origin` says how they
-    were chosen ("uniform:25%"); it does not take part in comparisons. Raises `UserError` for an index out
-    of range, an index given twice, or a depth below 1.
+    `layers` are 0-based indices, stored in ascending order. `origin` says how they were chosen ("uniform:25%"); it is
+    ignored in comparisons.
+
+    Raises:
+        UserError: an index is out of range or repeated, or the depth is below 1.
     """
 
     layers: tuple[int, ...]
@@ -83,49 +85,51 @@ class Region:
         try:
             layers, depth = sorted(map(operator.index, self.layers)), operator.index(self.depth)
         except TypeError:
-            raise UserError(f"layers and depth are whole numbers, not {self.layers!r} of {self.depth!r}") from None
+            raise UserError(f"layers and depth must be integers, not {self.layers!r} of {self.depth!r}") from None
         if depth < 1:
-            raise UserError(f"a model has at least one decoder layer, not a depth of {depth}")
+            raise UserError(f"a model has at least one decoder layer; the depth is {depth}")
         for layer, times in Counter(layers).items():
             if not 0 <= layer < depth:
-                raise _refusal(f"layer {layer} does not exist", depth)
+                raise _region_error(f"layer {layer} does not exist", depth)
             if times > 1:
-                raise _refusal(f"layer {layer} is given {times} times", depth)
+                raise _region_error(f"layer {layer} is listed {times} times", depth)
         object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "depth", depth)
 
     @classmethod
     def parse(cls, text: str, depth: int) -> Region:
-        """Read any of the text forms in `FORMS` for a model of `depth` decoder layers.
+        """Parse any of the text forms in `FORMS` for a model of `depth` decoder layers.
 
         A share such as 25% means `max(1, round(depth * share))` layers (halves to even). Uniform layers are
         `i * depth // k + offset`; the middle block starts at `(depth - k) // 2`; an odd hybrid has one layer
-        more in front; random layers are those with the k smallest of `depth` draws of
-        `random.Random(seed).random()`, the same in every Python. Without "@" the offset or seed is 0.
-        `top` and `bottom` are the ends of the order of importance (`by_importance`) by a score of scores.json or
-        of a run folder; `spread` has the most important layer of each stretch [i * depth // k, (i + 1) * depth // k).
-        Raises `UserError` naming what is wrong, the depth and the accepted forms.
+        more at the front; random layers are the k layers with the smallest of `depth` values of
+        `random.Random(seed).random()`, the same in every Python version. Without "@" the offset or seed is 0.
+        `top` and `bottom` are the most and the least important layers (`rank_layers`) by a score of scores.json or
+        of a run folder; `spread` takes the most important layer of each block [i * depth // k, (i + 1) * depth // k).
+
+        Raises:
+            UserError: the text is not a region of this depth; the message lists the accepted forms.
         """
         text = text.strip()
         if text in ("all", "none"):
             return cls(tuple(range(depth)) if text == "all" else (), depth, text)
         if text in PAPER:
             if depth != PAPER_DEPTH:
-                raise _refusal(f"the list {text!r} is for {PAPER_DEPTH} layers", depth)
+                raise _region_error(f"the list {text!r} is for {PAPER_DEPTH} layers", depth)
             return cls(PAPER[text], depth, text)
         if match := _SCORED.fullmatch(text):
             return cls(tuple(_choose_by_score(match, depth)), depth, text)
         if match := _COUNTED.fullmatch(text):
             return cls(tuple(_choose(match, depth)), depth, text)
         if text and all(_SPAN.fullmatch(part.strip()) for part in text.split(",")):
-            return cls(tuple(_listed(text, depth)), depth, text)
+            return cls(tuple(_parse_list(text, depth)), depth, text)
         if text.endswith(".json") or os.path.isdir(text):
-            return cls.load(Path(text))._of_depth(depth, text)
-        raise _refusal(f"unknown region form {text!r}", depth)
+            return cls.load(Path(text))._check_depth(depth, text)
+        raise _region_error(f"unknown region form {text!r}", depth)
 
     @property
     def fraction(self) -> float:
-        """The share of the model's layers that are in the region, in 0..1."""
+        """Fraction of the model's layers in the region, in [0, 1]."""
         return len(self.layers) / self.depth
 
     @property
@@ -134,13 +138,13 @@ class Region:
         return Region(tuple(layer for layer in range(self.depth) if layer not in self.layers), self.depth)
 
     def __or__(self, other: Region) -> Region:
-        return Region(tuple({*self.layers, *self._same_model(other).layers}), self.depth)
+        return Region(tuple({*self.layers, *self._check_same_depth(other).layers}), self.depth)
 
     def __and__(self, other: Region) -> Region:
-        return self - self._same_model(other).complement
+        return self - self._check_same_depth(other).complement
 
     def __sub__(self, other: Region) -> Region:
-        return Region(tuple({*self.layers}.difference(self._same_model(other).layers)), self.depth)
+        return Region(tuple({*self.layers}.difference(self._check_same_depth(other).layers)), self.depth)
 
     def __contains__(self, layer: object) -> bool:
         return layer in self.layers
@@ -155,7 +159,7 @@ class Region:
         """The canonical text, "0,4,8-11", "all" or "none"; `Region.parse` reads it back."""
         if len(self) in (0, self.depth):
             return "all" if self.layers else "none"
-        # Neighbours have the same distance between value and position.
+        # Consecutive layers have the same difference between value and position.
         blocks = [[layer for _, layer in g] for _, g in groupby(enumerate(self.layers), lambda p: p[1] - p[0])]
         return ",".join(f"{b[0]}-{b[-1]}" if len(b) > 2 else ",".join(map(str, b)) for b in blocks)
 
@@ -165,9 +169,13 @@ class Region:
 
     @classmethod
     def from_json(cls, data: Any) -> Region:
-        """The inverse of `to_json`; raises `UserError` when `data` is not of that shape."""
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: `data` is not a saved region.
+        """
         if not isinstance(data, dict) or not isinstance(data.get("layers"), list) or "depth" not in data:
-            raise UserError('a saved region looks like {"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}')
+            raise UserError('expected {"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}')
         return cls(tuple(data["layers"]), data["depth"], str(data.get("origin", "")))
 
     def save(self, path: Path) -> None:
@@ -176,59 +184,63 @@ class Region:
 
     @classmethod
     def load(cls, path: Path) -> Region:
-        """Read a saved region: a JSON file, or a folder that holds one. Raises `UserError` when it cannot."""
+        """Read a saved region from a JSON file, or from a folder that has one.
+
+        Raises:
+            UserError: the file cannot be read, or does not hold a region.
+        """
         file = Path(path) / FILE if os.path.isdir(path) else Path(path)
         try:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except UserError as error:
-            raise UserError(f"{file} holds no region: {error}") from None
+            raise UserError(f"{file} is not a saved region: {error}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read as a region ({error}); accepted: {FORMS}") from None
 
-    def _same_model(self, other: Region) -> Region:
+    def _check_same_depth(self, other: Region) -> Region:
         if other.depth != self.depth:
             raise UserError(f"regions of depth {self.depth} and {other.depth} cannot be combined")
         return other
 
-    def _of_depth(self, depth: int, text: str) -> Region:
+    def _check_depth(self, depth: int, text: str) -> Region:
         if self.depth != depth:
-            raise _refusal(f"{text} holds the region {self} of a model with {self.depth} layers", depth)
+            raise _region_error(f"{text} holds the region {self} of a model with {self.depth} layers", depth)
         return self
 
 
-def _refusal(what: str, depth: int) -> UserError:
+def _region_error(what: str, depth: int) -> UserError:
     return UserError(f"{what}; this model's depth is {depth} (layers 0-{depth - 1}); accepted: {FORMS}")
 
 
 def _choose(match: re.Match[str], depth: int) -> Sequence[int]:
-    """The layers that a counted form such as uniform:25%@2 stands for."""
+    """The layers of a form with a count, such as uniform:25%@2."""
     name, number, percent, shift = match.groups()
     if name not in CHOICES:
-        raise _refusal(f"unknown region form {match[0]!r}", depth)
+        raise _region_error(f"unknown region form {match[0]!r}", depth)
     if shift and name not in SHIFTED:
-        raise _refusal(f"{match[0]!r} has an '@', which only {' and '.join(SHIFTED)} take", depth)
+        raise _region_error(f"{match[0]!r} has an '@'; only {' and '.join(SHIFTED)} accept one", depth)
     return CHOICES[name](_count(match[0], number, percent, depth), depth, int(shift or 0))
 
 
 def _count(text: str, number: str, percent: str, depth: int) -> int:
-    """How many layers the number of a form asks for."""
+    """The number of layers in a form."""
     if not percent and "." in number:
-        raise _refusal(f"{text!r} asks for {number} layers, which is no whole number", depth)
+        raise _region_error(f"{text!r} asks for {number} layers, not an integer", depth)
     if not 0 < float(number) <= (100 if percent else depth):
-        raise _refusal(f"{text!r} asks for {number}{percent or ' layers'}", depth)
+        raise _region_error(f"{text!r} asks for {number}{percent or ' layers'}", depth)
     return max(1, round(depth * float(number) / 100)) if percent else int(number)
 
 
 def _choose_by_score(match: re.Match[str], depth: int) -> Sequence[int]:
-    """The layers that a form such as top:8@scores.json:block_influence stands for."""
+    """The layers of a form with a score, such as top:8@scores.json:block_influence."""
     form, number, percent, place = match.groups()
     k = _count(match[0], number, percent, depth)
     path, _, name = (place or "").rpartition(":")
     if not (path and name):
-        raise _refusal(f"{match[0]!r} does not say by which score: {form}:{number}{percent}@scores.json:NAME", depth)
+        raise _region_error(f"{match[0]!r} names no score; expected {form}:{number}{percent}@scores.json:NAME", depth)
     saved = read_scores(path)
     if saved["depth"] != depth:
-        raise _refusal(f"{path} holds the scores of a model with {saved['depth']} layers", depth)
+        raise _region_error(f"{path} holds the scores of a model with {saved['depth']} layers", depth)
     if name not in saved["scores"]:
         raise UserError(f"{path} has no score {nearest(name, saved['scores'])}")
     score = saved["scores"][name]
@@ -238,22 +250,37 @@ def _choose_by_score(match: re.Match[str], depth: int) -> Sequence[int]:
     for layer, value in enumerate(values):
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{path}: {name} has no value for layer {layer}, so its layers cannot be ranked")
-    return SCORED[form](k, by_importance(values, score.get("direction", "high")))
+    return SCORED[form](k, rank_layers(values, score.get("direction", "high")))
 
 
-def by_importance(values: Sequence[float], direction: str) -> list[int]:
-    """All layers by a score, the most important first; of equal values the lower layer, NaN last.
+def region_by_score(form: str, size: int | str, values: Sequence[float], direction: str, name: str) -> Region:
+    """The region of `size` layers (8, 25%) chosen by one score value per layer; `form` is top, bottom or spread.
 
-    `values` has one number a layer; `direction` "high" or "low" says which of them mean important.
+    Raises:
+        UserError: `size` is not a number of layers of this model.
+    """
+    depth, number = len(values), str(size).removesuffix("%")
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number):
+        raise _region_error(f"{size!r} is not a number of layers", depth)
+    count = _count(str(size), number, "%" if str(size).endswith("%") else "", depth)
+    chosen = SCORED[form](count, rank_layers(values, direction))
+    return Region(tuple(sorted(chosen)), depth, f"{form}:{size}@scores:{name}")
+
+
+def rank_layers(values: Sequence[float], direction: str) -> list[int]:
+    """All layers in order of importance, the most important first; ties go to the lower index, NaN comes last.
+
+    `values` has one value per layer; `direction` says whether "high" or "low" values mean important.
     """
     sign = 1 if direction == "low" else -1
     return sorted(range(len(values)), key=lambda layer: (math.isnan(values[layer]), sign * values[layer]))
 
 
 def read_scores(path: str | Path) -> dict[str, Any]:
-    """The content of a file of layer scores, or of the one in a run folder, with "depth" and "scores" by name.
+    """The content of scores.json, or of the one in a run folder: "depth", and "scores" by name.
 
-    Raises `UserError` when it cannot be read or is something else.
+    Raises:
+        UserError: the file cannot be read, or does not hold layer scores.
     """
     file = Path(path) / SCORES if os.path.isdir(path) else Path(path)
     try:
@@ -261,16 +288,18 @@ def read_scores(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as layer scores ({error}); `striate score` writes them") from None
     if not isinstance(data, dict) or not isinstance(data.get("scores"), dict) or "depth" not in data:
-        raise UserError(f"{file} holds no layer scores: `striate score` writes an object with 'depth' and 'scores'")
+        raise UserError(
+            f"{file} does not hold layer scores; `striate score` writes an object with 'depth' and 'scores'"
+        )
     return data
 
 
-def _listed(text: str, depth: int) -> Iterator[int]:
-    """The layers that an explicit list such as 0,4,8-11 names, in the order written."""
+def _parse_list(text: str, depth: int) -> Iterator[int]:
+    """The layers of an explicit list such as 0,4,8-11, in its order."""
     for first, last in (part.strip().partition("-")[::2] for part in text.split(",")):
         start, end = int(first), int(last or first)
         if end < start:
-            raise _refusal(f"the range {first}-{last} runs backwards", depth)
-        if end >= depth:  # before it is spelt out: 0-999999999 would fill the memory
-            raise _refusal(f"layer {end} does not exist", depth)
+            raise _region_error(f"the range {first}-{last} is reversed", depth)
+        if end >= depth:  # checked before it is expanded: 0-999999999 would fill the memory
+            raise _region_error(f"layer {end} does not exist", depth)
         yield from range(start, end + 1)

@@ -1,8 +1,8 @@
-"""Watch the decoder layers during one forward pass: what goes in, what comes out, where their attention goes.
+"""Hooks on the decoder layers during a forward pass: their input and output hidden states, and their attention.
 
-What is seen is handed to a function of the caller while the layer runs, to be reduced on the spot: nothing is kept, so
-memory grows neither with the number of layers nor with the number of samples. Outputs of the model do not change, and
-when the watch ends, also by an error, the model is as it was.
+The caller's function gets the tensors while the layer runs and reduces them right there. Nothing is stored, so memory
+grows neither with the number of layers nor with the number of examples. The outputs of the model do not change, and
+the hooks are removed at the end, also after an error.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from striate.errors import UserError
 from striate.vlm import Vlm
 
 MAX_WEIGHTS = 1 << 24
-"""Attention weights recomputed at a time: 64 MB. Longer inputs are taken in pieces."""
+"""Number of attention weights recomputed at a time, 64 MB; longer inputs are processed in chunks."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one layer from the query tokens to the key tokens that are watched, mean over heads.
+    """Attention of one layer from selected query tokens to selected key tokens, mean over heads.
 
-    `given` [B, T]: share of each query token's attention that falls on the keys, in [0, 1].
-    `received` [B, T]: weight of each key token, mean over its sample's query tokens, in [0, 1].
-    Both are float32 and 0 at all other tokens. A sample's `received` sums to the mean of its `given`.
+    `given` [B, T]: share of each query token's attention on the keys, in [0, 1].
+    `received` [B, T]: attention weight of each key token, mean over the query tokens of its example, in [0, 1].
+    Both are float32, and 0 at all other tokens. Per example, `received` sums to the mean of `given`.
     """
 
     given: Tensor
     received: Tensor
 
 
-def entering_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state [B, T, D] in the arguments that a decoder layer is called with."""
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state [B, T, D] among the arguments of a decoder layer."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 @torch.inference_mode()
 def forward(vlm: Vlm, batch: Batch) -> None:
-    """One forward pass for those who watch it. Logits are made for one position only."""
+    """One forward pass, for its hooks. Logits are computed at one position only."""
     one = torch.zeros_like(batch.image_mask)
     one[0, -1] = True
     with vlm.head_at(one):
@@ -53,14 +53,14 @@ def forward(vlm: Vlm, batch: Batch) -> None:
 
 
 @contextmanager
-def watch_layers(vlm: Vlm, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within it, every decoder layer that runs calls `see(layer, entering, leaving)`.
+def watch_layers(vlm: Vlm, on_layer: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Context in which every decoder layer calls `on_layer(layer, input, output)` when it runs.
 
-    Both are hidden states [B, T, D]; those that leave the last layer come before the final norm.
+    Both are hidden states [B, T, D]; the output of the last layer is taken before the final norm.
     """
 
     def call(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        see(layer, entering_state(args, kwargs), output[0] if isinstance(output, tuple) else output)
+        on_layer(layer, layer_input(args, kwargs), output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as hooks:
         for layer, module in enumerate(vlm.layers):
@@ -70,17 +70,16 @@ def watch_layers(vlm: Vlm, see: Callable[[int, Tensor, Tensor], None]) -> Iterat
 
 @contextmanager
 def watch_attention(
-    vlm: Vlm, see: Callable[[int, Attention], None], *, queries: Tensor, keys: Tensor
+    vlm: Vlm, on_attention: Callable[[int, Attention], None], *, queries: Tensor, keys: Tensor
 ) -> Iterator[None]:
-    """Within it, every self-attention of a decoder layer calls `see(layer, attention)`.
+    """Context in which every self-attention of a decoder layer calls `on_attention(layer, attention)`.
 
-    `queries` and `keys` [B, T] are true at the tokens to watch. Eager attention makes its maps anyway, and they are
-    read off. Any other implementation makes none: the rows of the query tokens are computed once more, from the
-    queries, keys and mask that it was given. Layers without self-attention (cross-attention, linear attention) stay
-    silent.
+    `queries` and `keys` [B, T] are true at the tokens to measure. Eager attention returns its maps, which are used as
+    they are. Other implementations return none: the rows of the query tokens are recomputed from the queries, keys and
+    mask of the call. Layers without self-attention (cross-attention, linear attention) make no call.
 
     Raises:
-        UserError: an attention implementation whose mask cannot be read.
+        UserError: the mask of the attention implementation cannot be read.
     """
     config = vlm.model.config.get_text_config(decoder=True)
     name = config._attn_implementation
@@ -88,9 +87,9 @@ def watch_attention(
     tokens = _Tokens.of(queries, keys, num_heads=config.num_attention_heads)
 
     def report(module: nn.Module, rows_of: Rows) -> None:
-        see(layer_of[module], tokens.attention(rows_of))
+        on_attention(layer_of[module], tokens.attention(rows_of))
 
-    with _maps_made(layer_of, report) if name == "eager" else _rows_recomputed(name, layer_of, report):
+    with _hook_maps(layer_of, report) if name == "eager" else _recompute_rows(name, layer_of, report):
         yield
 
 
@@ -99,24 +98,24 @@ Rows = Callable[[Tensor], Tensor]  # from row numbers [B, R] to attention weight
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens watched. `pieces` are the numbers of the query tokens [B, R], few enough at a time."""
+    """The tokens to measure. `chunks` are the positions of the query tokens [B, R] that are processed at a time."""
 
     queries: Tensor
     keys: Tensor
-    pieces: tuple[Tensor, ...]
+    chunks: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, queries: Tensor, keys: Tensor, *, num_heads: int) -> _Tokens:
-        if not keys.any():  # nothing to see in any layer
+        if not keys.any():  # nothing to measure in any layer
             return cls(queries, keys, ())
-        # Query tokens first; what fills up a sample with fewer of them than its neighbours is left out again below.
+        # Query tokens come first; `attention` masks out the filler of examples with fewer of them.
         order = queries.int().argsort(dim=1, descending=True, stable=True)[:, : int(queries.sum(dim=1).max())]
         return cls(queries, keys, order.split(max(1, MAX_WEIGHTS // (num_heads * queries.numel())), dim=1))
 
     def attention(self, rows_of: Rows) -> Attention:
         given = torch.zeros_like(self.queries, dtype=torch.float32)
         received = torch.zeros_like(given)
-        for rows in self.pieces:
+        for rows in self.chunks:
             weights = rows_of(rows).mean(dim=1, dtype=torch.float32) * self.keys[:, None]  # B R T
             weights = weights.where(self.queries.gather(1, rows)[:, :, None], 0)
             given.scatter_(1, rows, weights.sum(dim=2))
@@ -125,12 +124,12 @@ class _Tokens:
 
 
 @contextmanager
-def _maps_made(modules: Iterable[nn.Module], report: Callable[[nn.Module, Rows], None]) -> Iterator[None]:
+def _hook_maps(modules: Iterable[nn.Module], report: Callable[[nn.Module, Rows], None]) -> Iterator[None]:
     def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        # Routers of experts give out pairs, too; maps of cross-attention are not square.
+        # Routers of experts return tuples, too; maps of cross-attention are not square.
         if isinstance(maps, Tensor) and maps.dim() == 4 and maps.shape[2] == maps.shape[3]:
-            report(module, partial(_picked, maps))
+            report(module, partial(_select_rows, maps))
 
     with ExitStack() as hooks:
         for module in modules:
@@ -139,12 +138,14 @@ def _maps_made(modules: Iterable[nn.Module], report: Callable[[nn.Module, Rows],
 
 
 @contextmanager
-def _rows_recomputed(
+def _recompute_rows(
     name: str, modules: Container[nn.Module], report: Callable[[nn.Module, Rows], None]
 ) -> Iterator[None]:
     own = ALL_ATTENTION_FUNCTIONS.get(name)
     if own is None or "flex" in name or name.startswith("paged"):
-        raise UserError(f"attention cannot be watched in the {name} implementation: load the model with sdpa or eager")
+        raise UserError(
+            f"attention weights cannot be read in the {name} implementation: load the model with sdpa or eager"
+        )
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -152,23 +153,26 @@ def _rows_recomputed(
         if module in modules and key.shape[2] == query.shape[2]:  # else cross-attention
             causal = options.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
-            report(module, partial(attention_rows, query, key, mask=attention_mask, causal=causal, **_ours(options)))
+            report(
+                module,
+                partial(attention_rows, query, key, mask=attention_mask, causal=causal, **_weight_options(options)),
+            )
         return own(module, query, key, value, attention_mask, **options)
 
-    # In the place of the implementation, not beside it: the model's config, and all that looks at it, stay as they are.
+    # Replaces the implementation under its own name, so that the model's config does not change.
     ALL_ATTENTION_FUNCTIONS[name] = attend
     try:
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]
-        if ALL_ATTENTION_FUNCTIONS.get(name) is not own:  # a local function stood in front of the library's
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not own:  # it was a local override of the library's function
             ALL_ATTENTION_FUNCTIONS[name] = own
 
 
-def _ours(options: dict[str, Any]) -> dict[str, Any]:
-    """What of an attention call's options shapes its weights, by our names."""
+def _weight_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an attention call that affect its weights, by the argument names of `attention_rows`."""
     names = {"scaling": "scaling", "softcap": "softcap", "s_aux": "sinks", "sliding_window": "window"}
-    return {ours: options[theirs] for theirs, ours in names.items() if theirs in options}
+    return {argument: options[name] for name, argument in names.items() if name in options}
 
 
 def attention_rows(
@@ -183,44 +187,45 @@ def attention_rows(
     sinks: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Attention weights of some query rows, softmax(q k^T scaling + mask), in float32 [B, H, R, T].
+    """Attention weights of selected query rows, softmax(q k^T scaling + mask), in float32 [B, H, R, T].
 
-    `query` [B, H, T, d] and `key` [B, G, T, d] after rotation, H a multiple of G (grouped queries); `rows` [B, R] the
-    numbers of the rows. `mask` is [B or 1, H or 1, T, T], boolean or to be added, and then says all, or [B, T], true
-    at tokens that are no padding, or None; beside the last two, `causal` and the sliding `window` count. Weights
-    are capped by tanh before masking (`softcap`); `sinks` [H] take their share of the attention and are left out, so
-    that rows then sum to less than 1.
+    `query` [B, H, T, d] and `key` [B, G, T, d] are after rotary embedding, H is a multiple of G (grouped queries);
+    `rows` [B, R] are the row indices. `mask` is [B or 1, H or 1, T, T], boolean or additive; or a padding mask [B, T],
+    false at padding; or None. `causal` and the sliding `window` apply only to the last two. Logits are capped by tanh
+    before masking (`softcap`); the columns of the `sinks` [H] are dropped, so that rows then sum to less than 1.
     """
     groups, num_rows = key.shape[1], rows.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    own = _picked(query, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)  # a copy already
+    own = (
+        _select_rows(query, rows).to(torch.float32, memory_format=torch.contiguous_format).mul_(scale)
+    )  # a copy already
     packed = own.unflatten(1, (groups, -1)).flatten(2, 3)  # B G H/G*R d
     logits = packed @ key.float().transpose(2, 3)  # B G H/G*R T
     logits = logits.unflatten(2, (-1, num_rows)).flatten(1, 2)  # B H R T
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
-    logits = _masked(logits, rows, mask=mask, causal=causal, window=window)
+    logits = _mask(logits, rows, mask=mask, causal=causal, window=window)
     if sinks is None:
         return logits.softmax(dim=-1)
     column = sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
     return torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def _masked(logits: Tensor, rows: Tensor, *, mask: Tensor | None, causal: bool, window: int | None) -> Tensor:
-    lowest = torch.finfo(logits.dtype).min  # not infinity: a row with nothing to look at stays free of NaN
+def _mask(logits: Tensor, rows: Tensor, *, mask: Tensor | None, causal: bool, window: int | None) -> Tensor:
+    lowest = torch.finfo(logits.dtype).min  # not -inf: a fully masked row would be NaN
     if mask is not None and mask.dim() == 4:
-        own = _picked(mask, rows)
+        own = _select_rows(mask, rows)
         return logits.masked_fill_(~own, lowest) if own.dtype == torch.bool else (logits + own).clamp(min=lowest)
     distance = rows[:, None, :, None] - torch.arange(logits.shape[-1], device=rows.device)  # B 1 R T
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:
-        seen &= distance < window
+        visible &= distance < window
     if mask is not None:
-        seen &= mask.bool()[:, None, None, :]
-    return logits.masked_fill_(~seen, lowest)
+        visible &= mask.bool()[:, None, None, :]
+    return logits.masked_fill_(~visible, lowest)
 
 
-def _picked(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Rows [B, R] of a tensor [B or 1, H, T, X]: [B, H, R, X]."""
+def _select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Select rows [B, R] of a tensor [B or 1, H, T, X]: [B, H, R, X]."""
     samples = torch.arange(len(rows), device=rows.device)[:, None]
     return tensor.expand(len(rows), -1, -1, -1).transpose(1, 2)[samples, rows].transpose(1, 2)

@@ -1,9 +1,9 @@
-"""Bad days, on purpose. Each test notes what it tried and what was lost; the notes are printed as one table.
+"""Fault injection. Each test records what it tried and what was lost; the records are printed as one table.
 
     make faults          # all of it, and the table into docs/reliability.md
     make test            # the same tests with small amounts
 
-A test asks for `amount` when it can try more or less, and for `bad_day` to note what came of it.
+A test asks for `amount` when it can try more or less, and for `note_fault` to record the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HEADER = ("fault", "tried", "survived", "lost", "HF `Trainer` alone")
 
 
 @dataclass(frozen=True)
-class BadDay:
+class Fault:
     """A row of the table: `lost` is what a user loses, `trainer` what `transformers.Trainer` does in the same test."""
 
     fault: str
@@ -33,19 +33,19 @@ class BadDay:
         return (self.fault, f"{self.tried:,}", f"{self.survived:,}", self.lost, self.trainer)
 
 
-def merged(days: list[BadDay]) -> list[BadDay]:
-    """Those of one fault as one."""
-    found: dict[str, BadDay] = {}
-    for day in days:
-        before = found.get(day.fault, replace(day, tried=0, survived=0))
-        found[day.fault] = replace(
-            before, tried=before.tried + day.tried, survived=before.survived + day.survived,
-            trainer=before.trainer or day.trainer,
+def merge(faults: list[Fault]) -> list[Fault]:
+    """One row per kind of fault."""
+    merged: dict[str, Fault] = {}
+    for one in faults:
+        before = merged.get(one.fault, replace(one, tried=0, survived=0))
+        merged[one.fault] = replace(
+            before, tried=before.tried + one.tried, survived=before.survived + one.survived,
+            trainer=before.trainer or one.trainer,
         )  # fmt: skip
-    return list(found.values())
+    return list(merged.values())
 
 
-ROWS = pytest.StashKey[list[BadDay]]()
+ROWS = pytest.StashKey[list[Fault]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,13 +66,13 @@ def amount(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
 
 
 @pytest.fixture(scope="session")
-def bad_day(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """`bad_day(fault, tried, survived, lost, trainer)`: note a row of the table. Call it before the assertion on it."""
-    return lambda *cells, **named: pytestconfig.stash[ROWS].append(BadDay(*cells, **named))
+def note_fault(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """`note_fault(fault, tried, survived, lost, trainer)`: add a row to the table, before the assertion on it."""
+    return lambda *cells, **named: pytestconfig.stash[ROWS].append(Fault(*cells, **named))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not (rows := merged(config.stash[ROWS])):
+    if not (rows := merge(config.stash[ROWS])):
         return
     for line in table(rows):
         terminalreporter.write_line(line)
@@ -83,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         page.write_text(f"{before}{BEGIN}\n" + "\n".join(table(rows)) + f"\n{END}{after}", encoding="utf-8")
 
 
-def table(rows: list[BadDay]) -> list[str]:
+def table(rows: list[Fault]) -> list[str]:
     """The rows as Markdown that also reads well in a terminal."""
     lines = [HEADER, *(row.cells for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 def train_plainly(model: Path, data: Path, out: Path, **arguments: Any) -> None:
-    """Begin a training, or go on from the last saved state as the documentation has it; the model goes to `out`."""
+    """Begin a training, or resume from the last saved state, following the documentation; the model goes to `out`."""
     processor = AutoProcessor.from_pretrained(model)
     trainer = Trainer(
         AutoModelForImageTextToText.from_pretrained(model),
@@ -34,7 +34,7 @@ def train_plainly(model: Path, data: Path, out: Path, **arguments: Any) -> None:
 
 
 def ended_by(processor: Any, images: Path, rows: list[Any]) -> str:
-    """How many records, or their pictures, would each have ended such a training."""
+    """How many records, or their images, would each have ended such a training."""
     ended = 0
     for row in rows:
         try:
@@ -47,13 +47,13 @@ def ended_by(processor: Any, images: Path, rows: list[Any]) -> str:
 
 def collated(processor: Any, images: Path, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch as a user writes it, for records as they should be."""
-    pictures = [_opened(images / row["image"]) for row in rows]
+    opened = [_opened(images / row["image"]) for row in rows]
     texts = ["\n".join(turn["value"].replace("\n", " ") for turn in row["conversations"]) for row in rows]
-    batch = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    batch = processor(images=opened, text=texts, padding=True, return_tensors="pt")
     inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return inputs | {"labels": inputs["input_ids"]}
 
 
 def _opened(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
+    with Image.open(file) as image:
+        return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: no code of theirs runs, nothing outside them is read, nothing is allocated for a lie."""
+"""Untrusted checkpoints: none of their code runs, nothing outside them is read, nothing is allocated for a lie."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ import torch
 from guard import BYTES, HangError, in_time, watched
 from pico import pico_llava
 from safetensors.torch import load_file
-from test_train import write_data
+from training import write_data
 from transformers import AutoModelForImageTextToText
 
 import striate
-from striate.assemble import assemble
-from striate.cost import cost
 from striate.errors import UserError
-from striate.evaluate import evaluate
-from striate.prune import prune
-from striate.score import score
-from striate.train import TrainOptions, tune
+from striate.runs.evaluating import evaluate
+from striate.runs.pruning import prune
+from striate.runs.scoring import score
+from striate.runs.training import tune
+from striate.studies.assemble import assemble
+from striate.studies.cost import cost
+from striate.train import TrainOptions
 
 WEIGHTS = "model.safetensors"
 
@@ -46,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(model: Path, tmp_path: Path) -> Path:
-    """A checkpoint to spoil."""
+    """A checkpoint to corrupt."""
     return Path(shutil.copytree(model, tmp_path / "model"))
 
 
@@ -90,7 +91,7 @@ class Payload:
 @pytest.mark.parametrize("opener", [name for name in OPENERS if name != "cost"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_are_not_opened(
-    folder: Path, data: Path, opener: str, zipped: bool, tmp_path: Path, bad_day: Callable[..., None]
+    folder: Path, data: Path, opener: str, zipped: bool, tmp_path: Path, note_fault: Callable[..., None]
 ) -> None:
     mark = tmp_path / "ran"
     weights: dict[str, Any] = dict(load_file(folder / WEIGHTS)) | {"extra": Payload(mark)}
@@ -100,14 +101,14 @@ def test_pickles_are_not_opened(
     else:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(weights))
     said = opened(opener, folder, data)
-    bad_day("weights that run code when they are unpickled", 1, int(said != "opened" and not mark.exists()))
+    note_fault("weights that run code when they are unpickled", 1, int(said != "opened" and not mark.exists()))
     assert not mark.exists()
     assert said != "opened"
 
 
 @pytest.mark.parametrize("opener", OPENERS)
 def test_code_beside_the_weights_is_not_run(
-    folder: Path, data: Path, opener: str, tmp_path: Path, bad_day: Callable[..., None]
+    folder: Path, data: Path, opener: str, tmp_path: Path, note_fault: Callable[..., None]
 ) -> None:
     mark = tmp_path / "ran"
     (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Any: pass\n")
@@ -120,7 +121,7 @@ def test_code_beside_the_weights_is_not_run(
     about = json.loads((folder / "config.json").read_text()) | {"model_type": "evil", "architectures": ["Any"]}
     (folder / "config.json").write_text(json.dumps(about))
     unknown = opened(opener, folder, data)
-    bad_day("checkpoints with code of their own (auto_map)", 2, 2 * int(not mark.exists()))
+    note_fault("checkpoints with code of their own (auto_map)", 2, 2 * int(not mark.exists()))
     assert not mark.exists()
     assert known == "opened" or "evil" not in known
     assert unknown != "opened"
@@ -159,7 +160,7 @@ LIES = {
 }
 
 
-def test_headers_that_lie(folder: Path, data: Path, bad_day: Callable[..., None]) -> None:
+def test_headers_that_lie(folder: Path, data: Path, note_fault: Callable[..., None]) -> None:
     wrong = []
     for name, body in LIES.items():
         (folder / WEIGHTS).write_bytes(body)
@@ -167,25 +168,25 @@ def test_headers_that_lie(folder: Path, data: Path, bad_day: Callable[..., None]
             said = opened("load", folder, data)
         if WEIGHTS not in said or watch.grown > BYTES:
             wrong.append(f"{name}: {said}")
-    bad_day("safetensors files that lie about what they hold", len(LIES), len(LIES) - len(wrong))
+    note_fault("safetensors files that lie about what they hold", len(LIES), len(LIES) - len(wrong))
     assert wrong == []
 
 
 @pytest.mark.parametrize("opener", OPENERS)
 def test_links_out_of_the_folder_are_not_followed(
-    folder: Path, data: Path, opener: str, tmp_path: Path, bad_day: Callable[..., None]
+    folder: Path, data: Path, opener: str, tmp_path: Path, note_fault: Callable[..., None]
 ) -> None:
     secret = tmp_path / "secret"
     survived, plainly = [], ""
     for file in sorted(folder.iterdir()):
         shutil.move(file, secret)
         file.symlink_to(secret)
-        survived.append("is a link out of its folder" in opened(opener, folder, data))
+        survived.append("is a link that points outside its folder" in opened(opener, folder, data))
         if file.name == WEIGHTS and AutoModelForImageTextToText.from_pretrained(folder):
             plainly = "follows them"
         file.unlink()
         shutil.move(secret, file)
-    bad_day("checkpoints with links to files elsewhere", len(survived), sum(survived), trainer=plainly)
+    note_fault("checkpoints with links to files elsewhere", len(survived), sum(survived), trainer=plainly)
     assert all(survived)
 
 
@@ -205,7 +206,7 @@ def test_an_index_that_leads_out_of_the_folder(folder: Path, data: Path, tmp_pat
     names = dict.fromkeys(load_file(tmp_path / "secret.safetensors"), "../secret.safetensors")
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     for opener in OPENERS:
-        assert "leads out of its folder" in opened(opener, folder, data)
+        assert "points outside its folder" in opened(opener, folder, data)
 
 
 # Configs
@@ -249,7 +250,7 @@ ABSURD: list[tuple[tuple[str, ...], Any]] = [
 
 
 @pytest.mark.parametrize("opener", ["load", "tune", "prune", "cost"])
-def test_absurd_sizes(folder: Path, data: Path, opener: str, bad_day: Callable[..., None]) -> None:
+def test_absurd_sizes(folder: Path, data: Path, opener: str, note_fault: Callable[..., None]) -> None:
     wrong = []
     for place, value in ABSURD:
         with changed(folder / "config.json", place, value), watched(folder) as watch:
@@ -258,15 +259,15 @@ def test_absurd_sizes(folder: Path, data: Path, opener: str, bad_day: Callable[.
         priced = opener == "cost" and (value is None or (isinstance(value, int) and value > 0))
         if (said == "opened" and not priced) or watch.grown > BYTES:
             wrong.append((place, value, said))
-    bad_day("configs with absurd sizes", len(ABSURD), len(ABSURD) - len(wrong))
+    note_fault("configs with absurd sizes", len(ABSURD), len(ABSURD) - len(wrong))
     assert wrong == []
 
 
-def test_a_model_larger_than_this_machine_is_told_by_its_size(folder: Path, data: Path) -> None:
+def test_a_model_larger_than_this_machine_is_rejected_with_its_size(folder: Path, data: Path) -> None:
     with changed(folder / "config.json", ("text_config", "vocab_size"), 10**12):
         assert "its weights take 256,000 GB, and this machine has" in opened("load", folder, data)
     with changed(folder / "config.json", ("text_config", "num_hidden_layers"), 10**6):
-        assert "its config asks for num_hidden_layers 1,000,000, and no model has that" in opened("load", folder, data)
+        assert "its config has num_hidden_layers 1,000,000, which is out of range" in opened("load", folder, data)
 
 
 def test_json_nested_without_end(folder: Path, data: Path) -> None:
@@ -280,8 +281,8 @@ def test_json_nested_without_end(folder: Path, data: Path) -> None:
 # Chance
 
 
-def test_spoilt_checkpoints(
-    model: Path, data: Path, tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]
+def test_corrupted_checkpoints(
+    model: Path, data: Path, tmp_path: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]
 ) -> None:
     draw, number, wrong, read = random.Random(2), amount(60, 1000), [], 0
     files = sorted(file.name for file in model.iterdir())
@@ -291,18 +292,18 @@ def test_spoilt_checkpoints(
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(model, folder)
             file = folder / draw.choice(files)
-            file.write_bytes(spoilt_json(file, draw) if draw.random() < 0.5 else spoilt(file.read_bytes(), draw))
+            file.write_bytes(corrupt_json(file, draw) if draw.random() < 0.5 else corrupt(file.read_bytes(), draw))
             try:
                 read += opened("load", folder, data) == "opened"
             except (Exception, HangError) as error:
                 wrong.append(f"{index}, {file.name}: {type(error).__name__}: {error}"[:300])
-    bad_day("checkpoints with a spoilt file", number, number - len(wrong))
+    note_fault("checkpoints with a corrupted file", number, number - len(wrong))
     assert wrong == []
     assert watch.grown < BYTES
     assert 0 < read < number
 
 
-def spoilt(body: bytes, draw: random.Random) -> bytes:
+def corrupt(body: bytes, draw: random.Random) -> bytes:
     """Bytes turned over, left out, put in; the header of weights above all."""
     changed = bytearray(body)
     for _ in range(draw.randint(1, 4)):
@@ -322,12 +323,12 @@ def spoilt(body: bytes, draw: random.Random) -> bytes:
 ODD: list[Any] = [None, True, -1, 0, 1.5, 10**20, "", "\0", "x" * 5000, [], {}, [None], {"a": []}, "../x", "evil.Any"]
 
 
-def spoilt_json(file: Path, draw: random.Random) -> bytes:
-    """One value in a file of JSON replaced; another file is spoilt byte by byte."""
+def corrupt_json(file: Path, draw: random.Random) -> bytes:
+    """One value in a file of JSON replaced; another file is corrupted byte by byte."""
     try:
         about = json.loads(file.read_bytes())
     except ValueError:
-        return spoilt(file.read_bytes(), draw)
+        return corrupt(file.read_bytes(), draw)
     holder, keys = about, list(about)
     while True:
         key = draw.choice(keys)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from pico import pico_llava
 from plain import train_plainly
-from test_train import changed, weights, write_data
+from training import changed, weights, write_data
 
 import striate
-from striate.train import TrainOptions, last_saved, tune
-from striate.train.callbacks import RunLog
+from striate.runs.run import Run
+from striate.runs.training import tune
+from striate.runs.training_log import RunLog
+from striate.train import TrainOptions, last_saved
 from striate.train.saved import MARGIN
 
 OPTIONS = TrainOptions(batch=4, micro_batch=2, steps=6, save_steps=2, learning_rate=1e-2, dtype="float32", device="cpu")
@@ -54,11 +56,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def run(model: Path, data: Path, out: Path, options: TrainOptions = OPTIONS, **settings: Any) -> striate.Run:
+def run(model: Path, data: Path, out: Path, options: TrainOptions = OPTIONS, **settings: Any) -> Run:
     return tune(model, data=data, out=out, region="all", method="full", options=options, **settings)
 
 
-def test_no_room_for_a_state(model: Path, data: Path, disk: Path, tmp_path: Path, bad_day: Callable[..., None]) -> None:
+def test_no_room_for_a_state(
+    model: Path, data: Path, disk: Path, tmp_path: Path, note_fault: Callable[..., None]
+) -> None:
     whole = run(model, data, tmp_path / "whole")
     size = (model / "model.safetensors").stat().st_size
     ballast = fill(disk, but=size + MARGIN + 2**17)  # the model fits, a state of three times its size does not
@@ -71,7 +75,7 @@ def test_no_room_for_a_state(model: Path, data: Path, disk: Path, tmp_path: Path
     with pytest.raises(Exception, match=r"(?i)no space left|file write failed|unexpected pos"):
         train_plainly(model, data, disk / "plain", max_steps=6, save_steps=2)
     row = ("disk too full to save a state", 1, int(survived), "0; saves wait, with a warning")
-    bad_day(*row, "an error at the first save ends it")
+    note_fault(*row, "an error at the first save ends it")
     assert survived
     assert len(warnings) == 3
     assert "no room" in warnings[0]
@@ -80,43 +84,45 @@ def test_no_room_for_a_state(model: Path, data: Path, disk: Path, tmp_path: Path
 
 def test_room_comes_back(model: Path, data: Path, disk: Path) -> None:
     ballast = fill(disk, but=(model / "model.safetensors").stat().st_size + MARGIN + 2**17)
-    saved: list[str | None] = []
+    saved: list[Path | None] = []
 
     class Clean(RunLog):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def step(self, entry: dict[str, Any]) -> None:  # before the step's state is saved
+            super().step(entry)
             saved.append(last_saved(self.run.state))
-            if state.global_step == 3:
+            if entry["step"] == 3:
                 ballast.unlink()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.train.fitting.RunLog", Clean)
+        patch.setattr("striate.runs.training.RunLog", Clean)
         run(model, data, disk / "run", replace(OPTIONS, steps=6))
     assert [bool(one) for one in saved] == [False, False, False, False, True, True]
 
 
 def test_nothing_fits_any_more(
-    model: Path, data: Path, disk: Path, tmp_path: Path, bad_day: Callable[..., None]
+    model: Path, data: Path, disk: Path, tmp_path: Path, note_fault: Callable[..., None]
 ) -> None:
     whole = run(model, data, tmp_path / "whole")
 
     class Fill(RunLog):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
+        def step(self, entry: dict[str, Any]) -> None:
+            if entry["step"] == 4:
                 fill(disk, but=0)
+            super().step(entry)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.train.fitting.RunLog", Fill)
+        patch.setattr("striate.runs.training.RunLog", Fill)
         with pytest.raises(striate.UserError, match=r"no space left to write .*: free some, then resume"):
             run(model, data, disk / "run")
     (disk / "ballast").unlink()
     resumed = run(model, data, disk / "run", resume="auto")
     survived = changed(weights(whole.path), weights(resumed.path)) == set()
-    bad_day("disk full to the last byte while training", 1, int(survived), "0; stops, and resumes from the last save")
+    note_fault("disk full to the last byte while training", 1, int(survived), "0; stops, resumes from the last save")
     assert survived
 
 
-def test_too_small_a_disk_is_told_before_the_work(model: Path, data: Path, disk: Path) -> None:
+def test_too_small_a_disk_is_reported_before_the_work(model: Path, data: Path, disk: Path) -> None:
     fill(disk, but=MARGIN)
     with pytest.raises(striate.UserError, match=r"the trained model takes 0.00 GB, and .* has 0.00 GB free"):
         run(model, data, disk / "run")
-    assert not striate.Run.open(disk / "run").history()
+    assert not Run.open(disk / "run").history()

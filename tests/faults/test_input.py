@@ -1,7 +1,8 @@
-"""Broken and hostile records and pictures: each becomes an example or a listed reason."""
+"""Broken and hostile records and images: each becomes an example or a listed reason."""
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,10 @@ from pico import pico_processor
 from PIL import Image
 from plain import ended_by
 
-from striate.data import Examples, Skipped, collate, read
+from striate.data import Examples, RecordError, Skipped, collate, read
+from striate.data.format import record_of
+from striate.data.images import ImageFolder
+from striate.data.keys import HONORED, LOSS_MARKS, REFUSED
 from striate.errors import UserError
 
 PROCESSOR = pico_processor()
@@ -60,30 +65,30 @@ def judge(found: Counter[str], watch: Watch, tried: int) -> tuple[int, list[str]
     return min(survived, tried), wrong
 
 
-# Pictures
+# Images
 
 
-def pictures() -> list[tuple[str, bytes]]:
-    """Sound pictures of every kind that is read, by the end of their name."""
+def sound_images() -> list[tuple[str, bytes]]:
+    """Valid images of every supported format, by the end of their name."""
     draw = np.random.default_rng(0)
-    colour = Image.fromarray(draw.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+    photo = Image.fromarray(draw.integers(0, 256, (40, 56, 3), dtype=np.uint8))
     deep = Image.fromarray(draw.integers(0, 2**16, (24, 24), dtype=np.uint16))
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: to be turned by 90 degrees
-    frames = {"save_all": True, "append_images": [colour.rotate(90), colour.rotate(180)]}
+    frames = {"save_all": True, "append_images": [photo.rotate(90), photo.rotate(180)]}
     return [
-        ("jpg", _saved(colour, "JPEG", exif=turned)),
-        ("jpg", _saved(colour.convert("CMYK"), "JPEG")),
-        ("jpg", _saved(colour, "JPEG", progressive=True)),
-        ("png", _saved(colour, "PNG")),
-        ("png", _saved(colour.convert("P"), "PNG", transparency=3)),
+        ("jpg", _saved(photo, "JPEG", exif=turned)),
+        ("jpg", _saved(photo.convert("CMYK"), "JPEG")),
+        ("jpg", _saved(photo, "JPEG", progressive=True)),
+        ("png", _saved(photo, "PNG")),
+        ("png", _saved(photo.convert("P"), "PNG", transparency=3)),
         ("png", _saved(deep, "PNG")),
-        ("webp", _saved(colour, "WEBP")),
-        ("webp", _saved(colour, "WEBP", **frames)),
-        ("gif", _saved(colour.convert("P"), "GIF", **frames)),
-        ("tiff", _saved(colour, "TIFF", compression="tiff_lzw")),
+        ("webp", _saved(photo, "WEBP")),
+        ("webp", _saved(photo, "WEBP", **frames)),
+        ("gif", _saved(photo.convert("P"), "GIF", **frames)),
+        ("tiff", _saved(photo, "TIFF", compression="tiff_lzw")),
         ("tiff", _saved(deep, "TIFF")),
-        ("bmp", _saved(colour, "BMP")),
+        ("bmp", _saved(photo, "BMP")),
     ]
 
 
@@ -94,7 +99,7 @@ def _saved(image: Image.Image, kind: str, **settings: Any) -> bytes:
 
 
 def bombs() -> list[tuple[str, bytes]]:
-    """Pictures that claim to be huge, or hold far more than they weigh."""
+    """Images that claim to be huge, or hold far more than they weigh."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -117,7 +122,7 @@ def bombs() -> list[tuple[str, bytes]]:
     ]
 
 
-def spoilt(body: bytes, draw: random.Random) -> bytes:
+def corrupt(body: bytes, draw: random.Random) -> bytes:
     """Cut off, bits turned over, bytes put in, left out, zeroed, made huge, or doubled."""
     changed = bytearray(body)
     for _ in range(draw.randint(1, 6)):
@@ -140,13 +145,13 @@ def spoilt(body: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_spoilt_pictures(tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]) -> None:
-    draw, sound = random.Random(0), pictures()
+def test_corrupted_images(tmp_path: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]) -> None:
+    draw, sound = random.Random(0), sound_images()
     images = tmp_path / "images"
     images.mkdir()
     files = [*sound, *bombs()]
     whole = len(files)
-    files += [(end, spoilt(body, draw)) for end, body in (draw.choice(sound) for _ in range(amount(150, 2500)))]
+    files += [(end, corrupt(body, draw)) for end, body in (draw.choice(sound) for _ in range(amount(150, 2500)))]
     rows = []
     for number, (end, body) in enumerate(files):
         # Every tenth lies about its kind.
@@ -159,7 +164,7 @@ def test_spoilt_pictures(tmp_path: Path, amount: Callable[[int, int], int], bad_
         found = outcomes(data, images)
     survived, wrong = judge(found, watch, len(files))
     by_trainer = ended_by(PROCESSOR, images, rows)
-    bad_day("pictures spoilt, of ten kinds, and bombs", len(files), survived, trainer=by_trainer)
+    note_fault("corrupted images of ten kinds, and bombs", len(files), survived, trainer=by_trainer)
     assert not wrong
     assert survived == len(files)
     assert found["read"] >= len(sound)
@@ -230,7 +235,7 @@ def _changed(value: Any, draw: random.Random) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A picture inside; a secret outside, and ways to it."""
+    """An image inside; a secret outside, and ways to it."""
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (32, 32), "red").save(images / "cat.jpg")
@@ -241,7 +246,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_odd_records(
-    folder: Path, tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]
+    folder: Path, tmp_path: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]
 ) -> None:
     number, found = amount(600, 12_000), Counter[str]()
     rows = list(odd_records(number))
@@ -252,9 +257,89 @@ def test_odd_records(
             data.write_text(json.dumps(rows[begin : begin + 200]))
             found += outcomes(data, folder)
     survived, wrong = judge(found, watch, number)
-    tried = rows[1:600:2]  # those in LLaVA's spelling; not all, since each that it waits at takes five seconds
+    tried = rows[1:600:2]  # those in LLaVA's format; not all, since each that it waits at takes five seconds
     by_trainer = f"{ended_by(PROCESSOR, folder, tried)} ({len(tried)} tried)"
-    bad_day("records with odd values, keys and paths", number, survived, trainer=by_trainer)
+    note_fault("records with odd values, keys and paths", number, survived, trainer=by_trainer)
     assert not wrong
     assert survived == number
     assert min(found["read"], found["refused"]) > number // 10
+
+
+# Keys and layouts
+
+
+JUNK: list[Any] = [
+    "x.mp4",
+    "cat.jpg",
+    ["cat.jpg"],
+    True,
+    0,
+    0.5,
+    {"url": "cat.jpg"},
+    [{"a": 1}],
+    "<image>",
+    ["x", None],
+]
+NOTHING: list[Any] = [None, "", [], {}, float("nan"), [None], {"a": None}]
+
+
+def keyed_records() -> Iterator[tuple[str, str, Any, Any]]:
+    """Every key of the list in every place, with values of every kind: place, key, value, record."""
+    keys = sorted({key for place in HONORED for key in (*HONORED[place], *REFUSED[place])} | {"nobody_knows"})
+    for place, key, value in product(HONORED, keys, [*JUNK, *NOTHING]):
+        part = {"type": "text", "text": "what is this ?"}
+        first, again = [{"role": "assistant", "content": "a cat"}, {"role": "assistant", "content": "no"}]
+        row = {"messages": [{"role": "user", "content": [part]}, first, {"role": "user", "content": "so ?"}, again]}
+        {"row": row, "turn": first, "part": part}[place][key] = value
+        yield place, key, value, row
+
+
+def test_no_key_is_dropped_without_a_word(
+    folder: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]
+) -> None:
+    images, dropped, tried = ImageFolder(folder), [], 0
+    cases = list(keyed_records())
+    plain = next(record_of(row, "a:1", images) for _, key, value, row in cases if key == "video" and value is None)
+    for place, key, value, row in random.Random(2).sample(cases, min(len(cases), amount(1500, 10**6))):
+        unknown: set[str] = set()
+        tried += 1
+        try:
+            found = record_of(row, "a:1", images, unknown)
+        except RecordError:
+            continue
+        says_nothing = repr(value) in map(repr, NOTHING) or value in (False, 0)
+        sure = value in (True, 1) and key in LOSS_MARKS  # as without it
+        if found == plain and not (says_nothing or sure or unknown & {key, "text"}):
+            dropped.append(f"{place} {key} {value!r}")
+    note_fault("keys that mean something, in a row, a turn or a part", tried, tried - len(dropped))
+    assert dropped == []
+
+
+LAYOUTS = ("{}", "{}.gz", "part/{}", "part/deep/{}.gz", "train/{}", "test/{}", ".{}", "{}.zst", "{}.bak.tar", "{}.csv")
+
+
+def test_no_file_is_passed_over_without_a_word(
+    tmp_path: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]
+) -> None:
+    draw, silent, number = random.Random(3), [], amount(40, 1000)
+    for index in range(number):
+        home, files = tmp_path / str(index), set[str]()
+        for name in draw.sample(["a.json", "b.jsonl", "c.ndjson", "val.json", "train-0.jsonl"], draw.randint(1, 4)):
+            file = home / draw.choice(LAYOUTS).format(name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            row = json.dumps({"id": file.relative_to(home).as_posix(), "text": "a cat"})
+            body = (f"[{row}]" if ".json." in f"{file.name}." else row).encode()
+            file.write_bytes(gzip.compress(body) if file.suffix == ".gz" else body)
+            files.add(file.relative_to(home).as_posix())
+        try:
+            found = read(home)
+            messages = " ".join(found.notes)
+            ids = {record.id for record in found}
+        except UserError as error:
+            messages, ids = str(error), set()
+        silent += [
+            name for name in files - ids
+            if name not in messages and f" {Path(name).suffix}" not in messages and not Path(name).name.startswith(".")
+        ]  # fmt: skip
+    note_fault("folders of files, packed, nested, split or of another kind", number, number - len(silent))
+    assert silent == []

@@ -15,10 +15,11 @@ from launch import CONTEXT
 from pico import pico_llava
 from plain import train_plainly
 from safetensors.torch import load_file
-from test_train import write_data
+from training import write_data
 
-from striate.run import LOG, Run
-from striate.train import TrainOptions, tune
+from striate.runs.run import LOG, Run
+from striate.runs.training import tune
+from striate.train import TrainOptions
 from striate.train.saved import PART
 
 STEPS, SAVED_EVERY = 8, 2
@@ -70,7 +71,9 @@ def killed(work: Callable[..., None], *arguments: Path, kills: int, moment: Call
     raise AssertionError
 
 
-def test_kills_at_any_moment(tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]) -> None:
+def test_kills_at_any_moment(
+    tmp_path: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]
+) -> None:
     draw = random.Random(0)
     model, data = pico_llava(tmp_path / "model"), write_data(tmp_path)
     process(train, model, data, tmp_path / "whole").join()
@@ -92,7 +95,7 @@ def test_kills_at_any_moment(tmp_path: Path, amount: Callable[[int, int], int], 
         again = max([again, *(last - step + 1 for last, step in itertools.pairwise(steps) if step <= last)])
     lost = f"0; at most {again} steps done again"
     by_trainer = _by_trainer(tmp_path, model, data, draw, amount(1, 10))
-    bad_day("SIGKILL while training, at random moments", kills, survived, lost, by_trainer)
+    note_fault("SIGKILL while training, at random moments", kills, survived, lost, by_trainer)
     assert again <= SAVED_EVERY
 
 
@@ -116,7 +119,7 @@ def _by_trainer(folder: Path, model: Path, data: Path, draw: random.Random, trai
 
 
 def test_kills_while_a_state_is_saved(
-    tmp_path: Path, amount: Callable[[int, int], int], bad_day: Callable[..., None]
+    tmp_path: Path, amount: Callable[[int, int], int], note_fault: Callable[..., None]
 ) -> None:
     model, data, run = pico_llava(tmp_path / "model"), write_data(tmp_path), tmp_path / "run"
     process(train, model, data, tmp_path / "whole").join()
@@ -137,4 +140,4 @@ def test_kills_while_a_state_is_saved(
         hits += (run / "state" / PART).is_dir()
         process(train, model, data, run).join()
         assert weights(run) == wanted
-    bad_day("SIGKILL while a state is being saved", kills, hits, "0; the state before it is whole")
+    note_fault("SIGKILL while a state is being saved", kills, hits, "0; the state before it is whole")

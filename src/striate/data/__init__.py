@@ -1,11 +1,12 @@
-"""From records on disk to batches: read both spellings, open images safely, encode, collate."""
+"""From records on disk to batches: read common formats, open images safely, encode, collate."""
 
 from striate.data.batch import Batch, Examples, collate
-from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
+from striate.data.example import IGNORED, Example, encode
 from striate.data.images import open_image
+from striate.data.lazy_records import LazyRecords
 from striate.data.record import ImageSource, Record, RecordError, Skipped
 from striate.data.records import Records, read
-from striate.data.stored import Stored
+from striate.vlm.matching import TOKEN_KEYS
 
 __all__ = [
     "IGNORED",
@@ -14,11 +15,11 @@ __all__ = [
     "Example",
     "Examples",
     "ImageSource",
+    "LazyRecords",
     "Record",
     "RecordError",
     "Records",
     "Skipped",
-    "Stored",
     "collate",
     "encode",
     "open_image",

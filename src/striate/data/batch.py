@@ -1,4 +1,4 @@
-"""Examples side by side: the batch that training, scoring and evaluation share."""
+"""Batches of examples, as training, scoring and evaluation use them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from striate.data.example import IGNORED, TOKEN_KEYS, Example, encode
+from striate.data.example import IGNORED, Example, encode
+from striate.data.lazy_records import LazyRecords
 from striate.data.record import Record, RecordError, Skipped
-from striate.data.stored import Stored
+from striate.vlm.matching import TOKEN_KEYS
 
 CHARS_PER_TOKEN = 4
-"""A usual rate, good enough to sort by."""
+"""A typical rate, good enough to sort records by length."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """B examples padded to T tokens.
 
-    `inputs` is what the model takes (`input_ids` [B, T], `attention_mask` [B, T], `pixel_values`, ...).
+    `inputs` are the model's inputs (`input_ids` [B, T], `attention_mask` [B, T], `pixel_values`, ...).
     `labels` [B, T] is -100 outside the answers, `image_mask` [B, T] true at image tokens. `skipped` are the
-    records that were left out of it; a batch can be empty. `unseen` [B, T] is true at image tokens that the decoder is
-    not shown; None: it is shown all.
+    records that are missing from the batch; a batch can be empty.
     """
 
     inputs: dict[str, Tensor]
@@ -35,16 +35,15 @@ class Batch:
     image_mask: Tensor
     ids: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
-    unseen: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def targets(self) -> tuple[Tensor, Tensor]:
-        """Where the logits predict a labelled token, which is one to the left of it [B, T]; those tokens [N]."""
-        following = F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
-        positions = following != IGNORED
-        return positions, following[positions]
+        """Positions [B, T] whose logits predict a labeled token, one to the left of it; the labeled tokens [N]."""
+        next_labels = F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
+        positions = next_labels != IGNORED
+        return positions, next_labels[positions]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on `device`, its floating-point inputs as `dtype`."""
@@ -53,15 +52,14 @@ class Batch:
             return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
 
         inputs = {key: move(value) for key, value in self.inputs.items()}
-        unseen = None if self.unseen is None else move(self.unseen)
-        return replace(self, inputs=inputs, labels=move(self.labels), image_mask=move(self.image_mask), unseen=unseen)
+        return replace(self, inputs=inputs, labels=move(self.labels), image_mask=move(self.image_mask))
 
 
 def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "right") -> Batch:
-    """Pad tokens on one `side` to the longest example, image tensors to the largest image, and join them.
+    """Pad tokens on one `side` to the longest example and image tensors to the largest image, and concatenate them.
 
-    Image tensors run on over the batch: their first axis counts images, crops or patches, not examples. Only where
-    cross-attention brings images in, it counts examples, and one without images has zeros there.
+    The first axis of image tensors counts images, crops or patches of the whole batch. Only for models with
+    cross-attention it counts examples, and an example without images has zeros there.
     """
     skipped = tuple(one for one in examples if isinstance(one, Skipped))
     kept = [one for one in examples if isinstance(one, Example)]
@@ -76,21 +74,21 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
             F.pad(tensor, (*(0, 0) * (tensor.dim() - 1), *gap), value=value)  # from the last axis on
             for tensor, gap in zip(tensors, sides, strict=True)
         ]
-        return _joined([tensor.unsqueeze(0) for tensor in padded])
+        return _concatenate([tensor.unsqueeze(0) for tensor in padded])
 
     inputs = {}
     some = {key: value for example in kept for key, value in example.inputs.items()}
     by_record = "cross_attention_mask" in some
     for key, like in some.items():
         if key in TOKEN_KEYS:
-            # Some processors leave a text-only record without its types of token; they are all 0.
-            values = [example.inputs.get(key, _nothing(like, len(example))) for example in kept]
+            # Some processors give no token types for a text-only record; they are all 0.
+            values = [example.inputs.get(key, _zeros(like, len(example))) for example in kept]
             inputs[key] = rows(values, pad_id if key == "input_ids" else 0)
         else:
-            inputs[key] = _joined(
-                [example.inputs.get(key, _nothing(like, 1)) for example in kept if by_record or key in example.inputs]
+            inputs[key] = _concatenate(
+                [example.inputs.get(key, _zeros(like, 1)) for example in kept if by_record or key in example.inputs]
             )
-    if by_record and "aspect_ratio_mask" in inputs:  # Mllama has one tile of a picture that is not there
+    if by_record and "aspect_ratio_mask" in inputs:  # Mllama needs one tile of a missing image
         inputs["aspect_ratio_mask"][..., 0] = 1
     return Batch(
         inputs=inputs,
@@ -101,24 +99,24 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
     )
 
 
-def _nothing(like: Tensor, length: int) -> Tensor:
-    """Zeros along the first axis of a tensor; the others are as small as can be."""
+def _zeros(like: Tensor, length: int) -> Tensor:
+    """Zeros of this length along the first axis; the other axes have size 1."""
     return like.new_zeros(length, *(1 for _ in like.shape[1:]))
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """Tensors in a row along their first axis, the others padded with zeros to the largest."""
+def _concatenate(tensors: list[Tensor]) -> Tensor:
+    """Concatenate tensors along the first axis; the other axes are padded with zeros to the largest size."""
     sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
 
-    def grown(tensor: Tensor) -> Tensor:
+    def pad(tensor: Tensor) -> Tensor:
         gaps = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
         return F.pad(tensor, [end for gap in reversed(gaps) for end in (0, gap)])  # from the last axis on
 
-    return torch.cat([grown(tensor) for tensor in tensors])
+    return torch.cat([pad(tensor) for tensor in tensors])
 
 
 class Examples(Dataset[Example | Skipped]):
-    """Records, encoded when asked for; one that cannot be is a `Skipped`, so that a data worker lives on."""
+    """Records, encoded lazily; an invalid record becomes a `Skipped`, so that the data worker continues."""
 
     def __init__(
         self,
@@ -129,7 +127,7 @@ class Examples(Dataset[Example | Skipped]):
         truncate_text: bool = False,
         generation: bool = False,
     ):
-        self.records = records if isinstance(records, Stored) else Stored(records)
+        self.records = records if isinstance(records, LazyRecords) else LazyRecords(records)
         self.encode = partial(
             encode,
             processor=processor,
@@ -149,9 +147,9 @@ class Examples(Dataset[Example | Skipped]):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """About how many tokens each record has, to make batches of like length; opens one record's images.
+        """Approximate number of tokens per record, for batches of similar length; opens the images of one record.
 
-        An image counts as many tokens as those of the first readable record with images have.
+        Each image counts as many tokens as the images of the first readable record with images have on average.
         """
         sizes = [self.records.size(index) for index in range(len(self))]
         per_image = 0

@@ -1,4 +1,4 @@
-"""A record as a model reads it: tokens, labels on the answers only, and where the image tokens are."""
+"""Encode a record for a model: tokens, labels of the answers, and the positions of image tokens."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GotOcr2Processor, PaliGemmaProcessor
+from transformers import BatchEncoding, GotOcr2Processor, PaliGemmaProcessor
 
-from striate.data.chat import Message, Span, image_mark, render, render_answers
+from striate.data.chat import Span, check_texts, render_answers, render_prompt
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError
 from striate.errors import UserError
 from striate.vlm import image_token_id
+from striate.vlm.matching import TOKEN_KEYS
+from striate.vlm.template import Message, image_mark
 
 IGNORED = -100
-"""The label of a token that no loss is taken of."""
-
-TOKEN_KEYS = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "moe_mm_token_type_ids",
-    "cross_attention_mask",
-)
-"""Inputs with one value a token, the last with one for each image and tile too; all else that a processor gives
-describes images."""
+"""The label of tokens that the loss ignores."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +28,8 @@ class Example:
     """One encoded record of T tokens.
 
     `inputs`: `input_ids` [T] and other per-token tensors [T, ...], image tensors as the processor gives them.
-    `labels` [T]: the token id where it is to be learnt, -100 elsewhere. `image_mask` [T]: true at image
-    tokens, one for each feature that the projector puts there; one for each image where cross-attention brings it in.
+    `labels` [T]: the token id where the loss counts it, -100 elsewhere. `image_mask` [T]: true at image tokens, one per
+    feature of the projector; one per image for models with cross-attention.
     """
 
     inputs: dict[str, Tensor]
@@ -59,13 +50,16 @@ def encode(
     truncate_text: bool = False,
     generation: bool = False,
 ) -> Example:
-    """One record as tokens and image tensors.
+    """Encode one record as tokens and image tensors.
 
-    The labels are the answers, each with the end token that the chat template puts behind it; of plain text,
-    all of it. With `generation` the text ends where the model is to answer the last question. More than
-    `max_length` tokens raise, or with `truncate_text` are cut at the end, but never in an image and never
-    down to no label. Raises `RecordError` for what is wrong with the record or its images, `UserError` with
-    the processor.
+    The labels are the answers, each with the end token that the chat template writes after it; for plain text, the
+    whole text. With `generation` the text ends with the generation prompt after the last question. More than
+    `max_length` tokens are an error; with `truncate_text` they are cut at the end, but never inside the images and
+    never so that no label is left.
+
+    Raises:
+        RecordError: the record or one of its images is invalid.
+        UserError: the processor does not work for encoding.
     """
     image_token = image_token_id(processor)
     if not record.messages:
@@ -74,18 +68,21 @@ def encode(
         encoded = _encode_prefix(record, processor, generation)
     else:
         encoded = _encode_chat(record, processor, generation)
-    length, labelled = len(encoded.labelled), encoded.labelled
-    if not generation and not labelled.any():
+    length, labeled = len(encoded.labeled), encoded.labeled
+    if not generation and not labeled.any():
         raise RecordError(record.source, "there is no token to learn from")
     if length > max_length:
-        kept = labelled[:max_length]
-        if not truncate_text or generation or not kept.any() or encoded.images_end > max_length:
+        remaining = labeled[:max_length]
+        if not truncate_text or generation or not remaining.any() or encoded.images_end > max_length:
             reason = f"{length:,} tokens, more than --max-length {max_length:,}"
             raise RecordError(record.source, reason, too_long=True)
-        length, labelled = max_length, kept
+        length, labeled = max_length, remaining
     tokens = {key: value[:length] for key, value in encoded.tokens.items()}
-    labels = tokens["input_ids"].masked_fill(~labelled, IGNORED)
+    labels = tokens["input_ids"].masked_fill(~labeled, IGNORED)
     image_mask = tokens["input_ids"] == image_token
+    if image_mask.any() and not record.images:
+        mark = processor.tokenizer.convert_ids_to_tokens(image_token)
+        raise RecordError(record.source, f"its text contains {mark}, but it has no image")
     return Example(tokens | encoded.vision, labels, image_mask, record.id, record.source)
 
 
@@ -93,19 +90,19 @@ def encode(
 class _Encoded:
     tokens: dict[str, Tensor]  # [T, ...] each
     vision: dict[str, Tensor]
-    labelled: Tensor  # [T] bool
-    images_end: int = 0  # number of tokens up to the end of the last image
+    labeled: Tensor  # [T] bool
+    images_end: int = 0  # number of tokens to the end of the last image
 
 
 def _encode_text(record: Record, processor: Any) -> _Encoded:
     if not record.text.strip():
         raise RecordError(record.source, "there is neither a conversation nor text")
-    if isinstance(processor, PaliGemmaProcessor):  # which insists on an image
+    if isinstance(processor, PaliGemmaProcessor):  # its processor requires an image
         output = _process(processor.tokenizer, record.source, text=[record.text], return_offsets_mapping=True)
         starts, ends = output.pop("offset_mapping")[0].unbind(-1)
         tokens, vision = _split(output)
-        # Type 0 is the prefix, whose tokens see those behind them.
-        return _Encoded(tokens | {"token_type_ids": torch.ones_like(starts)}, vision, labelled=ends > starts)
+        # Type 0 is the prefix, whose tokens attend to later ones.
+        return _Encoded(tokens | {"token_type_ids": torch.ones_like(starts)}, vision, labeled=ends > starts)
     _check_marks(record.text, image_mark(processor), 0, record.source)
     written = _write(processor, record.text, (), record.source)
     return _Encoded(written.tokens, written.vision, written.covered([(0, len(record.text))]))
@@ -113,38 +110,42 @@ def _encode_text(record: Record, processor: Any) -> _Encoded:
 
 def _encode_chat(record: Record, processor: Any, generation: bool) -> _Encoded:
     messages, images = _relevant(record, generation)
+    check_texts(processor, messages, record.source)
     answers: list[Span] = []
     if generation:
-        text = render(processor, messages, record.source, prompt=True)
+        text = render_prompt(processor, messages, record.source)
     else:
         text, answers = render_answers(processor, messages, record.source)
+    learn = [message.get("learn", True) for message in messages if message["role"] == "assistant"]
+    learned = [span for span, learns in zip(answers, learn, strict=False) if learns]
     _check_marks(text, image_mark(processor), len(images), record.source)
-    written = _write(processor, text, images, record.source)
-    # The template alone ends the text: an end token that the tokenizer adds has no characters, and goes.
+    written = _write(processor, text, images, record.source, tail=len(text) - answers[-1][0] if answers else 0)
+    # Drop an end token that the tokenizer adds (it has no characters): only the template ends the text.
     starts, ends = written.offsets.unbind(-1)
     length = int((ends > starts).nonzero().max()) + 1
     tokens = {key: value[:length] for key, value in written.tokens.items()}
     images_end = int((starts < written.pieces[-1][1]).sum()) if images else 0
-    return _Encoded(tokens, written.vision, written.covered(answers)[:length], images_end)
+    return _Encoded(tokens, written.vision, written.covered(learned)[:length], images_end)
 
 
 def _encode_prefix(record: Record, processor: Any, generation: bool) -> _Encoded:
-    """PaliGemma's way: no chat template, and a question that sees all of itself, apart from the answer."""
+    """Encode for PaliGemma: no chat template, and full attention within the question."""
     messages, images = _relevant(record, generation)
+    check_texts(processor, messages, record.source)
     answer = "" if generation else messages.pop()["content"][0]["text"].strip()
     if any(message["role"] == "assistant" for message in messages):
         raise RecordError(record.source, "PaliGemma takes one question and one answer, not a conversation")
-    texts = [part["text"] for message in messages for part in message["content"] if "text" in part]
+    texts = [part["text"].strip("\n") for message in messages for part in message["content"] if "text" in part]
     output = _process(
         processor,
         record.source,
-        text=[processor.image_token * len(images) + "\n".join(texts)],
+        text=[processor.image_token * len(images) + "\n".join(filter(None, texts))],
         images=_open(images, record.source),
         **({} if generation else {"suffix": [answer]}),
     )
     output.pop("labels", None)
     tokens, vision = _split(output)
-    images_end = int((tokens["input_ids"] == image_token_id(processor)).sum())  # they come first
+    images_end = int((tokens["input_ids"] == image_token_id(processor)).sum())  # image tokens come first
     return _Encoded(tokens, vision, tokens["token_type_ids"] == 1, images_end)
 
 
@@ -169,10 +170,10 @@ def _check_marks(text: str, mark: str, num_images: int, source: str) -> None:
 
 @dataclass(frozen=True)
 class _Written:
-    """What a processor makes of a text with images.
+    """The output of a processor for a text with images.
 
-    `offsets` [T, 2] are the characters of each token in the text that was tokenized. `pieces` tells where each piece of
-    text between two images begins: in the text that the processor was given, and in the one that was tokenized.
+    `offsets` [T, 2] are the character spans of the tokens in the tokenized text. `pieces` are the starts of each piece
+    of text between two images, in the input text and in the tokenized text.
     """
 
     tokens: dict[str, Tensor]  # [T, ...] each
@@ -181,7 +182,7 @@ class _Written:
     pieces: list[tuple[int, int]]
 
     def covered(self, spans: list[Span]) -> Tensor:
-        """The tokens [T] of these characters of the given text, none of which runs over an image."""
+        """Mask [T] of the tokens in these character spans of the input text; no span contains an image."""
         starts, ends = self.offsets.unbind(-1)
         found = torch.zeros(len(starts), dtype=torch.bool)
         for start, end in spans:
@@ -191,48 +192,65 @@ class _Written:
 
 
 class _Listener:
-    """A tokenizer that notes the texts it is given: a processor writes image tokens, or its own prompt, into them."""
+    """A tokenizer that records its input texts, into which the processor has written image tokens or its own prompt.
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    No token crosses the position `tail` characters from the end, where the generation prompt ends: training must use
+    the same tokens as generation.
+    """
+
+    def __init__(self, tokenizer: Any, tail: int):
+        self.tokenizer, self.tail = tokenizer, tail
         self.texts: list[str] = []
 
     def __call__(self, text: str | list[str], **settings: Any) -> Any:
         self.texts += [text] if isinstance(text, str) else text
-        # The chat template, the processor and the tokenizer may each write the first token; it must be there once.
+        # The chat template, the processor and the tokenizer may each write the first token; keep only one.
         bos = self.tokenizer.bos_token
         settings["add_special_tokens"] = not (bos and self.texts[-1].startswith(bos))
-        return self.tokenizer(text, **settings)
+        output, cut = self.tokenizer(text, **settings), len(self.texts[-1]) - self.tail
+        starts, ends = torch.as_tensor(output["offset_mapping"]).reshape(-1, 2).unbind(-1)
+        return self._tokenize_parts(text, cut, settings) if ((starts < cut) & (ends > cut)).any() else output
+
+    def _tokenize_parts(self, text: str | list[str], cut: int, settings: dict[str, Any]) -> Any:
+        """Tokenize the two parts of the text separately."""
+        plain = settings | {"return_tensors": None}
+        head = self.tokenizer(self.texts[-1][:cut], **plain)
+        tail = self.tokenizer(self.texts[-1][cut:], **plain | {"add_special_tokens": False})
+        length = max(at for at, (start, end) in enumerate(head["offset_mapping"], 1) if end > start)
+        tail["offset_mapping"] = [(start + cut, end + cut) for start, end in tail["offset_mapping"]]
+        joined = {key: values[:length] + tail[key] for key, values in head.items()}
+        batch = joined if isinstance(text, str) else {key: [values] for key, values in joined.items()}
+        return BatchEncoding(batch, tensor_type=settings.get("return_tensors"))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
 
-def _write(processor: Any, text: str, images: tuple[ImageSource, ...], source: str) -> _Written:
-    """Let the processor turn a text into tokens, and images into tensors."""
+def _write(processor: Any, text: str, images: tuple[ImageSource, ...], source: str, *, tail: int = 0) -> _Written:
+    """Process a text to tokens (`tail`: see `_Listener`) and images to tensors."""
     listening = copy(processor)
-    listening.tokenizer = listener = _Listener(processor.tokenizer)
+    listening.tokenizer = listener = _Listener(processor.tokenizer, tail)
     opened = _open(images, source)
-    if opened and isinstance(processor, GotOcr2Processor):  # a list in the list is the pages of one document to it
+    if opened and isinstance(processor, GotOcr2Processor):  # it takes a nested list as the pages of one document
         (opened,) = opened
     settings = {"return_offsets_mapping": True}
-    if "mm_token_type_ids" in processor.model_input_names:  # some give them only when they are asked for
+    if "mm_token_type_ids" in processor.model_input_names:  # some return them only on request
         settings["return_mm_token_type_ids"] = True
     output = _process(listening, source, text=[text], images=opened, **settings)
     mark = image_mark(processor)
     pieces = _pieces(text.split(mark), len(mark), listener.texts)
     if pieces is None:
         name = type(processor).__name__
-        raise UserError(f"{name} does not keep the text of a conversation: striate cannot tell where its answers are")
+        raise UserError(f"{name} changes the text of a conversation: striate cannot locate the answers")
     offsets = output.pop("offset_mapping")[0]
     return _Written(*_split(output), offsets, pieces)
 
 
 def _pieces(parts: list[str], mark: int, written: list[str]) -> list[tuple[int, int]] | None:
-    """Where the parts of a text begin, in it (`mark` characters apart) and in what was written of it; None: nowhere.
+    """The starts of the parts of a text, in it (`mark` characters apart) and in the tokenized text; None if not found.
 
-    The last part ends what was written. Each other one is found at the first place behind the one before it: if there
-    is any way to place them all, this is one.
+    The last part is the end of the tokenized text. Each other part is at its first occurrence after the previous one:
+    if there is any way to place them all, this is one.
     """
     if len(written) != 1:
         return None
@@ -248,7 +266,7 @@ def _pieces(parts: list[str], mark: int, written: list[str]) -> list[tuple[int, 
 
 
 def _open(images: tuple[ImageSource, ...], source: str) -> list[list[Any]] | None:
-    """The images of a batch of one, as processors take them."""
+    """The images of a batch with one example, as processors expect them."""
     return [[open_image(image, source) for image in images]] if images else None
 
 
@@ -257,17 +275,17 @@ def _process(processor: Any, source: str, **inputs: Any) -> dict[str, Any]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RecordError(source, "its text holds half a pair of surrogates, which is no character") from None
+            raise RecordError(source, "its text has a lone surrogate (invalid Unicode); remove it") from None
     try:
         return dict(processor(**inputs, return_tensors="pt"))
     except NotImplementedError:
-        raise UserError("the model's tokenizer gives no offsets; a fast one (tokenizer.json) is needed") from None
+        raise UserError("the model's tokenizer has no offsets; a fast tokenizer (tokenizer.json) is required") from None
     except (ValueError, ArithmeticError, RuntimeError, LookupError) as error:
         reason = str(error).split("\n")[0]
-        raise RecordError(source, f"the model's processor refuses the record ({reason})") from error
+        raise RecordError(source, f"the model's processor rejects the record ({reason})") from error
 
 
 def _split(output: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Per-token tensors [T] and image tensors."""
+    """Split an output into per-token tensors [T] and image tensors."""
     tokens = {key: output.pop(key)[0] for key in TOKEN_KEYS if key in output}
     return tokens, output

@@ -1,4 +1,4 @@
-"""One example in memory, whatever spelling it had on disk, and what is said about a bad one."""
+"""A record in memory, independent of its format on disk, and the errors of invalid records."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from striate.errors import UserError
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An image inside a Parquet file or a hub data set, read only when it is opened."""
+class DatasetImage:
+    """An image inside a Parquet file or a hub data set, read lazily."""
 
     dataset: Any
     row: int
     column: str
-    index: int | None = None  # place in the list, None where the column holds one image a row
+    index: int | None = None  # position in the list; None where the column holds one image per row
 
-    def load(self) -> bytes:
+    def load(self) -> Any:
+        """The stored value: bytes, an object with bytes, a data URI or base64."""
         value = self.dataset[self.row][self.column]
-        value = value if self.index is None else value[self.index]
-        return value["bytes"] if isinstance(value, dict) else value
+        return value if self.index is None else value[self.index]
 
 
-ImageSource = Path | bytes | Image.Image | str | Cell
-"""A file, its bytes, an open image, a URL, or a place in a data set."""
+ImageSource = Path | bytes | Image.Image | str | DatasetImage
+"""A file, its bytes, an open image, a URL, or an image in a data set."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example: a conversation about images, or plain text.
+    """A record: a conversation about images, or plain text.
 
-    `messages` are in the Hugging Face spelling, contents as lists:
+    `messages` are in the Hugging Face format, with contents as lists:
     `{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}`.
-    The n-th image part means `images[n]`; an assistant's content is one text part. `source` names the file
-    and the record or line in it, counted from 1: `train.json:12`. Plain text has `text` and no `messages`.
+    The n-th image part is `images[n]`; an assistant's content is one text part. An assistant's message has
+    `learn: False` if the loss ignores it, and `reasoning_content` if the record has reasoning. `source` is the file
+    and the number of the record or line, from 1: `train.json:12`. Plain text has `text` and no `messages`.
     """
 
     id: str
@@ -53,7 +54,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A record that was left out; `too_long` ones are sound and only did not fit the token limit."""
+    """A record that was skipped; with `too_long` it is valid and only exceeds the token limit."""
 
     source: str
     reason: str
@@ -61,14 +62,14 @@ class Skipped:
 
 
 class RecordError(UserError):
-    """A record that cannot be used; `source` says which, `reason` why and what to do."""
+    """An invalid record; `source` says which, `reason` what is wrong and the fix."""
 
     def __init__(self, source: str, reason: str, *, too_long: bool = False):
         super().__init__(f"{source}: {reason}" if source else reason)
         self.source, self.reason, self.too_long = source, reason, too_long
 
     def __reduce__(self):
-        # Exceptions are pickled by their one-line text; data workers hand over the parts.
+        # Exceptions are pickled by their message; data workers need the fields.
         return _rebuild, (self.source, self.reason, self.too_long)
 
     @property

@@ -1,16 +1,15 @@
 """The figures, as functions from data to a matplotlib `Figure`. No global state, nothing read from disk.
 
-A run keeps one colour and one shape through all figures (`marks`); the run that others are compared with is
-drawn in the colour of the text. Accuracies are shares of 1 in the data and percent in the figures; whiskers
-are one standard error. What is pointed at says its value (`tip`). Figures are narrow enough for a phone and have no
-background, to suit dark pages too.
+A run has the same color and shape in all figures (`marks`); the reference run is plotted in the color of the text.
+Accuracies are fractions in the data and percent in the figures; whiskers are one standard error. Tooltips show the
+value of a point (`tip`). Figures are narrow enough for a phone and have no background, to suit dark pages too.
 """
 
 from matplotlib.figure import Figure
 
 from striate.plot.curves import Curve, Panel, curves, grid
-from striate.plot.layers import Profile, Reverted, blocks, instances, overlay, profiles, reverted
-from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks, thinned
+from striate.plot.layers import Profile, RevertProfile, blocks, instances, overlay, profiles, revert_profiles
+from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks, thin
 from striate.plot.style import DARK, INK, PALETTE, SHAPES, Estimate, Mark, css, marks, save, svg, tip
 
 __all__ = [
@@ -26,7 +25,7 @@ __all__ = [
     "Mark",
     "Panel",
     "Profile",
-    "Reverted",
+    "RevertProfile",
     "accuracy",
     "blocks",
     "cost",
@@ -38,10 +37,10 @@ __all__ = [
     "marks",
     "overlay",
     "profiles",
-    "reverted",
+    "revert_profiles",
     "save",
     "svg",
     "tasks",
-    "thinned",
+    "thin",
     "tip",
 ]

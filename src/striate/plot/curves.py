@@ -1,4 +1,4 @@
-"""Curves over a number of layers: trained or removed. A line a kind of run, over seeds a mean with a band."""
+"""Curves over a number of trained or removed layers: one line per kind of run, the mean over seeds with a band."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ TILES = 3  # panels in a row, where there are many
 
 
 class Curve(NamedTuple):
-    """One line: for each seed, values by number of layers. `floor` is drawn as a dashed line across."""
+    """One line: values by number of layers, per seed. `floor` is a dashed horizontal line."""
 
     seeds: Sequence[Mapping[int, float]]
     floor: float = math.nan
 
     def points(self) -> dict[int, list[float]]:
-        """The values of all seeds that have one, by number of layers."""
+        """The values of all seeds, by number of layers."""
         numbers = sorted({number for seed in self.seeds for number in seed})
         return {number: [seed[number] for seed in self.seeds if number in seed] for number in numbers}
 
 
 class Panel(NamedTuple):
-    """Curves by name, and what they show; `unit` and `digits` are for the words that point at a value."""
+    """Curves by name, with title and label; `unit` and `digits` format the values in tooltips."""
 
     curves: Mapping[str, Curve]
     title: str = ""
@@ -41,10 +41,10 @@ class Panel(NamedTuple):
 
 @rc_context(STYLE)
 def curves(panels: Sequence[Panel], style: Mapping[str, Mark], *, across: str, shared: bool = True) -> Figure:
-    """Values against a number of layers, a panel each; `across` says of which layers.
+    """Values against a number of layers, one panel per item; `across` is the label of the x axis.
 
-    Of several seeds the mean is drawn with a band of one standard deviation each way, each one as a thin line.
-    `shared`: all panels have one scale, and the y label of the first.
+    With several seeds, their mean, a band of one standard deviation each way, and a thin line per seed. `shared`: all
+    panels have the same scale, and the y label of the first.
     """
     columns = len(panels) if len(panels) <= 2 else TILES
     rows = math.ceil(len(panels) / columns)
@@ -70,9 +70,9 @@ def curves(panels: Sequence[Panel], style: Mapping[str, Mark], *, across: str, s
 
 @rc_context(STYLE)
 def grid(rows: Sequence[Sequence[Panel]], style: Mapping[str, Mark], *, across: Sequence[str]) -> Figure:
-    """Values of several kinds, a row of panels each, against as many numbers of layers, a column each.
+    """Values against numbers of layers: one row of panels per kind of value, one column per kind of layers.
 
-    `across` says what each column's number of layers is of. The panels of a row have one scale, from zero up.
+    `across` has the x label of each column. The panels of a row have the same scale, from zero up.
     """
     figure = Figure(figsize=(WIDTH, 0.5 + 1.7 * len(rows)), layout="constrained")
     named = {name for row in rows for panel in row for name in panel.curves}
@@ -92,7 +92,7 @@ def _panel(axes: Axes, panel: Panel, style: Mapping[str, Mark], *, tile: bool) -
     for name, curve in panel.curves.items():
         _curve(axes, name, curve, style[name], panel)
         if math.isfinite(curve.floor):
-            axes.axhline(curve.floor, color=style[name].colour, linewidth=0.8, linestyle=DASHES)
+            axes.axhline(curve.floor, color=style[name].color, linewidth=0.8, linestyle=DASHES)
     if panel.title:
         axes.set_title(label(panel.title), fontsize=9)
     tidy(axes, "y")
@@ -103,19 +103,19 @@ def _curve(axes: Axes, name: str, curve: Curve, mark: Mark, panel: Panel) -> Non
     points = curve.points()
     if len(curve.seeds) > 1:
         for seed in curve.seeds:
-            axes.plot(sorted(seed), [seed[x] for x in sorted(seed)], color=mark.colour, linewidth=0.5, alpha=0.55)
+            axes.plot(sorted(seed), [seed[x] for x in sorted(seed)], color=mark.color, linewidth=0.5, alpha=0.55)
         band = {x: (fmean(ys), stdev(ys)) for x, ys in points.items() if len(ys) > 1}
         low, high = ([mean + sign * spread for mean, spread in band.values()] for sign in (-1, 1))
-        axes.fill_between(list(band), low, high, color=mark.colour, alpha=0.13, linewidth=0)
+        axes.fill_between(list(band), low, high, color=mark.color, alpha=0.13, linewidth=0)
     means = {x: fmean(ys) for x, ys in points.items()}
     line = DASHES if mark.dashed else "-"
-    axes.plot(list(means), list(means.values()), color=mark.colour, linewidth=1.4, linestyle=line)
+    axes.plot(list(means), list(means.values()), color=mark.color, linewidth=1.4, linestyle=line)
     for x, mean in means.items():
-        (dot,) = axes.plot([x], [mean], color=mark.colour, marker=mark.shape, linestyle="", markersize=4)
-        tip(dot, f"{name}, {x} layer{'s' * (x != 1)}: {_said(points[x], panel)}")
+        (dot,) = axes.plot([x], [mean], color=mark.color, marker=mark.shape, linestyle="", markersize=4)
+        tip(dot, f"{name}, {x} layer{'s' * (x != 1)}: {_format(points[x], panel)}")
 
 
-def _said(values: Sequence[float], panel: Panel) -> str:
+def _format(values: Sequence[float], panel: Panel) -> str:
     spread = f" ± {stdev(values):.{panel.digits}f}" if len(values) > 1 else ""
     seeds = f" (n = {len(values)})" if len(values) > 1 else ""
     return f"{fmean(values):.{panel.digits}f}{spread}{' ' * bool(panel.unit)}{panel.unit}{seeds}"

@@ -1,4 +1,4 @@
-"""Figures over the depth of one model: its layer scores, blocks of layers, single samples, layers put back."""
+"""Figures over the depth of one model: its layer scores, blocks of layers, single samples, reverted layers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFor
 from striate.plot.style import INK, PALETTE, STYLE, WIDTH, Estimate, label, tidy
 from striate.region import Region
 
-WIDE = 10.0  # values that span more than this factor are drawn by their logarithm
-SLACK = 0.25  # of a score's range, above and below it
-COLUMNS, TILES = 2, 6  # panels, small pictures in a row
+WIDE = 10.0  # values that span more than this factor are plotted on a logarithmic scale
+SLACK = 0.25  # margin above and below a score, as a fraction of its range
+COLUMNS, TILES = 2, 6  # panels per row, attention maps per row
 KINDS = dict(zip(("image", "text", "prompt", "answer"), (PALETTE[1], PALETTE[0], PALETTE[2], PALETTE[3]), strict=True))
-BETTER, WORSE = PALETTE[0], PALETTE[1]  # blue and orange: told apart by everybody
+BETTER, WORSE = PALETTE[0], PALETTE[1]  # blue and orange: distinct also for color-blind readers
 
 
 class Profile(NamedTuple):
-    """A score over the depth: one number a layer, NaN where there is none.
+    """A score over the depth: one value per layer, NaN without a value.
 
-    `stderr` is its standard error, `parts` the score of single kinds of token (those of `KINDS` are drawn).
+    `stderr` is its standard error, `parts` the score by kind of token (those of `KINDS` are plotted).
     """
 
     values: Sequence[float]
@@ -34,10 +34,10 @@ class Profile(NamedTuple):
     parts: Mapping[str, Sequence[float]] = {}
 
 
-class Reverted(NamedTuple):
-    """Perplexities of a tuned model with groups of its layers put back to the backbone, by group.
+class RevertProfile(NamedTuple):
+    """Perplexities of a tuned model with groups of its layers reverted to the backbone, by group.
 
-    `tuned`: nothing put back; `backbone`: all layers.
+    `tuned`: no layer reverted; `backbone`: all layers reverted.
     """
 
     groups: Mapping[str, Estimate]
@@ -45,21 +45,21 @@ class Reverted(NamedTuple):
     backbone: Estimate
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Reverted:
-        """What `striate revert` found on one kind of data, as results.json has it under "reverted"."""
+    def from_json(cls, result: Mapping[str, Any]) -> RevertProfile:
+        """The result of `striate revert` on one kind of data, from "reverted" in results.json."""
 
         def estimate(one: Mapping[str, Any]) -> Estimate:
             return Estimate(one["value"], math.nan if one["stderr"] is None else one["stderr"])
 
-        groups = {name: estimate(one) for name, one in found["groups"].items()}
-        return cls(groups, estimate(found["tuned"]), estimate(found["backbone"]))
+        groups = {name: estimate(one) for name, one in result["groups"].items()}
+        return cls(groups, estimate(result["tuned"]), estimate(result["backbone"]))
 
 
 @rc_context(STYLE)
 def profiles(scores: Mapping[str, Profile], region: Region | None = None) -> Figure:
-    """A small panel for each score: its value by layer, a band of one standard error, and its parts.
+    """One small panel per score: its value by layer, a band of one standard error, and its parts.
 
-    The layers of `region` are shaded. Values that span more than a factor of ten are drawn by their logarithm.
+    The layers of `region` are shaded. Values that span more than a factor of ten have a logarithmic scale.
     """
     kinds = [kind for kind in KINDS if any(kind in score.parts for score in scores.values())]
     rows = math.ceil(len(scores) / COLUMNS)
@@ -78,22 +78,22 @@ def profiles(scores: Mapping[str, Profile], region: Region | None = None) -> Fig
 
 @rc_context(STYLE)
 def blocks(table: Sequence[Sequence[float]]) -> Figure:
-    """How far blocks of layers carry the hidden state: `table` [start][length - 1], NaN where a block does not fit.
+    """Angular distances over blocks of layers: `table` [start][length - 1], NaN where a block does not fit.
 
-    Every row (length of a block) is stretched to its own range, as in Gromov et al. 2024, figure 4: yellow is the
-    shortest way, and a dot marks the block of each length that could go.
+    Every row (length of a block) is scaled to its own range, as in Gromov et al. 2024, figure 4: yellow is the smallest
+    distance, and a dot marks it.
     """
     grid = np.array(table, dtype=float).T  # length, start
     measured = [row for row in range(len(grid)) if np.isfinite(grid[row]).any()]
     figure = Figure(figsize=(WIDTH, 0.82 * WIDTH), layout="constrained")
     axes = figure.subplots()
-    stretched = np.full_like(grid, np.nan)
+    scaled = np.full_like(grid, np.nan)
     for row in measured:
         low, high = np.nanmin(grid[row]), np.nanmax(grid[row])
-        stretched[row] = (grid[row] - low) / (high - low or 1)
+        scaled[row] = (grid[row] - low) / (high - low or 1)
     lengths = (0.5, len(grid) + 0.5)
     extent = (-0.5, grid.shape[1] - 0.5, *lengths)
-    image = axes.imshow(stretched, cmap="viridis_r", origin="lower", aspect="auto", extent=extent, interpolation="none")
+    image = axes.imshow(scaled, cmap="viridis_r", origin="lower", aspect="auto", extent=extent, interpolation="none")
     starts = [int(np.nanargmin(grid[row])) for row in measured]
     axes.plot(starts, [row + 1 for row in measured], ".", color="#111111", markersize=3)
     axes.set(xlabel="first layer of the block", ylabel="layers in the block")
@@ -107,9 +107,9 @@ def blocks(table: Sequence[Sequence[float]]) -> Figure:
 
 @rc_context(STYLE)
 def instances(samples: Sequence[Sequence[float]]) -> Figure:
-    """Image attention of every sample over all layers, a thin line each, and their mean.
+    """Image attention of every sample over all layers, one thin line per sample, and their mean.
 
-    `samples` [sample][layer] are shares of 1, NaN where a sample has none (the paper's figure 5).
+    `samples` [sample][layer] are fractions, NaN in samples without images (the paper's figure 5).
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.subplots()
@@ -127,13 +127,13 @@ def instances(samples: Sequence[Sequence[float]]) -> Figure:
 
 
 @rc_context(STYLE)
-def overlay(picture: np.ndarray, maps: np.ndarray) -> Figure:
-    """Where each layer looks in a picture: attention on its patches laid over it, a small picture a layer.
+def overlay(image: np.ndarray, maps: np.ndarray) -> Figure:
+    """Attention maps over an image, one panel per layer.
 
-    `picture` [height, width, 3] in 0..255, `maps` [L, h, w] attention >= 0, h x w patches that cover the picture. Each
-    layer's brightest patch is its own maximum: its share of the attention is in `instances`, not here.
+    `image` [height, width, 3] in 0..255, `maps` [L, h, w] attention >= 0 on h x w patches that cover the image. The
+    maximum of each layer has the brightest color; absolute attention is in `instances`.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     columns = min(TILES, len(maps))
     rows = math.ceil(len(maps) / columns)
     side = WIDTH / columns
@@ -141,34 +141,32 @@ def overlay(picture: np.ndarray, maps: np.ndarray) -> Figure:
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.set_axis_off()
-    grey = picture @ np.array([0.299, 0.587, 0.114]) / 255
-    for layer, (axes, seen) in enumerate(zip(panels, maps, strict=False)):
-        axes.imshow(grey, cmap="gray", vmin=0, vmax=1)
-        axes.imshow(
-            seen, cmap="inferno", alpha=0.6, vmin=0, extent=(0, width, height, 0), interpolation="bilinear"
-        )  # fmt: skip
+    gray = image @ np.array([0.299, 0.587, 0.114]) / 255
+    extent = (0, width, height, 0)
+    for layer, (axes, attention) in enumerate(zip(panels, maps, strict=False)):
+        axes.imshow(gray, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(attention, cmap="inferno", alpha=0.6, vmin=0, extent=extent, interpolation="bilinear")
         axes.set_title(str(layer), fontsize=8, pad=2)
     return figure
 
 
 @rc_context(STYLE)
-def reverted(panels: Mapping[str, Reverted]) -> Figure:
-    """Perplexity with groups of layers put back to the backbone, a panel for each kind of data ("visual", "text").
+def revert_profiles(panels: Mapping[str, RevertProfile]) -> Figure:
+    """Perplexity with groups of layers reverted to the backbone, one panel per kind of data ("visual", "text").
 
     Two arrows lead to every group's perplexity: from the tuned model's (solid line) and from the backbone's (dashed).
-    One that points left is blue: putting the layers back is no loss. One that points right is orange.
-    (The paper's figure 1, left.)
+    An arrow to the left (lower perplexity) is blue, one to the right is orange. (The paper's figure 1, left.)
     """
     names = list(next(iter(panels.values())).groups)
     figure = Figure(figsize=(WIDTH, 1.1 + 0.36 * len(names)), layout="constrained")
     row_of_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, found) in zip(row_of_axes, panels.items(), strict=True):
-        for value, line in ((found.tuned.value, "-"), (found.backbone.value, (0, (4, 3)))):
+    for axes, (title, panel) in zip(row_of_axes, panels.items(), strict=True):
+        for value, line in ((panel.tuned.value, "-"), (panel.backbone.value, (0, (4, 3)))):
             axes.axvline(value, color=INK, linewidth=0.9, linestyle=line)
         for row, name in enumerate(names):
-            mean = found.groups[name]
-            _arrow(axes, found.tuned.value, mean.value, row - 0.16)
-            _arrow(axes, found.backbone.value, mean.value, row + 0.16)
+            mean = panel.groups[name]
+            _arrow(axes, panel.tuned.value, mean.value, row - 0.16)
+            _arrow(axes, panel.backbone.value, mean.value, row + 0.16)
             axes.errorbar(mean.value, row, xerr=mean.stderr, color=INK, marker="o", markersize=4, elinewidth=1.0)
         axes.set_title(title)
         axes.set_yticks(range(len(names)), [label(name) for name in names])
@@ -182,7 +180,7 @@ def reverted(panels: Mapping[str, Reverted]) -> Figure:
         Line2D([], [], color=WORSE, marker=">"),
     ]
     figure.legend(key, ["tuned", "backbone", "lower", "higher"], loc="outside upper left", ncols=4, handlelength=1.6)
-    figure.supylabel("layers put back", fontsize=10)
+    figure.supylabel("reverted layers", fontsize=10)
     return figure
 
 
@@ -190,13 +188,13 @@ def _profile(axes: Axes, score: Profile, region: Region | None) -> None:
     layers = range(len(score.values))
     for layer in region or ():
         axes.axvspan(layer - 0.5, layer + 0.5, color=INK, alpha=0.09, linewidth=0)
-    for kind, colour in KINDS.items():
+    for kind, color in KINDS.items():
         if kind in score.parts:
-            axes.plot(layers, score.parts[kind], color=colour, linewidth=0.9)
+            axes.plot(layers, score.parts[kind], color=color, linewidth=0.9)
     if score.stderr is not None:
         values, spread = np.array(score.values), np.array(score.stderr)
         axes.fill_between(layers, values - spread, values + spread, color=INK, alpha=0.2, linewidth=0)
-    # A number between two gaps makes no line: it gets a dot.
+    # A value between two gaps has no line: it needs a dot.
     axes.plot(layers, score.values, color=INK, linewidth=1.3, marker="." if len(layers) < 3 else "")
     axes.tick_params(labelsize=8)
     _fit(axes, score)
@@ -205,7 +203,7 @@ def _profile(axes: Axes, score: Profile, region: Region | None) -> None:
 
 
 def _fit(axes: Axes, score: Profile) -> None:
-    """A scale that suits the score itself: a part of it that lies far away leaves the panel."""
+    """A scale that fits the score; distant parts are clipped."""
     values = np.array(score.values)
     if not np.isfinite(values).any():
         return
@@ -226,8 +224,8 @@ def _fit(axes: Axes, score: Profile) -> None:
 
 
 def _arrow(axes: Axes, start: float, end: float, row: float) -> None:
-    colour = BETTER if end < start else WORSE
-    style = {"arrowstyle": "-|>", "color": colour, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.4}
+    color = BETTER if end < start else WORSE
+    style = {"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.4}
     axes.annotate("", (end, row), (start, row), arrowprops=style)
 
 

@@ -1,4 +1,4 @@
-"""How every figure looks: colours, shapes, type, and the three kinds of file it can become."""
+"""The style of all figures: colors, shapes, fonts, and their files as SVG, PNG and PDF."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from matplotlib.ticker import MaxNLocator
 from striate.errors import UserError
 from striate.region import Region
 
-INK = "#1a1a1b"  # text, axes and the reference; `svg` makes it the colour of the page's text
-# Told apart by colour-blind readers, each far enough from white; `DARK` has the same hues for a dark page.
+INK = "#1a1a1b"  # text, axes and the reference; `svg` makes it the color of the page's text
+# Distinct for color-blind readers, with enough contrast to white; `DARK` has the same hues for a dark page.
 PALETTE = ("#0072b2", "#d55e00", "#00876a", "#a6468f", "#a87900", "#3d5a80", "#c23b4e")
 DARK = ("#58aee8", "#f28e4c", "#3fc4a0", "#dd8fcb", "#dcb04a", "#93b4d9", "#f08a98")
-SHAPES = "sD^vPX"  # one less than colours, so that 42 runs differ; the reference is round
+SHAPES = "sD^vPX"  # one less than colors, so that 42 runs differ; the reference is round
 WIDTH = 4.8  # inches
-NAME = 28  # letters of a run's or task's name that fit
+NAME = 28  # maximum number of letters of a run's or task's name
 DASHES = (0, (4, 3))
-TIP = "tip: "  # begins the id of what says something when pointed at
+TIP = "tip: "  # prefix of the id of an element with a tooltip
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
@@ -50,44 +50,44 @@ STYLE: dict[Any, Any] = {
 
 
 class Estimate(NamedTuple):
-    """A measured number and its standard error (NaN where that is not known), in the same unit."""
+    """A measured value and its standard error (NaN if unknown), in the same unit."""
 
     value: float
     stderr: float = math.nan
 
 
 class Mark(NamedTuple):
-    """How a run is drawn."""
+    """The color and shape of a run in figures."""
 
-    colour: str
+    color: str
     shape: str
     dashed: bool = False
 
 
 def marks(names: Sequence[str], reference: str | None = None) -> dict[str, Mark]:
-    """A colour and a shape for each run, in the order given; the reference gets the colour of the text."""
+    """A color and a shape for each run, in the order given; the reference gets the color of the text."""
     others = [name for name in names if name != reference]
     chosen = {n: Mark(PALETTE[i % len(PALETTE)], SHAPES[i % len(SHAPES)]) for i, n in enumerate(others)}
     return {name: chosen.get(name, Mark(INK, "o")) for name in names}
 
 
 def svg(figure: Figure, salt: str) -> str:
-    """The figure as an `<svg>` element for a web page: the same text every time, its words as words.
+    """The figure as a reproducible `<svg>` element for a web page, with text as text.
 
-    Words and axes take the colour and the font of the page, runs the colours that `css` says. `salt` keeps
-    the ids of several figures in one page apart.
+    Text and axes take the color and the font of the page, runs the colors of `css`. `salt` makes the ids of several
+    figures in one page distinct.
     """
     text = _svg(figure, {"svg.hashsalt": salt, "font.sans-serif": ["DejaVu Sans"]}, transparent=True)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("font-family: 'DejaVu Sans', sans-serif; ", "")
-    for colour in (INK, *PALETTE):
-        text = text.replace(f": {colour}", f": {css(colour)}")
+    for color in (INK, *PALETTE):
+        text = text.replace(f": {color}", f": {css(color)}")
     return text
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as `name`.svg, .png (200 dots an inch) and .pdf, on white, with the same bytes every time.
+    """Write a figure as `name`.svg, .png (200 dpi) and .pdf, on white, with reproducible bytes.
 
     Raises `UserError` when the folder cannot be written.
     """
@@ -103,47 +103,47 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 
 def tip(artist: Artist, text: str) -> None:
-    """What a browser shows when somebody points at a part of a figure that became SVG."""
+    """Add a tooltip, which browsers show for this part of the figure as SVG."""
     artist.set_gid(TIP + " ".join("".join(c if c.isprintable() else " " for c in text).split()))
 
 
 def _svg(figure: Figure, settings: Mapping[str, Any], *, transparent: bool = False) -> str:
-    """The figure as a file of SVG, with words as words, and tips as titles."""
+    """The figure as an SVG file, with text as text, and tooltips as titles."""
     buffer = io.StringIO()
     with rc_context(STYLE | {"svg.fonttype": "none", **settings}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")  # the reader's fonts will have it
         figure.savefig(buffer, format="svg", transparent=transparent, metadata={"Date": None, "Creator": None})
-    # A layout takes as long as the drawing; the next file keeps the one that was found.
+    # A layout takes as long as the rendering; the next file reuses it.
     figure.set_layout_engine("none")
     return re.sub(f'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", buffer.getvalue())
 
 
-def css(colour: str) -> str:
-    """A run's colour for a web page: the text's own, or a variable `--run-0`, `--run-1`, ... of the page."""
-    return "currentColor" if colour == INK else f"var(--run-{PALETTE.index(colour)}, {colour})"
+def css(color: str) -> str:
+    """A run's color for a web page: that of the text, or a variable `--run-0`, `--run-1`, ... of the page."""
+    return "currentColor" if color == INK else f"var(--run-{PALETTE.index(color)}, {color})"
 
 
-def strip(axes: Axes, region: Region, row: float, colour: str) -> None:
-    """One cell a layer from left to right; those of the region are filled."""
+def region_cells(axes: Axes, region: Region, row: float, color: str) -> None:
+    """One cell per layer from left to right; the layers of the region are filled."""
     step, gap = 1 / region.depth, 0.15 / region.depth
     for filled in (True, False):
         cells = [
             Rectangle((i * step, row + 0.05), step - gap, 0.26) for i in range(region.depth) if (i in region) == filled
         ]
         axes.add_collection(
-            PatchCollection(cells, color=colour if filled else INK, alpha=1 if filled else 0.13, linewidth=0)
+            PatchCollection(cells, color=color if filled else INK, alpha=1 if filled else 0.13, linewidth=0)
         )
 
 
 def key(figure: Figure, style: Mapping[str, Mark], *, lines: bool = False) -> None:
-    """A key to the runs above a figure, which grows by its height."""
+    """A legend of the runs above a figure, which grows by its height."""
     longest = max((len(label(name)) for name in style), default=0)
-    beside = min(4, 66 // (5 + longest))  # letters in a line
+    columns = min(4, 66 // (5 + longest))  # 66 letters fit in a line
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.21 * math.ceil(len(style) / beside))
+    figure.set_size_inches(width, height + 0.21 * math.ceil(len(style) / columns))
     handles = [
         Line2D(
-            [], [], color=mark.colour, marker="" if lines else mark.shape,
+            [], [], color=mark.color, marker="" if lines else mark.shape,
             linestyle=DASHES if mark.dashed else "-" if lines else "",
         )
         for mark in style.values()
@@ -151,18 +151,18 @@ def key(figure: Figure, style: Mapping[str, Mark], *, lines: bool = False) -> No
     names = [label(name) for name in style]
     size = 8 if longest > NAME - 8 else None
     figure.legend(
-        handles, names, loc="outside upper left", ncols=beside, handlelength=2.2 if lines else 1.2, fontsize=size
+        handles, names, loc="outside upper left", ncols=columns, handlelength=2.2 if lines else 1.2, fontsize=size
     )
 
 
 def percent(mean: Estimate) -> str:
-    """A share of 1 as "81.2 ± 1.1 %"."""
+    """A fraction in percent, as "81.2 ± 1.1 %"."""
     error = "" if math.isnan(mean.stderr) else f" ± {100 * mean.stderr:.1f}"
     return f"{100 * mean.value:.1f}{error} %"
 
 
 def tidy(axes: Axes, grid: Literal["x", "y"]) -> None:
-    """Faint lines across, few round numbers, no box."""
+    """Faint grid lines, few round tick labels, no frame."""
     axes.grid(axis=grid, color=INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=INK)

@@ -1,4 +1,4 @@
-"""Leaving decoder layers out: for a moment (`bypass`), or for good, of a model in memory (`cut`)."""
+"""Leaving decoder layers out of a model in memory: temporarily (`bypass`), or permanently (`cut`)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from striate.prune.numbering import Numbering
-from striate.score.replay import replaced, shaped
-from striate.trace import entering_state
+from striate.scores.replay import replace_hidden
+from striate.trace import layer_input
 from striate.vlm import Vlm
+from striate.vlm.modes import override_forward
 
 
 @contextmanager
 def bypass(vlm: Vlm, layers: Iterable[int]) -> Iterator[None]:
-    """Within it, what enters each of the layers leaves it unchanged.
+    """Context in which the output of each of the layers is its input.
 
-    The layers still run, and what they give is thrown away: their slots of the key-value cache fill as ever, so that
-    positions are counted right and generation with a cache is that of the model without the layers.
+    The layers still run and their outputs are discarded: their slots of the key-value cache are filled, so that
+    positions are counted correctly and generation with a cache is that of the model without the layers.
     """
     chosen = [vlm.layers[layer] for layer in layers]
-    with replaced({layer: _idle(layer) for layer in chosen}):
+    with override_forward({layer: _idle(layer) for layer in chosen}):
         yield
 
 
@@ -31,23 +32,23 @@ def _idle(layer: nn.Module) -> Callable[..., Any]:
     own: Callable[..., Any] = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return shaped(own(*args, **kwargs), entering_state(args, kwargs))
+        return replace_hidden(own(*args, **kwargs), layer_input(args, kwargs))
 
     return forward
 
 
 def cut(vlm: Vlm, numbers: Numbering) -> None:
-    """Remove the layers from the model, in place: the list, the numbers of the others, the config.
+    """Remove the layers from the model in place, and renumber the others in modules and config.
 
-    No proof that the result is the bypassed model: see `prove`.
+    Does not verify that the result equals the bypassed model: see `verify_cut`.
     """
     decoder = vlm.model.get_submodule(vlm.parts.layers.rpartition(".")[0])
     for config in _configs(vlm, decoder):
-        for name, value in numbers.renumbered(vars(config), depth_name(config)).items():
+        for name, value in numbers.renumber(vars(config), depth_name(config)).items():
             setattr(config, name, value)
-    # mllama's decoder keeps a list of its own.
+    # mllama's decoder has a list of layer numbers of its own.
     own = {name: value for name, value in vars(decoder).items() if not name.startswith("_")}
-    for name, value in numbers.renumbered(own).items():
+    for name, value in numbers.renumber(own).items():
         setattr(decoder, name, value)
     for layer in reversed(numbers.removed.layers):
         del vlm.layers[layer]
@@ -58,7 +59,7 @@ def cut(vlm: Vlm, numbers: Numbering) -> None:
 
 
 def depth_name(config: PreTrainedConfig) -> str:
-    """What a config calls its number of layers."""
+    """The name of a config's setting for its number of layers."""
     return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
 

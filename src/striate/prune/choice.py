@@ -1,15 +1,14 @@
-"""Which layers go: those outside the region that a score finds least important, as many as asked for."""
+"""The choice of the layers to cut: the least important ones by a score, outside the region."""
 
 from __future__ import annotations
 
 import math
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +16,26 @@ from torch import Tensor
 from striate.data import Batch
 from striate.errors import UserError, nearest
 from striate.prune.bypass import bypass
-from striate.score import causal, gradient, states
-from striate.score.causal import Causal
-from striate.score.gradient import Gradient
-from striate.score.likelihood import Answers, perplexity
-from striate.score.replay import at_rest
-from striate.score.sampling import Sample, Sampling
-from striate.score.states import States
-from striate.score.table import Score, Scores, order
+from striate.scores.likelihood import AnswerTokens, perplexity
+from striate.scores.metrics import METRICS, measures
+from striate.scores.sampling import RecordSample, Sampling
+from striate.scores.table import Score, Scores, order
 from striate.vlm import Vlm
+from striate.vlm.modes import eval_mode
 
-MEASURES: dict[str, Callable[[Vlm, tuple[str, ...]], Any]] = {
-    **dict.fromkeys(states.METRICS, States),
-    **dict.fromkeys((name for name in causal.METRICS if name != "revert_perplexity"), Causal),
-    **dict.fromkeys(gradient.METRICS, Gradient),
-}
+MEASURABLE = tuple(name for name, metric in METRICS.items() if "backbone" not in metric.needs)
+"""Scores that calibration measures: all that need no backbone."""
 BLOCK, RANDOM = "block", "random"
-BY_BLOCK = "angular_distance"  # the score whose table has blocks
+BLOCK_SCORE = "angular_distance"  # the score whose table has blocks
 GREEDY = "bypass_perplexity"  # means little for several layers at once: it is measured again after every cut
 
-AMOUNTS = "4 (layers), 10% (of all layers), until:1% (before perplexity on the data rises by more)"
+AMOUNTS = "4 (layers), 10% (of all layers), until:1% (as many as raise perplexity on the data by at most that)"
 _AMOUNT = re.compile(r"(until:)?([0-9]{1,9}(?:\.[0-9]{1,9})?)(%?)")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How many layers go: a `count`, or as many as raise perplexity by at most `rise` (a share: 0.01 is 1 %)."""
+    """How many layers to cut: a `count`, or as many as raise perplexity by at most `rise` (a fraction: 0.01 is 1 %)."""
 
     count: int | None = None
     rise: float | None = None
@@ -52,42 +45,42 @@ class Amount:
         """Read `4`, `10%` (`max(1, round(depth * share))`, halves to even) or `until:1%`.
 
         Raises:
-            UserError: another form, or less than one layer.
+            UserError: the text has another form, or means less than one layer.
         """
         match = _AMOUNT.fullmatch(text.strip())
         until, number, percent = match.groups() if match else (None, "0", "")
         if until and percent:
             return cls(rise=float(number) / 100)
         if until or not 0 < float(number) <= (100 if percent else math.inf) or (not percent and "." in number):
-            raise UserError(f"--remove {text}: how many layers is that? Accepted: {AMOUNTS}")
+            raise UserError(f"--remove {text} is not a number of layers; accepted: {AMOUNTS}")
         return cls(max(1, round(depth * float(number) / 100)) if percent else int(number))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What layers are measured on: a model, and a sample of the user's records in batches."""
+    """The model, and the sample of the user's records to measure its layers on."""
 
     vlm: Vlm
     sampling: Sampling
-    sample: Sample
+    sample: RecordSample
     progress: bool = False
 
     def score(self, name: str) -> Score:
-        """One of `MEASURES`, of the model as it is now, layers bypassed and all."""
-        measure = MEASURES[name](self.vlm, (name,))
-        with at_rest(self.vlm.model):
+        """One of the `MEASURABLE` scores, of the model as it is now: with layers bypassed, if any are."""
+        ((_, measure),) = measures(self.vlm, (name,))
+        with eval_mode(self.vlm.model):
             for batch in self._batches(name):
                 measure.add(batch)
         return measure.scores()[0]
 
     @torch.inference_mode()
     def perplexity(self) -> float:
-        """exp(mean answer-token loss) of the model as it is now, >= 1."""
+        """exp(mean answer-token loss) of the model as it is now, bypassed layers included, >= 1."""
         losses: list[Tensor] = []
         counts: list[int] = []
-        with at_rest(self.vlm.model):
+        with eval_mode(self.vlm.model):
             for batch in self._batches("perplexity"):
-                answers = Answers.of(batch)
+                answers = AnswerTokens.of(batch)
                 loss = answers.sums(answers.nll(answers.logits(self.vlm, batch)))
                 answers.check(loss)
                 losses.append(loss.cpu())
@@ -95,15 +88,15 @@ class Calibration:
         return float(perplexity(torch.cat(losses), torch.tensor(counts))[0])
 
     def _batches(self, title: str) -> Iterable[Batch]:
-        return self.sampling.shown(self.vlm, self.sample, title, progress=self.progress)
+        return self.sampling.show_batches(self.vlm, self.sample, title, progress=self.progress)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """By what layers are chosen.
+    """The criterion by which layers are chosen.
 
-    `by`: a score, `block` or `random`. `iterative`: measure again after every cut, the layers cut being bypassed.
-    `saved`: scores to take instead of measuring.
+    `by`: a score, `block` or `random`. `iterative`: measure again after every cut, with the cut layers bypassed.
+    `saved`: scores to use instead of measuring them.
     """
 
     by: str
@@ -111,19 +104,19 @@ class Criterion:
     saved: Scores | None = None
     seed: int = 0
     measured: list[Score] = field(default_factory=list, compare=False)
-    """filled while layers are chosen: what was measured on the whole model"""
+    """Filled while layers are chosen: the scores of the whole model."""
 
     def check(self, *, data: bool) -> None:
-        """Refuse what cannot be, before a model is loaded.
+        """Refuse impossible criteria before a model is loaded.
 
         Raises:
-            UserError: an unknown score, one that needs data or saved scores, or a plan that contradicts itself.
+            UserError: the score is unknown, lacks data or saved scores, or cannot be measured iteratively.
         """
-        name = BY_BLOCK if self.by == BLOCK else self.by
+        name = BLOCK_SCORE if self.by == BLOCK else self.by
         if self.saved is not None and name != RANDOM:
-            self.saved[name]  # names the nearest
-        elif name not in (*MEASURES, RANDOM):
-            raise UserError(f"--by: no score {nearest(self.by, (*MEASURES, BLOCK, RANDOM))} (others: with --scores)")
+            self.saved[name]  # raises an error with the nearest name
+        elif name not in (*MEASURABLE, RANDOM):
+            raise UserError(f"--by: no score {nearest(self.by, (*MEASURABLE, BLOCK, RANDOM))} (others: with --scores)")
         elif not data and name != RANDOM:
             raise UserError(f"{self.by} is measured on records: give them with --data, or scores with --scores")
         if self.iterative and (self.by in (BLOCK, RANDOM) or self.saved is not None):
@@ -133,47 +126,48 @@ class Criterion:
     def proposals(
         self, vlm: Vlm, candidates: Sequence[int], calibration: Calibration | None
     ) -> Iterator[tuple[int, ...]]:
-        """The layers to cut if one goes, if two go, and so on, in the order of cutting where there is one."""
+        """The layers to cut for a number of one, two and so on, in the order of cutting where it matters."""
         if self.by == RANDOM:
             ranked = random.Random(self.seed).sample(candidates, len(candidates))
         elif self.by == BLOCK:
-            table = self._known(BY_BLOCK, vlm.depth, calibration).table
+            table = self._score(BLOCK_SCORE, vlm.depth, calibration).table
             if table is None:
-                raise UserError(f"the saved {BY_BLOCK} has no table of blocks: measure it again")
+                raise UserError(f"the saved {BLOCK_SCORE} has no table of blocks: measure it again")
             yield from (blocks(table, candidates, count) for count in range(1, len(candidates) + 1))
             return
         elif calibration is not None and self.saved is None and (self.iterative or self.by == GREEDY):
             yield from self._one_by_one(vlm, candidates, calibration)
             return
         else:
-            ranked = least_important(self._known(self.by, vlm.depth, calibration), candidates)
+            ranked = least_important(self._score(self.by, vlm.depth, calibration), candidates)
         yield from (tuple(ranked[:count]) for count in range(1, len(ranked) + 1))
 
-    def _known(self, name: str, depth: int, calibration: Calibration | None) -> Score:
+    def _score(self, name: str, depth: int, calibration: Calibration | None) -> Score:
+        """The saved score, or the measured one."""
         if self.saved is None:
             assert calibration is not None
             self.measured.append(calibration.score(name))
             return self.measured[0]
         if self.saved.depth != depth:
-            raise UserError(f"the scores are of a model with {self.saved.depth} decoder layers, this one has {depth}")
+            raise UserError(f"the saved scores are for {self.saved.depth} decoder layers, this model has {depth}")
         return self.saved[name]
 
     def _one_by_one(self, vlm: Vlm, candidates: Sequence[int], calibration: Calibration) -> Iterator[tuple[int, ...]]:
-        gone: tuple[int, ...] = ()
-        while left := [layer for layer in candidates if layer not in gone]:
-            with bypass(vlm, gone):
+        cut: tuple[int, ...] = ()
+        while left := [layer for layer in candidates if layer not in cut]:
+            with bypass(vlm, cut):
                 score = calibration.score(self.by)
-            if not gone:
+            if not cut:
                 self.measured.append(score)
-            gone = (*gone, least_important(score, left)[0])
-            yield gone
+            cut = (*cut, least_important(score, left)[0])
+            yield cut
 
 
 def least_important(score: Score, candidates: Collection[int]) -> list[int]:
-    """The candidates by a score, the least important first.
+    """The candidates in the order of a score, the least important first.
 
     Raises:
-        UserError: one of them has no value.
+        UserError: a candidate has no value.
     """
     if unknown := [layer for layer in candidates if not math.isfinite(score.values[layer])]:
         raise UserError(f"{score.name} has no value for layer {unknown[0]}, so layers cannot be chosen by it")
@@ -181,12 +175,12 @@ def least_important(score: Score, candidates: Collection[int]) -> list[int]:
 
 
 def blocks(table: Sequence[Sequence[float]], candidates: Sequence[int], count: int) -> tuple[int, ...]:
-    """`count` of the candidates in as few runs of neighbours as can be, and of these the runs that change least.
+    """`count` of the candidates in as few blocks of adjacent layers as possible, with the smallest sum of distances.
 
-    `table` [start][length - 1] is the angular distance over a block, in [0, 1]; the distances of several blocks are
-    added up. Where one block is enough, it is the one of Gromov et al. 2024 (arXiv 2403.17887), section 3.
+    `table` [start][length - 1] is the angular distance over a block, in [0, 1]. Where one block is enough, it is the
+    one of Gromov et al. 2024 (arXiv 2403.17887), section 3.
     """
-    ends: dict[int, int] = {}  # layer -> end of the run of candidates that it is in
+    ends: dict[int, int] = {}  # layer -> end of the run of candidates that contains it
     for _, group in groupby(enumerate(sorted(candidates)), key=lambda pair: pair[1] - pair[0]):
         run = [layer for _, layer in group]
         ends |= dict.fromkeys(run, run[-1] + 1)
@@ -198,13 +192,13 @@ def blocks(table: Sequence[Sequence[float]], candidates: Sequence[int], count: i
             return 0, 0.0, ()
         if start >= len(table):
             return len(table), math.inf, ()
-        found = [best(start + 1, left)]
+        options = [best(start + 1, left)]
         for length in range(1, min(left, ends.get(start, start) - start) + 1):
-            # A layer that stays ends the block.
+            # The block ends before a layer that stays.
             number, distance, layers = best(start + length + 1, left - length)
             cut = tuple(range(start, start + length))
-            found.append((number + 1, distance + table[start][length - 1], cut + layers))
-        return min(found)
+            options.append((number + 1, distance + table[start][length - 1], cut + layers))
+        return min(options)
 
     return best(0, count)[2]
 
@@ -212,16 +206,16 @@ def blocks(table: Sequence[Sequence[float]], candidates: Sequence[int], count: i
 def choose(
     proposals: Iterator[tuple[int, ...]], amount: Amount, vlm: Vlm, calibration: Calibration | None
 ) -> tuple[int, ...]:
-    """The layers that go.
+    """The layers to cut.
 
     Raises:
-        UserError: perplexity is to be watched without data, or rises too much with the first layer already.
+        UserError: the amount is a rise of perplexity and data is missing, or the first layer exceeds it already.
     """
     if amount.count is not None:
         return next(layers for number, layers in enumerate(proposals, start=1) if number == amount.count)
     assert amount.rise is not None
     if calibration is None:
-        raise UserError("--remove until:... watches perplexity on records: give them with --data")
+        raise UserError("--remove until:... measures perplexity on records: give them with --data")
     chosen: tuple[int, ...] = ()
     whole = calibration.perplexity()
     for layers in proposals:
@@ -230,7 +224,7 @@ def choose(
         if not rise <= amount.rise:
             if not chosen:
                 named = ", ".join(map(str, layers))
-                raise UserError(f"no layer can go: without layer {named} perplexity rises by {rise:.1%} already")
+                raise UserError(f"no layer can be cut: without layer {named} perplexity rises by {rise:.1%} already")
             break
         chosen = layers
     return chosen

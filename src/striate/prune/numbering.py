@@ -1,4 +1,4 @@
-"""Old and new numbers of the decoder layers, and what in a config goes by them."""
+"""Old and new numbers of the decoder layers, and the config's settings that depend on them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from striate.region import Region
 
 # Lists of layer numbers, in any order, in the configs of the families that have them.
 INDICES = ("cross_attention_layers", "full_attn_idxs", "mlp_only_layers", "moe_layers", "rope_scaling_layers")
-# Lists with one layer number for each layer.
+# Lists with one layer number per layer.
 SOURCES = ("kv_source_layers",)
-# Numbers that split the layers: those below are of one kind, those from there on of another.
+# Layer numbers that split the layers into two kinds, below and from there on.
 BOUNDARIES = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
-# Lists of other things, which can happen to be as long as the model is deep.
+# Other lists, whose length can be the model's depth by coincidence.
 UNRELATED = ("_token_id", "_token_ids", "architectures")
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """Which layers go, and what the others are called afterwards.
-
-    `removed` is a region of the model as it was.
+    """The layers to remove, a region of the whole model, and the new numbers of the others.
 
     Raises:
-        UserError: nothing is removed, or everything.
+        UserError: no layer is removed, or all layers are.
     """
 
     removed: Region
@@ -37,58 +35,58 @@ class Numbering:
             raise UserError(f"{len(self.removed)} of {self.removed.depth} layers cannot be cut: at least one, not all")
 
     @property
-    def kept(self) -> tuple[int, ...]:
-        """Old numbers of the layers that stay, in order."""
+    def remaining(self) -> tuple[int, ...]:
+        """Old numbers of the remaining layers, in order."""
         return self.removed.complement.layers
 
     @property
     def depth(self) -> int:
-        """Number of layers that stay."""
-        return len(self.kept)
+        """Number of remaining layers."""
+        return len(self.remaining)
 
     @cached_property
     def new(self) -> dict[int, int]:
-        """Old number to new number, of the layers that stay."""
-        return {old: new for new, old in enumerate(self.kept)}
+        """New number of each remaining layer, by its old number."""
+        return {old: new for new, old in enumerate(self.remaining)}
 
     def boundary(self, old: int) -> int:
-        """How many layers stay of those below `old`, which may lie above the last layer."""
+        """Number of remaining layers below `old`, which may lie above the last layer."""
         return old - sum(layer < old for layer in self.removed)
 
     def of(self, region: Region) -> Region:
-        """What stays of a region, in the new numbers."""
-        kept = self._new_numbers(region)
+        """The remaining layers of a region, in the new numbers."""
         origin = f"{region} of {region.depth} layers, before layers {self.removed} were cut"
-        return Region(tuple(kept), self.depth, origin)
+        return Region(tuple(self._new_numbers(region)), self.depth, origin)
 
     @property
-    def neighbours(self) -> Region:
-        """The layers below and above each cut, in the new numbers."""
+    def neighbors(self) -> Region:
+        """The remaining layers below and above each cut, in the new numbers."""
         beside = {near for layer in self.removed for near in (self.boundary(layer) - 1, self.boundary(layer))}
-        return Region(tuple(sorted(beside & set(range(self.depth)))), self.depth, f"neighbours of {self.removed}")
+        return Region(tuple(sorted(beside & set(range(self.depth)))), self.depth, f"neighbors of {self.removed}")
 
-    def renumbered(self, settings: Mapping[str, Any], depth_name: str = "num_hidden_layers") -> dict[str, Any]:
-        """What has to change in the settings of a decoder: name to new value.
+    def renumber(self, settings: Mapping[str, Any], depth_name: str = "num_hidden_layers") -> dict[str, Any]:
+        """The settings of a decoder that change, with their new values.
 
-        `settings` is a config as a mapping, from memory or from config.json; `depth_name` what it calls its depth.
+        `settings` is a config as a mapping, from memory or from config.json; `depth_name` its name for the depth.
         """
         changes = {}
         for name, value in settings.items():
-            new = self.depth if name == depth_name and value is not None else self._moved(name, value)
+            new = self.depth if name == depth_name and value is not None else self._renumber_value(name, value)
             if new is not None:
                 changes[name] = new
         return changes
 
-    def _moved(self, name: str, value: Any) -> Any:
+    def _renumber_value(self, name: str, value: Any) -> Any:
+        """The new value of a setting; None when it does not change."""
         if name in BOUNDARIES and isinstance(value, int):
             return self.boundary(value)
         if name in INDICES and isinstance(value, list | tuple):
             return self._new_numbers(value)
-        if isinstance(value, str) and "pattern" in name and len(value) == self.removed.depth:  # a letter for each layer
-            return "".join(value[layer] for layer in self.kept)
+        if isinstance(value, str) and "pattern" in name and len(value) == self.removed.depth:  # one letter per layer
+            return "".join(value[layer] for layer in self.remaining)
         if not isinstance(value, list | tuple) or len(value) != self.removed.depth or name.endswith(UNRELATED):
             return None
-        entries = [value[layer] for layer in self.kept]
+        entries = [value[layer] for layer in self.remaining]
         return [self.new.get(entry, entry) for entry in entries] if name in SOURCES else entries
 
     def _new_numbers(self, layers: Iterable[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The plan of a pruning: what stays, what goes, in which order, and what that is expected to do."""
+"""The plan of a pruning: the layers to keep, those to cut and their order, and the predicted effect."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from striate.errors import UserError
 from striate.prune.bypass import bypass
 from striate.prune.choice import Amount, Calibration, Criterion, choose
 from striate.prune.numbering import Numbering
-from striate.prune.protected import protected
+from striate.prune.protected import protected_layers
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
-from striate.score.table import Score
+from striate.scores.table import Score
 from striate.vlm import Vlm
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What is to be cut from a model of `keep.depth` layers, and what that is expected to do.
+    """The plan of cutting layers from a model of `keep.depth` layers, and its predicted effect.
 
-    `order` are the layers to cut as they were chosen, the most dispensable first; `by` the score, empty where the user
-    named the layers. `parameters` and `perplexity` are (before, after); perplexity is that of the model bypassing the
-    layers, None without data. `protected` are layers that could not have gone, with the reason; `scores` what was
-    measured on the whole model.
+    `keep` is the region to keep. `order` are the layers to cut in the order of choice, the least important first; `by`
+    the score, empty when the user named the layers. `parameters` and `perplexity` are (before, after); perplexity is
+    that of the model with the layers bypassed, None without data. `protected` are the layers that cannot be cut, with
+    the reason; `scores` were measured on the whole model.
     """
 
     keep: Region
@@ -38,7 +38,7 @@ class Pruning:
     scores: tuple[Score, ...] = ()
 
     def __post_init__(self) -> None:
-        Numbering(Region(self.order, self.keep.depth))  # refuses a plan that would leave nothing
+        Numbering(Region(self.order, self.keep.depth))  # raises an error when no layer would be left
 
     @property
     def numbers(self) -> Numbering:
@@ -51,7 +51,7 @@ class Pruning:
         return self.numbers.of(self.keep)
 
     def to_json(self, parent: str) -> dict[str, Any]:
-        """The content of prune.json: all layer numbers are old ones, but for those of `region` and in `map`."""
+        """The content of prune.json: all layer numbers are old ones, except in `region` and the values of `map`."""
         return {
             "parent": parent,
             "by": self.by,
@@ -67,33 +67,33 @@ class Pruning:
         }
 
     def __str__(self) -> str:
-        """The plan in a few lines, for people."""
+        """The plan in a few lines of text."""
         depth, removed = self.keep.depth, self.numbers.removed
         before, after = self.parameters
-        strip = ("■" if layer in self.keep else "✂" if layer in removed else "·" for layer in range(depth))
+        cells = ("■" if layer in self.keep else "✂" if layer in removed else "·" for layer in range(depth))
         lines = [
             f"cuts     {removed} ({len(removed)} of {depth} layers{f', by {self.by}' if self.by else ''})",
             f"order    {', '.join(map(str, self.order))}",
             f"keeps    {self.keep} (the region)",
-            f"         {''.join(strip)}",
+            f"         {''.join(cells)}",
             f"weights  {before:,} -> {after:,} parameters ({after / before - 1:.1%})",
-            f"cache    {1 - len(removed) / depth:.0%} of its size, where all layers are alike",
+            f"cache    -{len(removed) / depth:.0%}, if all layers cache alike",
         ]
         if self.perplexity:
-            whole, left = self.perplexity
-            lines.append(f"answers  perplexity {whole:.3f} -> {left:.3f} ({left / whole - 1:+.1%})")
+            whole, pruned = self.perplexity
+            lines.append(f"answers  perplexity {whole:.3f} -> {pruned:.3f} ({pruned / whole - 1:+.1%})")
         for layer, reason in self.protected.items():
             lines.append(f"cannot   {layer}: {reason}")
         return "\n".join(lines)
 
     def __rich__(self) -> str:
-        """As `str` has it; a dataclass would be shown field by field."""
+        """The text of `str`; rich would show a dataclass field by field."""
         return str(self)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the user asked for: what to keep, and how many layers, or which, are to go."""
+class PruneRequest:
+    """The user's request: the region to keep, and the number of layers to cut (`remove`) or the `layers` themselves."""
 
     region: str | None
     remove: str | None
@@ -101,65 +101,67 @@ class Wish:
 
     def __post_init__(self) -> None:
         if (self.remove is None) == (self.layers is None):
-            raise UserError("say either how many layers go (--remove 4, 10% or until:1%) or which (--layers 9,13)")
+            raise UserError("give either --remove (how many layers to cut: 4, 10%, until:1%) or --layers (which: 9,13)")
 
     def keep(self, source: Path, depth: int) -> Region:
-        """The region that stays.
+        """The region to keep.
 
         Raises:
-            UserError: none is named and the checkpoint has none, or it is of another depth.
+            UserError: neither the request nor the checkpoint has a region, or its depth is another.
         """
         if self.region is None and not (source / REGION_FILE).is_file():
-            raise UserError(f"{source} has no {REGION_FILE}: say which layers must stay (--region, `none` for no such)")
+            raise UserError(f"{source} has no {REGION_FILE}: name the layers to keep with --region, or --region none")
         return Region.parse(str(source) if self.region is None else self.region, depth)
 
-    def count(self, candidates: list[int], keep: Region, kept_back: Mapping[int, str]) -> Amount:
-        """How many layers go.
+    def amount(self, candidates: list[int], keep: Region, protected: Mapping[int, str]) -> Amount:
+        """How many layers to cut.
 
         Raises:
-            UserError: more than there are candidates.
+            UserError: there are fewer candidates.
         """
         assert self.remove is not None
         amount = Amount.parse(self.remove, keep.depth)
         if (amount.count or 1) > len(candidates):
-            own = f"{len(set(kept_back) - set(keep))} protected" if kept_back else "none protected"
+            own = f"{len(set(protected) - set(keep))} protected" if protected else "none protected"
             raise UserError(
-                f"--remove {self.remove}: only {len(candidates)} layers can go: of {keep.depth}, {len(keep)} are in "
-                f"the region {keep}, and {own} outside it"
+                f"--remove {self.remove}: only {len(candidates)} layers can be cut: of {keep.depth}, {len(keep)} are "
+                f"in the region {keep}, and {own} outside it"
             )
         return amount
 
-    def named(self, keep: Region, kept_back: Mapping[int, str]) -> tuple[int, ...]:
+    def named_layers(self, keep: Region, protected: Mapping[int, str]) -> tuple[int, ...]:
         """The layers that the user names.
 
         Raises:
-            UserError: no such layers, or some of the region, or protected ones.
+            UserError: a layer does not exist, is in the region to keep, or is protected.
         """
         assert self.layers is not None
         chosen = Region.parse(self.layers, keep.depth)
-        if seen := chosen & keep:
-            raise UserError(f"--layers {self.layers}: {seen} in the region {keep}, which is never cut")
-        if bad := next((layer for layer in chosen if layer in kept_back), None):
-            raise UserError(f"--layers {self.layers}: layer {bad} cannot be cut: {kept_back[bad]}")
+        if overlap := chosen & keep:
+            raise UserError(f"--layers {self.layers}: {overlap} in the region {keep}, which is never cut")
+        if bad := next((layer for layer in chosen if layer in protected), None):
+            raise UserError(f"--layers {self.layers}: layer {bad} cannot be cut: {protected[bad]}")
         return chosen.layers
 
 
-def planned(wish: Wish, criterion: Criterion, vlm: Vlm, source: Path, calibration: Calibration | None) -> Pruning:
-    """Choose the layers that go, and foresee what that does.
+def plan_pruning(
+    request: PruneRequest, criterion: Criterion, vlm: Vlm, source: Path, calibration: Calibration | None
+) -> Pruning:
+    """Choose the layers to cut, and predict the effect.
 
     Raises:
-        UserError: the wish cannot be fulfilled, or the data cannot be used.
+        UserError: the request cannot be fulfilled, or the data cannot be used.
     """
-    keep, kept_back = wish.keep(source, vlm.depth), protected(vlm)
-    if wish.layers is not None:
-        order, by = wish.named(keep, kept_back), ""
+    keep, protected = request.keep(source, vlm.depth), protected_layers(vlm)
+    if request.layers is not None:
+        order, by = request.named_layers(keep, protected), ""
     else:
-        candidates = [layer for layer in range(vlm.depth) if layer not in keep and layer not in kept_back]
-        amount, by = wish.count(candidates, keep, kept_back), criterion.by
+        candidates = [layer for layer in range(vlm.depth) if layer not in keep and layer not in protected]
+        amount, by = request.amount(candidates, keep, protected), criterion.by
         order = choose(criterion.proposals(vlm, candidates, calibration), amount, vlm, calibration)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in vlm.layers]
     total = sum(parameter.numel() for parameter in vlm.model.parameters())
-    pruning = partial(Pruning, keep, order, by, kept_back, (total, total - sum(sizes[layer] for layer in order)))
+    pruning = partial(Pruning, keep, order, by, protected, (total, total - sum(sizes[layer] for layer in order)))
     if calibration is None:
         return pruning()
     whole = calibration.perplexity()

@@ -1,7 +1,7 @@
-"""Layers that a family needs at their place, and why: they cannot be cut.
+"""Protected layers, which cannot be cut, and why: other parts of the model refer to them by their number.
 
-A few rules know the families whose layers have a place in more than the list: features that enter at a layer by its
-number, keys and values that layers share. They are read off the config. What they do not know, the proof finds out.
+A few rules cover the families: features that enter at a layer by its number, keys and values that layers share. They
+read the config. Cases that no rule covers are found by the verification of a cut.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from striate.vlm import Vlm
 
 Config = PreTrainedConfig
 Rule = Callable[[Any, Any, int], Iterable[int]]
-"""From the model's config, the decoder's config and the depth to the layers concerned."""
+"""From the model's config, the decoder's config and the depth to the protected layers."""
 
 
-def protected(vlm: Vlm) -> dict[int, str]:
-    """Layers of a model that cannot be cut, each with the reason."""
-    return protected_in(vlm.model.config, vlm.depth)
+def protected_layers(vlm: Vlm) -> dict[int, str]:
+    """The layers of a model that cannot be cut, each with the reason."""
+    return protected_by_config(vlm.model.config, vlm.depth)
 
 
-def protected_in(config: Config, depth: int) -> dict[int, str]:
-    """Layers that cannot be cut from a model with this config."""
+def protected_by_config(config: Config, depth: int) -> dict[int, str]:
+    """The layers that cannot be cut from a model with this config, each with the reason."""
     text = config.get_text_config(decoder=True)
-    found: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for rule, reason in RULES.items():
-        found |= {layer: reason for layer in rule(config, text, depth) if layer not in found and 0 <= layer < depth}
-    return dict(sorted(found.items()))
+        reasons = {layer: reason for layer in rule(config, text, depth) if 0 <= layer < depth} | reasons
+    return dict(sorted(reasons.items()))
 
 
 def _deepstack(config: Any, text: Any, depth: int) -> Iterable[int]:
@@ -56,14 +56,14 @@ def _inputs_by_layer(config: Any, text: Any, depth: int) -> Iterable[int]:
 
 
 def _shared_keys(config: Any, text: Any, depth: int) -> Iterable[int]:
-    """The last layers, which take keys and values from the last layer of their kind before them, and these."""
+    """The last layers, which take keys and values from the last layer of their kind before them, and those layers."""
     first = depth - (getattr(text, "num_kv_shared_layers", None) or 0)
     kinds = (getattr(text, "layer_types", None) or ["" for _ in range(depth)])[:first]
-    givers = {kind: layer for layer, kind in enumerate(kinds)} if first < depth else {}
-    return [*givers.values(), *range(first, depth)]
+    sources = {kind: layer for layer, kind in enumerate(kinds)} if first < depth else {}
+    return [*sources.values(), *range(first, depth)]
 
 
-def _named_sources(config: Any, text: Any, depth: int) -> Iterable[int]:
+def _key_sources(config: Any, text: Any, depth: int) -> Iterable[int]:
     sources = getattr(text, "kv_source_layers", None) or ()
     uses = Counter(sources)
     return [layer for layer, source in enumerate(sources) if uses[source] > 1]
@@ -76,5 +76,5 @@ RULES: dict[Rule, str] = {
     _cross_blocks: "cross-attention blocks stand between the layers, by their number",
     _inputs_by_layer: "it has a slice of the embeddings by layer",
     _shared_keys: "layers share keys and values, by their number",
-    _named_sources: "layers share keys and values, by their number",
+    _key_sources: "layers share keys and values, by their number",
 }

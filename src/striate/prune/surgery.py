@@ -1,7 +1,7 @@
-"""A checkpoint without some of its decoder layers, made on disk: weights streamed, config and index edited.
+"""Cutting decoder layers out of a checkpoint on disk: weights are streamed, config and index edited.
 
-Nothing is read into a model and nothing of the source is touched. All files but weights and config go along as they
-are: processor, tokenizer, chat templates, generation config, card.
+No model is loaded and the source is not changed. All files except weights and config are copied unchanged: processor,
+tokenizer, chat templates, generation config, model card.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from transformers import PreTrainedConfig
 from striate.errors import UserError
 from striate.prune.bypass import depth_name
 from striate.prune.numbering import Numbering
-from striate.prune.stream import copy_weights, stored
 from striate.region import FILE as REGION_FILE
 from striate.vlm import Vlm
+from striate.weights import copy, tensors
 
 CONFIG = "config.json"
 MAP = "prune.json"
-# Weights in any format, and what belongs to them: copies of these would still have the layers that went.
+# Weights in any format, and their indices: copies would still have the removed layers.
 WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|ot)(\.index\.json)?")
 FOLDERS = ("additional_chat_templates",)
-# Files that say where a region is: the caller writes them in the new numbers.
+# Files with layer numbers: the caller writes them with the new numbers.
 STALE = (CONFIG, MAP, REGION_FILE)
 
 
@@ -37,25 +37,25 @@ STALE = (CONFIG, MAP, REGION_FILE)
 class Surgery:
     """How to cut layers out of one checkpoint.
 
-    `stem` is what the layers' tensors are called on disk, up to the number ("language_model.model.layers."), `modules`
-    the same in memory; `settings` what changes in the decoder's config, `place` the keys that lead to it within
-    config.json, `aliases` other spellings of a setting.
+    `stem` is the name of the layers' tensors on disk, up to the number ("language_model.model.layers."), `modules` the
+    same in memory; `settings` are the changed settings of the decoder's config, `path` the keys that lead to it within
+    config.json, `aliases` other names of its settings, `depth_name` its name for the depth.
     """
 
     numbers: Numbering
     stem: str
     modules: str
     settings: Mapping[str, Any]
-    place: tuple[str, ...]
+    path: tuple[str, ...]
     aliases: Mapping[str, str]
     depth_name: str
 
     @classmethod
     def of(cls, vlm: Vlm, source: Path, numbers: Numbering) -> Surgery:
-        """Find out from the model as it is, layers and all, and from the names on disk.
+        """Derive the surgery from the whole model and the names of tensors on disk.
 
         Raises:
-            UserError: no tensors on disk that look like the decoder's layers.
+            UserError: no tensors on disk match the decoder's layers.
         """
         text = vlm.model.config.get_text_config(decoder=True)
         name = depth_name(text)
@@ -63,8 +63,8 @@ class Surgery:
             numbers=numbers,
             stem=_stem(vlm, source),
             modules=f"{vlm.parts.layers}.",
-            settings=numbers.renumbered(vars(text), name),
-            place=_place(vlm.model.config, text),
+            settings=numbers.renumber(vars(text), name),
+            path=_config_path(vlm.model.config, text),
             aliases=dict(text.attribute_map),
             depth_name=name,
         )
@@ -72,73 +72,73 @@ class Surgery:
     def write(self, source: Path, folder: Path) -> None:
         """Write the checkpoint into a new folder.
 
-        The config comes last: without it, what an interrupt leaves behind loads nowhere.
+        The config is written last, so that an incomplete checkpoint after an interrupt does not load.
 
         Raises:
             OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True)
-        copy_weights(source, folder, self.rename)
+        copy(source, folder, self.rename)
         for file in sorted(source.iterdir()):
             if file.is_dir() and file.name in FOLDERS:
                 shutil.copytree(file, folder / file.name)
             elif file.is_file() and file.name not in STALE and not WEIGHT_FILES.fullmatch(file.name):
                 shutil.copyfile(file, folder / file.name)
-        config = self.edited(json.loads((source / CONFIG).read_bytes()))
+        config = self.edit(json.loads((source / CONFIG).read_bytes()))
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def rename(self, tensor: str) -> str | None:
-        """A tensor's name in the new numbers, None when its layer goes."""
+        """A tensor's name with the new layer number; None when its layer is removed."""
         return self._rename(tensor, self.stem)
 
-    def edited(self, config: dict[str, Any]) -> dict[str, Any]:
-        """config.json with the decoder's settings in the new numbers, wherever they are spelt out.
+    def edit(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json with the decoder's settings for the new layer numbers, in every place that has them.
 
-        They are in the decoder's own config, at the top (older Qwen2-VL), or in both.
+        They are in the decoder's own config, at the top level (older Qwen2-VL), or in both.
         """
         config = dict(config)
         if "quantization_config" in config:
-            config["quantization_config"] = self._renamed(config["quantization_config"])
+            config["quantization_config"] = self._rename_modules(config["quantization_config"])
         nested = self._nested(config)
         if nested is not config:
-            nested |= self._settings(nested)
-        if nested is config or self._spelt(config):
-            changes = self._settings(config)
-            # What the decoder's own config says needs no second place.
+            nested |= self._changes(nested)
+        if nested is config or self._has_depth(config):
+            changes = self._changes(config)
+            # Settings of the decoder's own config are not added at the top level.
             config |= {key: value for key, value in changes.items() if nested is config or key in config}
         return config
 
     def _nested(self, config: dict[str, Any]) -> dict[str, Any]:
-        """The decoder's own part of a config, copied on the way there; all of it where it has none."""
+        """The decoder's own part of a config, with copies of the mappings on the way; the config itself without one."""
         nested = config
-        for key in self.place:
+        for key in self.path:
             if not isinstance(nested.get(key), dict):
                 return config
             nested[key] = dict(nested[key])
             nested = nested[key]
         return nested
 
-    def _spelt(self, settings: Mapping[str, Any]) -> bool:
+    def _has_depth(self, settings: Mapping[str, Any]) -> bool:
         names = {self.depth_name, *(alias for alias, name in self.aliases.items() if name == self.depth_name)}
         return any(settings.get(name) == self.numbers.removed.depth for name in names)
 
-    def _settings(self, written: Mapping[str, Any]) -> dict[str, Any]:
-        """The changes, in the spelling that is there: what it does not spell out is written down, defaults and all."""
-        spelling = {name: alias for alias, name in self.aliases.items() if alias in written and name not in written}
-        known = {spelling.get(name, name): value for name, value in self.settings.items()}
-        return self.numbers.renumbered(written, self.depth_name) | known
+    def _changes(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The changed settings, under the names that the config uses; those that it leaves out are added."""
+        used = {name: alias for alias, name in self.aliases.items() if alias in config and name not in config}
+        changes = {used.get(name, name): value for name, value in self.settings.items()}
+        return self.numbers.renumber(config, self.depth_name) | changes
 
-    def _renamed(self, value: Any) -> Any:
-        """Module names in a quantisation config, such as those that it leaves alone."""
+    def _rename_modules(self, value: Any) -> Any:
+        """Rename the modules in a quantization config, such as those that are not quantized."""
         if isinstance(value, dict):
-            items = {self._module(key): self._renamed(one) for key, one in value.items()}
+            items = {self._rename_module(key): self._rename_modules(one) for key, one in value.items()}
             return {key: one for key, one in items.items() if key is not None}
         if isinstance(value, list):
-            entries = (self._module(one) if isinstance(one, str) else self._renamed(one) for one in value)
+            entries = (self._rename_module(one) if isinstance(one, str) else self._rename_modules(one) for one in value)
             return [one for one in entries if one is not None]
         return value
 
-    def _module(self, name: str) -> str | None:
+    def _rename_module(self, name: str) -> str | None:
         stem = next((stem for stem in (self.stem, self.modules) if name.startswith(stem)), None)
         return name if stem is None else self._rename(name, stem)
 
@@ -148,35 +148,34 @@ class Surgery:
             return name
         if int(number) in self.numbers.removed:
             return None
-        # Layers above the decoder's last (for multi-token prediction) stay above it.
+        # Layers above the decoder's last (multi-token prediction) stay above it.
         return f"{stem}{self.numbers.boundary(int(number))}{dot}{rest}"
 
 
-def _place(config: PreTrainedConfig, text: PreTrainedConfig) -> tuple[str, ...]:
+def _config_path(config: PreTrainedConfig, text: PreTrainedConfig) -> tuple[str, ...]:
     """The keys that lead from a config to the decoder's."""
     if config is text:
         return ()
     for key, value in vars(config).items():
         if value is text:
             return (key,)
-        if isinstance(value, PreTrainedConfig) and (rest := _place(value, text)):
+        if isinstance(value, PreTrainedConfig) and (rest := _config_path(value, text)):
             return (key, *rest)
     return ()
 
 
 def _stem(vlm: Vlm, source: Path) -> str:
-    """What the decoder's layers are called on disk: of all numbered lists, the one with the tensors of layer 0.
+    """The name of the decoder's layers on disk: of all numbered lists, the one that matches most tensors of layer 0.
 
-    `transformers` renames tensors as it loads them, so that the names in memory need not be on disk.
+    `transformers` renames tensors on loading, so that names in memory and on disk differ.
     """
-    layer = {name: list(tensor.shape) for name, tensor in vlm.layers[0].state_dict().items()}
-    found: dict[str, int] = defaultdict(int)
-    for shard in stored(source):
-        for name, about in shard.tensors.items():
-            for match in re.finditer(r"(?:^|\.)0\.", name):
-                # Packed by a quantisation, tensors have other shapes; the norms still have theirs.
-                found[name[: match.end() - 2]] += layer.get(name[match.end() :]) == about["shape"]
-    stem = max(found, key=lambda one: found[one], default="")
-    if not found[stem]:
-        raise UserError(f"{source}: no tensor there looks like one of {vlm.parts.layers}.0, the first decoder layer")
+    layer = {name: tuple(tensor.shape) for name, tensor in vlm.layers[0].state_dict().items()}
+    matches: dict[str, int] = defaultdict(int)
+    for one in tensors(source):
+        for match in re.finditer(r"(?:^|\.)0\.", one.name):
+            # Tensors packed by a quantization have other shapes; norms keep theirs.
+            matches[one.name[: match.end() - 2]] += layer.get(one.name[match.end() :]) == one.shape
+    stem = max(matches, key=lambda one: matches[one], default="")
+    if not matches[stem]:
+        raise UserError(f"{source}: no tensor matches one of {vlm.parts.layers}.0, the first decoder layer")
     return stem

@@ -18,20 +18,20 @@ from striate.vlm import Vlm
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from striate.train.trainer import Named
+    from striate.train.optimizer import Named
 
 
 def lora_config(
     vlm: Vlm, region: Region, *, rank: int = 128, alpha: int = 256, dropout: float = 0.05, projector: bool = True
 ) -> LoraConfig:
-    """A `peft.LoraConfig` for the region, for any trainer that takes one.
+    """A `peft.LoraConfig` for the region, for any trainer that accepts one.
 
-    Every target module is named in full: `layers_to_transform` would also adapt the vision blocks of the same numbers,
-    and pass over a layer that does not exist. With `projector` its modules are trained in full and saved beside the
-    adapters (`modules_to_save`); a bare parameter beside them (LLaVA-NeXT's `image_newline`) stays frozen, since peft
-    saves modules only. Weights that are no linear modules (experts in one tensor, their router) stay frozen, too: peft
-    could adapt them without dropout only. (Of a few types with experts peft itself misreads the names; `adapt` keeps it
-    from that.) Rank, alpha and dropout default to the paper's.
+    Target modules are listed by their full names: `layers_to_transform` would also adapt the vision blocks of the same
+    numbers, and would ignore a layer that does not exist. With `projector` its modules get full fine-tuning and are
+    saved beside the adapters (`modules_to_save`); a bare parameter beside them (LLaVA-NeXT's `image_newline`) stays
+    frozen, since peft saves modules only. Weights outside of linear modules (experts in one tensor, their router) stay
+    frozen, too: peft could adapt them without dropout only. (For a few model types with experts peft misreads module
+    names; `adapt` works around that.) Rank, alpha and dropout default to the paper's.
 
     Raises:
         UserError: the region is empty or for another depth.
@@ -42,7 +42,7 @@ def lora_config(
     if not targets:
         raise UserError(f"region {region} has no linear modules to adapt")
     parts = zip(vlm.parts.projector, vlm.projector, strict=True)
-    modules = [one for name, part in parts if isinstance(part, nn.Module) for one in _one_by_one(name, part)]
+    modules = [one for name, part in parts if isinstance(part, nn.Module) for one in _module_names(name, part)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -54,8 +54,8 @@ def lora_config(
     )
 
 
-def _one_by_one(name: str, part: nn.Module) -> list[str]:
-    """A list of modules (Qwen3-VL's DeepStack mergers) by its members: peft saves no lists."""
+def _module_names(name: str, part: nn.Module) -> list[str]:
+    """The names of a module list's members (Qwen3-VL's DeepStack mergers): peft does not save lists."""
     return [f"{name}.{index}" for index in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
 
 
@@ -67,9 +67,9 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
     """
     from peft import get_peft_model
 
-    inside = vlm.linear_modules(region)  # asked before adapters bring linear modules of their own
+    inside = vlm.linear_modules(region)  # before the adapters add linear modules of their own
     config = lora_config(vlm, region, projector=projector, **lora)
-    with _targets_as_named(vlm.model):
+    with _without_model_type(vlm.model):
         network = get_peft_model(vlm.model, config)
     groups: dict[str, Named] = {"layers": {}, "projector": {}}
     for name, parameter in network.named_parameters():
@@ -87,11 +87,11 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
 
 
 @contextmanager
-def _targets_as_named(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, peft takes the names of target modules for what they are.
+def _without_model_type(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model type from peft, which then takes the names of target modules literally.
 
-    Of some types with experts it reads them as names of an older transformers: `gate_proj` of one shared expert, say,
-    as all experts of all layers. It knows these types by the config.
+    For some types with experts peft maps them from the names of an older transformers: `gate_proj` of one shared
+    expert, for example, to all experts of all layers. It recognizes these types by the config.
     """
     kind, settings = model.config.model_type, vars(model.config)
     settings["model_type"] = ""

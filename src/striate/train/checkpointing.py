@@ -1,4 +1,4 @@
-"""Which decoder layers compute their activations again in the backward pass: as few as memory allows."""
+"""Activation checkpointing: which decoder layers are recomputed in the backward pass, as few as memory allows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from striate.errors import UserError
 from striate.train.memory import Activations
 from striate.vlm import Vlm
 
-SHARE = 0.8  # of the free memory; the rest is for what kernels take while they run, and for gaps
+SHARE = 0.8  # of the free memory; the rest is for the kernels' workspaces and for fragmentation
 
 
 @dataclass
 class Checkpointing:
-    """The layers of a model that are computed again, and the way to more of them.
+    """The recomputed layers of a model, and how to recompute more.
 
-    `kept` are the bytes that the largest micro-batch keeps without checkpointing, `free` those there are for it;
-    `inputs` are the bytes of one layer's input, which stay either way. `fixed`: chosen by the user, not by memory.
+    `kept` are the bytes of activations of the largest micro-batch without checkpointing, `free` the bytes available for
+    them; `inputs` are the bytes of one layer's input, which is kept either way. `fixed`: chosen by the user, not by
+    memory.
     """
 
     vlm: Vlm
@@ -39,51 +40,53 @@ class Checkpointing:
 
     @property
     def order(self) -> list[int]:
-        """Layers by what computing them again saves, most first; those that keep nothing are left out."""
+        """Layers by the bytes that recomputing them saves, most first; layers that keep nothing are left out."""
         savers = [layer for layer, kept in enumerate(self.kept.layers) if kept > self.inputs]
         return sorted(savers, key=lambda layer: (-self.kept.layers[layer], layer))
 
     def needed(self, number: int) -> float:
-        """Bytes of activations at their height with that many layers computed again.
+        """Peak bytes of activations with that many layers recomputed.
 
-        That is where the forward pass ends, or where a layer is there in full again and those above it have gone.
+        The peak is at the end of the forward pass, or where the backward pass has recomputed a layer and freed the
+        layers above it.
         """
-        chosen, height = self.order[:number], float(self.kept.rest)
-        heights = []
+        chosen, total = self.order[:number], float(self.kept.rest)
+        peaks = []
         for layer, kept in enumerate(self.kept.layers):
             if layer in chosen:
-                heights.append(height + kept)
-            height += self.inputs if layer in chosen else kept
-        return max([height, *heights])
+                peaks.append(total + kept)
+            total += self.inputs if layer in chosen else kept
+        return max([total, *peaks])
 
-    def choose(self, wish: Literal["auto", "none", "all"]) -> None:
-        """Set the model up as wished; auto takes the fewest layers that let the activations fit."""
+    def choose(self, setting: Literal["auto", "none", "all"]) -> None:
+        """Recompute no layers, all layers, or (auto) the fewest layers with which the activations fit."""
         numbers = {"none": 0, "all": len(self.order)}
         fitting = (number for number in range(len(self.order)) if self.needed(number) <= self.free)
-        self._take(numbers[wish] if wish in numbers else next(fitting, len(self.order)))
+        self._recompute(numbers[setting] if setting in numbers else next(fitting, len(self.order)))
 
     def at_least(self, number: int) -> None:
-        """So many layers, where it is fewer."""
+        """Recompute at least this many layers."""
         if number > len(self.layers):
-            self._take(number)
+            self._recompute(number)
 
-    def tighten(self) -> bool:
-        """Half of the layers that are left, too, after memory did not suffice. False when there is nothing to gain."""
+    def recompute_more(self) -> bool:
+        """After running out of memory: recompute half of the remaining layers, too. False when none are left."""
         left = len(self.order) - len(self.layers)
         if self.fixed or not left:
             return False
-        self._take(len(self.layers) + (left + 1) // 2)
+        self._recompute(len(self.layers) + (left + 1) // 2)
         return True
 
-    def _take(self, number: int) -> None:
+    def _recompute(self, number: int) -> None:
         self.layers = tuple(sorted(self.order[:number]))
         for layer in self.layers:
             module = self.vlm.layers[layer]
             if not isinstance(module, GradientCheckpointingLayer):
                 kind = self.vlm.model.config.model_type
                 raise UserError(
-                    f"{kind} cannot compute layers again: use --checkpointing none, and a smaller --micro-batch"
+                    f"{kind} does not support activation checkpointing: use --checkpointing none and a smaller "
+                    "--micro-batch"
                 )
-            # The reentrant kind gives no gradient to layers behind a frozen first layer.
+            # Reentrant checkpointing gives no gradient to layers behind a frozen first layer.
             vars(module)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
             module.gradient_checkpointing = True

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, what a forward pass keeps for its backward pass, whether full tuning fits."""
+"""Peak memory, the activations that a forward pass keeps for its backward pass, whether full fine-tuning fits."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from striate.vlm import Vlm
 
-# What AdamW holds beside weight and gradient, a parameter: its two moments, in float32 or in 8 bits.
+# Bytes of AdamW's two moments per parameter, in float32 or in 8 bits.
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
-# of the free memory; the rest is for activations, which depend on the data
-SHARE_FOR_STATES = 0.6
+SHARE_FOR_STATES = 0.6  # of the free memory; the rest is for activations, which depend on the data
 
 
 class PeakMemory:
     """The most memory held since `start`, in 10^9 bytes.
 
-    On a GPU: what PyTorch allocated on it. On a CPU: the resident memory of this process, interpreter and libraries
-    included; Linux can start that peak anew, elsewhere it counts from the start of the process.
+    On a GPU: the memory allocated by PyTorch. On a CPU: the resident memory of this process, interpreter and libraries
+    included; only Linux can reset that peak, elsewhere it counts from the start of the process.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def start(self) -> None:
-        """Forget earlier peaks."""
+        """Reset the peak."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif Path("/proc/self/clear_refs").exists():
-            ctypes.CDLL(None).malloc_trim(0)  # give freed memory back first, else earlier work counts as ours
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory first, else earlier work counts
             Path("/proc/self/clear_refs").write_text("5")
 
     def gigabytes(self) -> float:
-        """The peak until now."""
+        """The peak so far, in 10^9 bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         status = Path("/proc/self/status")
@@ -57,9 +56,8 @@ class PeakMemory:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody holds."""
+    """Free memory of the device, PyTorch's unused reserve included."""
     if device.type == "cuda":
-        # What PyTorch holds in reserve is as good as free.
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
     return psutil.virtual_memory().available
@@ -73,8 +71,8 @@ def full_tuning_fits(trainable: int, device: torch.device, optimizer: str = "ada
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward pass keeps for its backward pass: those of each decoder layer [L], and all others (tower,
-    projector, head, loss). Weights are not among them."""
+    """Bytes that a forward pass keeps for its backward pass, without weights: per decoder layer [L], and in all other
+    modules (tower, projector, head, loss)."""
 
     layers: tuple[int, ...]
     rest: int
@@ -85,22 +83,22 @@ class Activations:
         return sum(self.layers) + self.rest
 
     def scaled(self, factor: float) -> Activations:
-        """The same of a batch with so many times the tokens."""
+        """The activations of a batch with `factor` times the tokens."""
         return Activations(tuple(round(kept * factor) for kept in self.layers), round(self.rest * factor))
 
 
 def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
-    """What `forward`, which calls the model once, keeps for the backward pass; also on the `meta` device.
+    """The activations that `forward`, which calls the model once, keeps for the backward pass; also of a meta model.
 
-    A storage that several layers save counts once, for the first of them.
+    A storage saved by several layers counts once, for the first of them.
     """
-    kept, where = [0] * vlm.depth, -1
+    kept, current = [0] * vlm.depth, -1
     seen = {parameter.untyped_storage()._cdata for parameter in vlm.model.parameters()}
-    alive, rest = [], 0  # a storage given back could come again under the same address
+    alive, rest = [], 0  # references: the address of a freed storage could be used again
 
     def enter(layer: int, *_: Any) -> None:
-        nonlocal where
-        where = layer
+        nonlocal current
+        current = layer
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal rest
@@ -108,11 +106,11 @@ def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             alive.append(storage)
-            if where < 0:
+            if current < 0:
                 rest += storage.nbytes()
             else:
-                kept[where] += storage.nbytes()
-        return tensor
+                kept[current] += storage.nbytes()
+        return tensor.detach()  # with its graph it would form a reference cycle that is never freed
 
     hooks = [layer.register_forward_pre_hook(partial(enter, index)) for index, layer in enumerate(vlm.layers)]
     hooks += [layer.register_forward_hook(partial(enter, -1)) for layer in vlm.layers]
@@ -124,3 +122,17 @@ def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
             hook.remove()
     del result
     return Activations(tuple(kept), rest)
+
+
+def reachable_parameters(output: torch.Tensor) -> set[torch.nn.Parameter]:
+    """The parameters in the autograd graph of `output` [...]: a backward pass would give them a gradient."""
+    found: set[Any] = set()
+    seen: set[Any] = set()
+    nodes = [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found |= {node.variable} if hasattr(node, "variable") else set()
+            nodes += [below for below, _ in node.next_functions]
+    return found

@@ -1,75 +1,157 @@
-"""How to train: the options that both stages share."""
+"""The training options that both stages share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+import os
+from dataclasses import dataclass
+from typing import Literal, get_type_hints
+
+import torch
+
+from striate.distributed import Rank
+from striate.errors import UserError, check_choices, flag, nearest, need
+
+# Learning rate schedules, with transformers' name of each; all start with a linear warm-up.
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "inverse_sqrt": "inverse_sqrt",
+}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab", "dvclive")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. Defaults of `tune` are the paper's, those of `align` LLaVA's first stage."""
+    """Training options. The defaults of `tune` are the paper's, the defaults of `align` those of LLaVA's stage 1."""
 
     epochs: float = 1.0
     """passes over the data"""
     steps: int | None = None
-    """optimiser steps, instead of epochs"""
+    """optimizer steps, instead of epochs"""
     batch: int = 128
-    """records an optimiser step, over all devices"""
+    """records per optimizer step, over all devices"""
     micro_batch: int = 16
-    """most records a forward pass on one device; smaller needs less memory and changes nothing else"""
+    """most records per forward pass on one device; smaller needs less memory and changes nothing else"""
     learning_rate: float | None = None
-    """peak; default: 2e-5 for full tuning, 2e-4 for LoRA, 1e-3 for align"""
+    """peak learning rate; default: 2e-5 for full fine-tuning, 2e-4 for LoRA, 1e-3 for align"""
     projector_learning_rate: float | None = None
-    """peak, for the projector; default: 2e-5 in tune, the learning rate in align"""
+    """peak learning rate of the projector; default: 2e-5 in tune, the learning rate in align"""
     warmup: float = 0.03
-    """share of the steps over which the learning rate rises"""
+    """share of the steps with a linear warm-up of the learning rate, in [0, 1)"""
     schedule: str = "cosine"
-    """how it falls afterwards: any scheduler of transformers"""
+    """learning rate schedule after the warm-up: cosine, linear, constant or inverse_sqrt"""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW, or bitsandbytes' with moments in 8 bits: 10 bytes a trained parameter instead of 16"""
+    """AdamW, or bitsandbytes' AdamW with 8-bit moments: 10 bytes per trained parameter instead of 16"""
     weight_decay: float = 0.0
-    """AdamW's, not on norms and biases"""
+    """weight decay, not applied to norms and biases"""
+    adam_beta2: float = 0.999
+    """AdamW's beta2, in [0, 1)"""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon"""
+    max_grad_norm: float = 1.0
+    """clip gradients to this norm; 0: no clipping"""
     max_length: int = 2048
-    """tokens a record, image tokens included; longer ones are dropped and listed"""
+    """most tokens per record, image tokens included; longer records are skipped and listed"""
     truncate_text: bool = False
-    """cut the text of longer records at its end instead (never an image)"""
+    """truncate the text of longer records at its end instead (never an image)"""
     on_bad_record: Literal["skip", "stop"] = "skip"
-    """list it in skipped.jsonl and go on (up to 1 % of the data), or stop"""
+    """list a bad record in skipped.jsonl and continue (up to 1 % of the data), or stop"""
     packing: Literal["auto", "on", "off"] = "auto"
-    """records side by side in one row instead of padded to one length; auto: where the model passes the test of it"""
+    """pack records into one row instead of padding them to one length; auto: where tests on the model pass"""
     checkpointing: Literal["auto", "none", "all"] = "auto"
-    """decoder layers whose activations are computed again in the backward pass; auto: as many as memory asks for"""
+    """activation checkpointing of decoder layers; auto: of as few layers as memory allows"""
     frozen_layers: Literal["as_saved", "nf4"] = "as_saved"
-    """how decoder layers that do not train are held: as the model was saved, or in 4 bits (bitsandbytes) while others
-    train; the checkpoint gets them as they were"""
-    image_tokens: float = 1.0
-    """share of an image's tokens, drawn at random, that most early steps show the decoder; below 1 other results"""
-    compile: bool = False
-    """torch.compile for every decoder layer: a minute or more before the first step, less time for each"""
+    """dtype of frozen decoder layers during training: that of the checkpoint, or NF4 (4 bits, bitsandbytes); the saved
+    checkpoint has them unchanged"""
     skip_nonfinite: int = 0
-    """steps with a loss or gradients that are not finite to pass over before the run stops; each is listed"""
+    """most steps with a NaN or Inf loss or gradient to skip before the run stops; each is listed"""
     shard: bool = False
-    """spread all weights over the processes that torchrun started (FSDP2), for models that do not fit one device"""
+    """shard all weights over the processes that torchrun started (FSDP2), for models that do not fit one device"""
     save_steps: int = 500
     """steps between saved states, for --resume"""
     workers: int | None = None
-    """processes that read and encode records ahead; default: none on a CPU, whose cores train, else up to 8"""
+    """processes that read and encode records ahead; default: none on a CPU, up to 8 per GPU"""
     seed: int = 0
-    """of fresh weights, dropout and data order"""
+    """random seed of fresh weights, dropout and data order"""
     deterministic: bool = False
-    """only operations that give the same bytes on every run; slower on a GPU, a CPU has them anyway"""
+    """use only operations with bit-identical results on every run; slower on a GPU"""
     device: str | None = None
-    """cpu to stay off a GPU"""
+    """device to train on, such as cpu or cuda:0; default: the GPU if there is one"""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """of the matrix products; auto: bfloat16 where the device has units for it, else float32"""
+    """dtype of the GEMMs; auto: bfloat16 where the device supports it natively, else float32"""
     attn: str | None = None
-    """attention implementation of transformers: sdpa, eager, flash_attention_2; default: its choice"""
+    """attention implementation: sdpa, eager, flash_attention_2; default: the one transformers chooses"""
     report_to: str = "none"
-    """tensorboard, wandb, ... as in transformers"""
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """any field of transformers.TrainingArguments; wins over the options above"""
+    """an installed tracker to send the losses to: tensorboard, wandb, mlflow, comet_ml, ..."""
+
+    def __post_init__(self) -> None:
+        """Raises: UserError: an invalid value."""
+        check_choices(get_type_hints(type(self)), vars(self))
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"--schedule {nearest(self.schedule, SCHEDULES)}")
+        for names, expected, valid in (
+            ("epochs steps batch micro_batch max_length save_steps adam_epsilon", "more than 0", lambda x: x > 0),
+            ("learning_rate projector_learning_rate weight_decay max_grad_norm", "at least 0", lambda x: x >= 0),
+            ("skip_nonfinite workers seed", "at least 0", lambda x: x >= 0),
+            ("warmup adam_beta2", "at least 0 and less than 1", lambda x: 0 <= x < 1),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (valid(value) and math.isfinite(value)):
+                    raise UserError(f"{flag(name)} {value}: {expected} was expected")
 
 
 TUNE = TrainOptions()
 ALIGN = TrainOptions(batch=256)
+
+
+def check_launch(options: TrainOptions, rank: Rank) -> None:
+    """Raise `UserError` for options that these processes or this installation do not support, before any work."""
+    if options.optimizer == "adamw_8bit":
+        need("bitsandbytes", "--optimizer adamw_8bit")
+    if options.frozen_layers == "nf4":
+        need("bitsandbytes", "--frozen-layers nf4")
+    if options.report_to != "none":
+        if options.report_to not in TRACKERS:
+            raise UserError(f"--report-to {nearest(options.report_to, ('none', *TRACKERS))}")
+        need(options.report_to, f"--report-to {options.report_to}")
+    if options.shard and rank.of == 1:
+        raise UserError("--shard needs several processes, and there is one: start them with torchrun")
+    if options.shard and (options.optimizer != "adamw" or options.frozen_layers != "as_saved"):
+        raise UserError("--shard does not support --optimizer adamw_8bit or --frozen-layers nf4: leave one out")
+    if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
+        raise UserError("FSDP and DeepSpeed settings of accelerate are not supported: remove them and use --shard")
+    micro_batch(options, rank)
+
+
+def micro_batch(options: TrainOptions, rank: Rank) -> int:
+    """Records per forward pass on one device.
+
+    Raises:
+        UserError: the batch is not a multiple of the micro-batch times the number of devices.
+    """
+    micro = min(options.micro_batch, options.batch // rank.of)
+    if not micro or options.batch % (micro * rank.of):
+        raise UserError(
+            f"--batch {options.batch} is not a multiple of --micro-batch {micro or options.micro_batch} x {rank.of} "
+            f"device{'s' * (rank.of > 1)}"
+        )
+    return micro
+
+
+def total_steps(options: TrainOptions, records: int, at_once: int) -> int:
+    """Optimizer steps of a training run; `at_once` is the number of records per micro-batch over all devices."""
+    if options.steps is not None:
+        return options.steps
+    return max(1, math.ceil(options.epochs * math.ceil(math.ceil(records / at_once) / (options.batch // at_once))))
+
+
+def num_workers(options: TrainOptions, device: torch.device) -> int:
+    """Processes per training process that encode records ahead."""
+    if options.workers is not None:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return 0 if device.type == "cpu" else max(1, min(8, cores // on_this_host - 1))

@@ -1,8 +1,7 @@
-"""Records of a batch in one row, without padding; each attends to itself alone.
+"""Packing: the records of a batch in one row, without padding, each attending to itself alone.
 
-The row is attended to record by record with the model's own attention, so nothing is computed between records and no
-mask of the whole row exists. Masks come from `transformers` (causal, sliding windows, what a family adds), cut
-to the blocks of single records.
+The model's own attention runs record by record, so nothing is computed between records and no mask of the whole row
+exists. Masks come from `transformers` (causal, sliding windows, a family's own), made for one record at a time.
 """
 
 from __future__ import annotations
@@ -12,70 +11,64 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from striate.data import TOKEN_KEYS, Batch
+from striate.route.tokens import Tokens
 from striate.vlm import Vlm
 
 ATTENTION = "striate_record_by_record"
-INNER = ("sdpa", "eager")  # attention that can be had for one record at a time
-SHORT = 256  # tokens of a record that a CPU attends to in float32 rather than in bfloat16
-# What a decoder takes for every token, and the axis of the tokens in it.
-PICKED = {"inputs_embeds": 1, "attention_mask": 1, "position_ids": -1}
+INNER = ("sdpa", "eager")  # attention implementations that can run record by record
+SHORT = 256  # most tokens of a record whose attention runs in float32 on a CPU, not in bfloat16
 
 
 @dataclass(frozen=True)
-class Row:
-    """What the model takes for one batch, and where in it a labelled token is predicted.
+class ModelInputs:
+    """The model's inputs for one batch, padded or packed, and the positions that predict a labeled token.
 
     `inputs` as in a `Batch`; `positions` [B, T], or [1, all tokens] when packed; then `lengths` has the number of
-    tokens of every record. `shown` [all tokens]: those that reach the decoder, where it is not shown all; `positions`
-    and `lengths` count them alone.
+    tokens per record.
     """
 
     inputs: dict[str, Tensor]
     positions: Tensor
     lengths: tuple[int, ...] = ()
-    shown: Tensor | None = None
 
     @classmethod
-    def padded(cls, batch: Batch) -> Row:
+    def padded(cls, batch: Batch) -> ModelInputs:
         """The batch as it is."""
         return cls(batch.inputs, batch.targets()[0])
 
     @classmethod
-    def packed(cls, vlm: Vlm, batch: Batch) -> Row:
-        """All records in one row, each with positions of its own."""
-        there = batch.inputs["attention_mask"].bool()  # B T
+    def packed(cls, vlm: Vlm, batch: Batch) -> ModelInputs:
+        """All records in one row, each with its own positions."""
+        mask = batch.inputs["attention_mask"].bool()  # B T
         inputs = {
-            name: value[there].unsqueeze(0) if name in TOKEN_KEYS else value for name, value in batch.inputs.items()
+            name: value[mask].unsqueeze(0) if name in TOKEN_KEYS else value for name, value in batch.inputs.items()
         }
-        inputs["position_ids"] = _position_ids(vlm, batch)[..., there].unsqueeze(-2)
-        seen = there if batch.unseen is None else there & ~batch.unseen
-        lengths = tuple(seen.sum(dim=1).tolist())
-        shown = None if batch.unseen is None else seen[there]
-        return cls(inputs, batch.targets()[0][seen].unsqueeze(0), lengths, shown)
+        inputs["position_ids"] = _position_ids(vlm, batch)[..., mask].unsqueeze(-2)
+        return cls(inputs, batch.targets()[0][mask].unsqueeze(0), tuple(mask.sum(dim=1).tolist()))
 
 
 def _position_ids(vlm: Vlm, batch: Batch) -> Tensor:
-    """Positions within each record [B, T], or [3, B, T] for families that give image tokens a place in the image."""
+    """Positions within each record [B, T], or [3, B, T] for families with 3D positions of image tokens (M-RoPE)."""
     rope_index = getattr(vlm.model.base_model, "get_rope_index", None)
     if rope_index is None:
         return (batch.inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-    takes = inspect.signature(rope_index).parameters
-    return rope_index(**{name: value for name, value in batch.inputs.items() if name in takes})[0]
+    accepted = inspect.signature(rope_index).parameters
+    return rope_index(**{name: value for name, value in batch.inputs.items() if name in accepted})[0]
 
 
 @contextmanager
 def record_by_record(vlm: Vlm) -> Iterator[None]:
-    """Within it, the decoder attends to packed rows record by record, and to others as before."""
+    """The decoder's attention runs record by record on packed rows, and as before on other rows."""
     config = vlm.model.config.get_text_config(decoder=True)
     inner = config._attn_implementation
     if inner == ATTENTION:
@@ -91,58 +84,59 @@ def record_by_record(vlm: Vlm) -> Iterator[None]:
 
 
 @contextmanager
-def row_of(vlm: Vlm, row: Row) -> Iterator[None]:
-    """Within it, a forward pass is that of `row`."""
-    hooks = [] if row.shown is None else [_show_only(vlm, row.shown)]
-    token = _lengths.set(row.lengths)
+def using(prepared: ModelInputs) -> Iterator[None]:
+    """The forward passes inside are of these inputs."""
+    token = _lengths.set(prepared.lengths)
     try:
         yield
     finally:
         _lengths.reset(token)
-        for hook in hooks:
-            hook.remove()
 
 
-def _show_only(vlm: Vlm, shown: Tensor) -> RemovableHandle:
-    """Let only the tokens that are `shown` [T] into the decoder, each with the position that it has among all."""
-
-    def pick(_: torch.nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        given = {name: value for name, value in settings.items() if value is not None}
-        unknown = [name for name, value in given.items() if name not in PICKED and isinstance(value, Tensor | list)]
-        if args or unknown:
-            raise ValueError(f"its decoder takes {', '.join(unknown) or 'unnamed arguments'}")
-        picked = {name: given[name].index_select(dim, kept) for name, dim in PICKED.items() if name in given}
-        return (), settings | picked
-
-    kept = shown.nonzero().flatten()
-    return vlm.decoder.register_forward_pre_hook(pick, with_kwargs=True)
-
-
-_inner: dict[int, str] = {}  # the attention that a decoder's config (by its id) had before
+_inner: dict[int, str] = {}  # the original attention implementation, by the id of the decoder's config
 _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths", default=())
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """In the place of an attention mask: the lengths of a row's records, and for each its mask [1, 1, T, T], or None
-    where it is plainly causal. Empty lengths: the row is not packed, and the one mask is that of the whole batch."""
+    """Passed instead of an attention mask: the lengths of a row's records, and per record its mask [1, 1, T, T], or
+    None where it is plainly causal. Empty lengths: not packed, the one mask is that of the whole batch. `queries`: how
+    many tokens of each record are queries; None: all."""
 
     lengths: tuple[int, ...]
     masks: tuple[Tensor | None, ...]
     inner: str
     shape: tuple[int, ...]
+    queries: tuple[int, ...] | None = None
 
     @property
     def ndim(self) -> int:
-        """Of the mask that this stands for: `transformers` takes one of four axes for finished."""
+        """Number of axes of the mask replaced: `transformers` does not modify a mask of four axes."""
         return len(self.shape)
+
+    def rows(self, tokens: Tokens) -> Blocks:
+        """The masks for the computed tokens of a route as queries and all tokens as keys."""
+        if not self.lengths:
+            return replace(self, masks=(tokens.mask(self.masks[0]),))
+        index = tokens.parts[0][0]  # in the row, in rising order
+        ends = torch.tensor(self.lengths, device=index.device).cumsum(0)
+        counts = torch.searchsorted(index, ends).diff(prepend=ends.new_zeros(1)).tolist()
+        starts = (ends - torch.tensor(self.lengths, device=index.device)).tolist()
+        numbers = (part - start for part, start in zip(index.split(counts), starts, strict=True))
+        masks = tuple(
+            mask if count == length
+            else (own.unsqueeze(1) >= torch.arange(length, device=index.device))[None, None] if mask is None
+            else mask.index_select(2, own)
+            for mask, count, length, own in zip(self.masks, counts, self.lengths, numbers, strict=True)
+        )  # fmt: skip
+        return replace(self, masks=masks, queries=tuple(counts))
 
 
 def _blocks(
     *, config: Any, q_length: int, q_offset: int = 0, mask_function: Callable[..., Any], **settings: Any
 ) -> Blocks:
-    """The masks of single records, made as `transformers` makes that of a whole row."""
-    if isinstance(settings["attention_mask"], Blocks):  # PaliGemma's decoder asks for what the model has made
+    """The masks of single records, made as `transformers` makes the mask of a whole row."""
+    if isinstance(settings["attention_mask"], Blocks):  # PaliGemma's decoder passes the model's masks
         return settings["attention_mask"]
     inner, lengths = _inner[id(config)], _lengths.get()
     make, settings = ALL_MASK_ATTENTION_FUNCTIONS[inner], settings | {"config": config}
@@ -162,7 +156,7 @@ def _blocks(
 
 
 def _without_causal(masks: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """None in the place of masks that are causal and nothing else: without a mask kernels are faster."""
+    """Replace plainly causal masks by None: kernels are faster without a mask."""
     plain = [(mask == torch.ones_like(mask).tril()).all() for mask in masks]
     causal = torch.stack(plain).tolist()
     return tuple(None if is_causal else mask for mask, is_causal in zip(masks, causal, strict=True))
@@ -171,21 +165,23 @@ def _without_causal(masks: list[Tensor]) -> tuple[Tensor | None, ...]:
 def _attend(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
-    """The model's own attention, a record at a time. Queries, keys and values [1, H, T, D]; returns [1, T, H, D]."""
+    """The model's own attention, record by record. Queries, keys and values [1, H, T, D]; returns [1, T, H, D]."""
     if not isinstance(attention_mask, Blocks):
         raise TypeError(f"{type(module).__name__} makes its own attention mask")
     inner = ALL_ATTENTION_FUNCTIONS.get(attention_mask.inner) or _eager(module)
     if not attention_mask.lengths:
         return inner(module, query, key, value, attention_mask.masks[0], **settings)[0], None
-    parts = (tensor.split(attention_mask.lengths, dim=2) for tensor in (query, key, value))
-    records = zip(*parts, attention_mask.masks, strict=True)
+    lengths = attention_mask.lengths
+    queries = query.split(attention_mask.queries or lengths, dim=2)
+    records = zip(queries, key.split(lengths, dim=2), value.split(lengths, dim=2), attention_mask.masks, strict=True)
     attend = _in_float32(inner) if query.device.type == "cpu" and attention_mask.inner == "sdpa" else inner
+    attend = _by_group(attend) if attention_mask.queries and attention_mask.inner == "sdpa" else attend
     return torch.cat([attend(module, q, k, v, mask, **settings)[0] for q, k, v, mask in records], dim=1), None
 
 
 def _in_float32(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """The same attention, for short records in float32: the CPU's kernel takes half the time for them then, since its
-    backward pass in bfloat16 is made of products too small to pay (docs/performance.md)."""
+    """The same attention, in float32 for short records: the CPU's kernel takes half the time then, since the GEMMs of
+    its backward pass are too small for bfloat16 to be faster (docs/performance.md)."""
 
     def attend(module: torch.nn.Module, query: Tensor, *others: Any, **settings: Any) -> tuple[Tensor, None]:
         if query.shape[2] > SHORT or query.dtype == torch.float32:
@@ -199,23 +195,26 @@ def _in_float32(inner: Callable[..., Any]) -> Callable[..., Any]:
     return attend
 
 
+def _by_group(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """The same attention, where heads that share keys and values lie behind one another: none of those is copied."""
+
+    def attend(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, None]:
+        heads, groups = query.shape[1], key.shape[1]
+        if mask is None or mask.shape[1] != 1 or heads == groups:
+            return inner(module, query, key, value, mask, **settings)
+        stacked = query.reshape(1, groups, -1, query.shape[-1])  # 1 G H/G*T d
+        alike = SimpleNamespace(is_causal=False, training=module.training)  # of no groups
+        output, _ = inner(alike, stacked, key, value, mask.repeat(1, 1, heads // groups, 1), **settings)
+        return output.transpose(1, 2).reshape(*query.shape).transpose(1, 2), None  # 1 T H d
+
+    return attend
+
+
 def _eager(module: torch.nn.Module) -> Callable[..., Any]:
-    """The attention that stands in the model's own file, where `transformers` looks for it, too."""
+    """The eager attention of the model's own module, where `transformers` finds it, too."""
     return sys.modules[type(module).__module__].eager_attention_forward
-
-
-@contextmanager
-def compiled(vlm: Vlm) -> Iterator[None]:
-    """Within it, every decoder layer is compiled; attention is not, since every row has other lengths."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, torch.compiler.disable(_attend))
-    for layer in vlm.layers:
-        layer.compile(dynamic=True)
-    try:
-        yield
-    finally:
-        for layer in vlm.layers:
-            vars(layer)["_compiled_call_impl"] = None
-        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attend)

@@ -1,4 +1,4 @@
-"""The saved states of a training: each is there as a whole, or not at all."""
+"""The saved states of a training run, written atomically."""
 
 from __future__ import annotations
 
@@ -6,50 +6,47 @@ import os
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from striate.errors import UserError
 
-PART = "part"  # the folder of the state that is being written
-KEPT = 2  # whole states; the one before the last goes only when the next is on the disk
-MARGIN = 2**20  # bytes for all that is small
+PREFIX = "step-"  # of the folder of a state
+PART = "part"  # the folder of the state being written
+KEEP = 2  # complete states
+MARGIN = 2**20  # bytes for small files
 
 
-def last_saved(state: Path) -> str | None:
-    """The last saved state of a training."""
-    saved = sorted(state.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
-    return str(saved[-1]) if saved else None
+def last_saved(state: Path) -> Path | None:
+    """The folder of the last saved state of a training run; None if there is none."""
+    return max(state.glob(f"{PREFIX}*"), key=_step, default=None)
 
 
-def settle(written: Path, state: Path) -> None:
-    """Bring a state to the disk and only then put it in its place; drop what is older than the one before it."""
+def commit_state(written: Path, step: int) -> None:
+    """Flush a state to the disk, then rename it to its final name; delete all but the last two states."""
     for path in (*written.rglob("*"), written):
         _sync(path)
-    written.rename(state / written.name)
-    _sync(state)
-    written.parent.rmdir()
-    for older in sorted(state.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)[:-KEPT]:
+    written.rename(written.with_name(f"{PREFIX}{step}"))
+    _sync(written.parent)
+    for older in sorted(written.parent.glob(f"{PREFIX}*"), key=_step)[:-KEEP]:
         shutil.rmtree(older)
 
 
 def missing_bytes(folder: Path, needed: int) -> int:
-    """How much more room a folder's disk would have to have for so many bytes; 0 where they fit."""
+    """How many bytes more a folder's disk would need to hold `needed` bytes; 0 if they fit."""
     return max(0, needed + MARGIN - shutil.disk_usage(folder).free)
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Raise `UserError` when a model of so many bytes does not fit, before hours of work for it."""
+    """Raise `UserError` when a model of `needed` bytes does not fit on the disk, before hours of training."""
     if missing_bytes(folder, needed):
         free = shutil.disk_usage(folder).free
         raise UserError(f"the trained model takes {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
 
 
 def _step(saved: Path) -> int:
-    return int(saved.name.rpartition("-")[2])
+    return int(saved.name.removeprefix(PREFIX))
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:

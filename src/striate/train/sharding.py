@@ -1,8 +1,8 @@
-"""A model spread over processes: each holds its part of every weight, and has the whole of a layer only while that
-layer runs (PyTorch's `fully_shard`, FSDP2).
+"""A model sharded over processes (PyTorch's `fully_shard`, FSDP2): each holds its shard of every weight, and gathers a
+whole layer only while that layer runs.
 
-A unit for each decoder layer, and one for all the rest. Frozen layers are gathered like trained ones, but have no
-gradients to bring together.
+One unit per decoder layer, and one for everything else. Frozen layers are gathered like trained ones, but have no
+gradients to reduce.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from striate.processes import Rank
+from striate.distributed import Rank
 from striate.vlm import Vlm
 
 
 def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank) -> dict[str, nn.Parameter]:
-    """Spread `network` (the model, or its adapted form) over the processes' devices: its parameters now, by name."""
+    """Shard `network` (the model, or its adapted form) over the processes' devices; its new parameters, by name."""
     mesh = init_device_mesh(device.type, (rank.of,))
     for layer in vlm.layers:
         fully_shard(layer, mesh=mesh)
@@ -34,8 +34,8 @@ def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank) -> dic
 
 
 def unshard(network: nn.Module, rank: Rank) -> None:
-    """Bring all weights back into the memory of the first process; the others keep nothing."""
-    gathered: dict[int, nn.Parameter] = {}  # one for every weight, also where modules share it
+    """Gather all weights in the CPU memory of the first process; the others keep empty tensors."""
+    gathered: dict[int, nn.Parameter] = {}  # by id: modules may share a weight
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
@@ -48,18 +48,18 @@ def unshard(network: nn.Module, rank: Rank) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, in every process, all of which have to ask for it."""
+    """The whole tensor, in every process; a collective operation."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """The shard of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def put(tensor: Tensor, values: Tensor) -> None:
-    """Give a tensor new values, of which each process has all and takes its part."""
+    """Copy new values into a tensor; every process has the whole of them and takes its shard."""
     if isinstance(tensor, DTensor):
         values = values.to(tensor.device)
         values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -67,11 +67,11 @@ def put(tensor: Tensor, values: Tensor) -> None:
 
 
 def optimizer_state(network: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The whole state of an optimiser, by the parameters' names; only the first process has it."""
+    """The whole state of an optimizer by parameter name, in the first process only."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_optimizer_state_dict(network, optimizer, options=options)
 
 
 def set_optimizer_state(network: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """The inverse of `optimizer_state`; each process takes its part, also when there are more or fewer of them."""
+    """The inverse of `optimizer_state`; each process takes its shard, for any number of processes."""
     set_optimizer_state_dict(network, optimizer, state, options=StateDictOptions(full_state_dict=True))

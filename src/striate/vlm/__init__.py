@@ -1,15 +1,15 @@
-"""Any Hugging Face vision-language model (LVLM): loaded, taken apart, told what trains, stopped short of its head."""
+"""Load any Hugging Face vision-language model (LVLM), find its parts, select what to train, and defer its head."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -21,20 +21,24 @@ from transformers import (
     PreTrainedModel,
 )
 
-from striate.checkpoint import check_folder
-from striate.errors import UserError
+from striate.errors import UserError, first_line
 from striate.region import Region
-from striate.run import model_folder
+from striate.vlm.matching import check_match
+from striate.vlm.modes import override_forward
 from striate.vlm.parts import Parts, find_parts
+from striate.vlm.reading import check_size, model_folder, read_model
+from striate.vlm.template import check_template, set_stop_tokens
+from striate.weights import check_folder
 
-# What configs call their number of layers, and more of them than any model has: each costs time even without weights.
+# Config keys for a number of layers, and an upper limit: building a layer takes time even on the meta device.
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
 MOST_LAYERS = 1000
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What trains, by exact parameter name. `total` counts every parameter of the model, frozen ones included."""
+class Selection:
+    """The trainable parameters, by exact name. `total` counts all parameters of the model, including frozen ones."""
 
     region: Region
     layers: tuple[str, ...]
@@ -45,20 +49,20 @@ class Plan:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All parameter names that train."""
+        """Names of all trainable parameters."""
         return self.layers + self.projector + self.tower
 
     @property
     def trainable(self) -> int:
-        """Number of parameters that train."""
+        """Number of trainable parameters."""
         return sum(self.counts.values())
 
 
 @dataclass
-class Tail:
-    """What a model does behind its body: the head, and whatever its family puts after it (soft caps, scales).
+class DeferredHead:
+    """The head of a model, applied after its forward pass, with what follows it in the family (soft-capping, scaling).
 
-    `holder` is the module that holds `body` and head; `states` [N, D] left the body in the last forward pass.
+    `holder` is the module that contains `body` and head; `states` [N, D] are the last outputs of the body.
     """
 
     holder: nn.Module
@@ -67,67 +71,70 @@ class Tail:
     output: Any = None
 
     def with_states(self, states: torch.Tensor) -> Any:
-        """The body's last output with other states [1, N, D] in it."""
+        """The body's last output with its states replaced by these [1, N, D]."""
         return type(self.output)(**{**self.output, "last_hidden_state": states})
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of states [N, D]: the holder's own forward pass, in which the body gives these states."""
+        """Logits [N, V] of states [N, D]: the holder's own forward pass, with a body that returns these states."""
         inputs = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
         output = self.with_states(states.unsqueeze(0))
-        own = vars(self.body).get("forward")
-        vars(self.body)["forward"] = lambda *_, **__: output
-        try:
+        with override_forward({self.body: lambda *_, **__: output}):
             return self.holder(input_ids=inputs, use_cache=False).logits[0]
-        finally:
-            del vars(self.body)["forward"]
-            if own is not None:  # accelerate wraps it so
-                vars(self.body)["forward"] = own
 
 
 @dataclass(frozen=True)
 class Vlm:
-    """A vision-language model taken apart.
+    """A vision-language model and its parts.
 
-    `source` is the folder or hub id it came from; the processor is read from there when first asked for. Wrap a model
-    that is already in memory with `Vlm.of(model)`.
+    `source` is the folder or hub id it was loaded from; the processor is loaded from there on first use. `notes` are
+    warnings about how the model was loaded. Wrap a model that is already in memory with `Vlm.of(model)`.
     """
 
     model: PreTrainedModel
     parts: Parts
     source: str = ""
+    notes: tuple[str, ...] = ()
+    own_processor: Any = None
+    """The processor of a model in memory, which has no `source` to load it from."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, source: str = "") -> Vlm:
+    def of(cls, model: PreTrainedModel, processor: Any = None, *, source: str = "") -> Vlm:
         """Find the parts of a model in memory.
 
         Raises:
-            UserError: the model is an encoder-decoder, has no tower or no list of decoder layers; says what was found.
+            UserError: the model is an encoder-decoder, or has no tower or no list of decoder layers.
         """
-        return cls(model, find_parts(model), source)
+        return cls(model, find_parts(model), source, own_processor=processor)
 
     @classmethod
-    def sketched(cls, config: PreTrainedConfig, source: str = "") -> Vlm:
-        """A model of this config on the `meta` device: every module, and no weights.
+    def on_meta(cls, config: PreTrainedConfig, source: str = "") -> Vlm:
+        """A model of this config on the `meta` device: all modules, no weights.
 
         Raises:
-            UserError: the config makes no model, or one that cannot be taken apart.
+            UserError: no model can be built from the config, or its parts are not found.
         """
         try:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(config)
-        except Exception as error:  # whatever a family trips over when its config lacks something
-            raise UserError(f"the config makes no {config.model_type} model: {first_line(error)}") from error
-        return cls.of(model, source)
+        except Exception as error:  # each family raises its own errors for an incomplete config
+            raise UserError(
+                f"cannot build the {config.model_type} model from its config: {first_line(error)}"
+            ) from error
+        return cls.of(model, source=source)
 
     @cached_property
     def processor(self) -> Any:
-        """The model's processor (`AutoProcessor`).
+        """The model's processor (`AutoProcessor`). Also adds its end tokens to the model's generation config.
 
         Raises:
-            UserError: there is none, or it writes another image token than the model looks for.
+            UserError: there is no processor, it does not match the model, or the generation prompt of its chat template
+                is not how its conversations begin an answer.
         """
-        processor = load_processor(self.source)
+        processor = load_processor(self.source) if self.own_processor is None else self.own_processor
         self._check_image_token(processor)
+        check_template(processor)
+        check_match(self.model, processor, image_token_id(processor), self.source)
+        set_stop_tokens(self.model.generation_config, processor)
         return processor
 
     @property
@@ -137,7 +144,7 @@ class Vlm:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that fills batches up; the end token where the tokenizer has none. It is masked either way."""
+        """The padding token of batches; the end token where the tokenizer has none. Padding is masked."""
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -159,11 +166,6 @@ class Vlm:
         return layers
 
     @property
-    def decoder(self) -> nn.Module:
-        """The module that holds the decoder layers and runs them."""
-        return self.model.get_submodule(self.parts.layers.rpartition(".")[0])
-
-    @property
     def depth(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
@@ -175,71 +177,52 @@ class Vlm:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     @property
     def image_token_id(self) -> int | None:
-        """The token that stands for one image feature in `input_ids`; None where the config names none."""
+        """The token in `input_ids` that is replaced by one image feature; None where the config has none."""
         return next((token for token in self._image_tokens().values() if token is not None), None)
 
     def region_parameters(self, region: Region) -> tuple[str, ...]:
         """Exact names of the parameters in the region's decoder layers, in model order.
 
         Raises:
-            UserError: the region was made for another depth.
+            UserError: the region is for another depth.
         """
+        self._check_depth(region)
+        return self.names_below(*(f"{self.parts.layers}.{layer}" for layer in region))
+
+    def linear_modules(self, region: Region) -> tuple[str, ...]:
+        """Exact names of the linear modules in the region's layers, to which LoRA is added.
+
+        Raises:
+            UserError: the region is for another depth.
+        """
+        self._check_depth(region)
+        layers = {f"{self.parts.layers}.{layer}": self.layers[layer] for layer in region}
+        return tuple(f"{prefix}.{name}" for prefix, layer in layers.items() for name in linear_in(layer))
+
+    def _check_depth(self, region: Region) -> None:
         if region.depth != self.depth:
             raise UserError(
                 f"region {region} is for {region.depth} decoder layers, this model has {self.depth}: "
                 "choose it again for this depth"
             )
-        return self._below(*(f"{self.parts.layers}.{layer}" for layer in region))
-
-    def train_only(self, region: Region, *, projector: bool = True, tower: bool = False) -> Plan:
-        """Let gradients reach the region's layers, the projector and the tower as asked, and nothing else.
-
-        Sets `requires_grad` on every parameter of the model.
-
-        Raises:
-            UserError: the region is for another depth, or nothing at all would train.
-        """
-        bridge = self._below(*self.parts.projector)
-        groups = {
-            "layers": self.region_parameters(region),
-            "projector": bridge if projector else (),
-            # In Qwen and GLM the projector (merger) lives inside the tower; it answers to `projector` alone.
-            "tower": tuple(name for name in self._below(self.parts.tower) if name not in bridge) if tower else (),
-        }
-        chosen = {name for names in groups.values() for name in names}
-        if not chosen:
-            raise UserError("nothing would train: choose a region, the projector or the tower")
-        sizes = {}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in chosen)
-            sizes[name] = parameter.numel()
-        counts = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
-        return Plan(region, **groups, counts=counts, total=sum(sizes.values()))
-
-    def linear_modules(self, region: Region) -> tuple[str, ...]:
-        """Exact names of the linear modules in the region's layers, where LoRA goes."""
-        if region.depth != self.depth:
-            raise UserError(f"region {region} is for depth {region.depth}, this model has {self.depth} layers")
-        layers = {f"{self.parts.layers}.{layer}": self.layers[layer] for layer in region}
-        return tuple(f"{prefix}.{name}" for prefix, layer in layers.items() for name in linear_in(layer))
 
     @contextmanager
     def head_at(self, positions: torch.Tensor) -> Iterator[None]:
-        """Within it, the model computes logits at `positions` only, through its own head.
+        """Context in which the model computes logits only at `positions`, with its own head.
 
-        `positions` [B, T] bool; the model's logits become [1, N, vocabulary], N = number of true entries in row-major
-        order. Soft-capping, scaling and tied weights stay the model's business; no B x T x vocabulary tensor exists.
+        `positions` [B, T] bool; the model's logits become [1, N, vocabulary], for the N true entries in row-major
+        order. The model applies soft-capping, scaling and tied weights itself; no B x T x vocabulary tensor exists.
         """
 
         def pick(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             hidden = inputs[0]  # B T D
             if hidden.shape[:2] != positions.shape:
-                raise ValueError(f"the head sees {tuple(hidden.shape[:2])} positions, not {tuple(positions.shape)}")
+                raise ValueError(f"the head got {tuple(hidden.shape[:2])} positions, not {tuple(positions.shape)}")
             return (hidden[positions].unsqueeze(0), *inputs[1:])
 
         handle = self.head.register_forward_pre_hook(pick)
@@ -249,52 +232,55 @@ class Vlm:
             handle.remove()
 
     @contextmanager
-    def short_of_head(self, positions: torch.Tensor) -> Iterator[Tail]:
-        """Within it, the model stops short of its head: it makes no logits.
+    def defer_head(self, positions: torch.Tensor) -> Iterator[DeferredHead]:
+        """Context in which the model skips its head and computes no logits.
 
-        `positions` [B, T] bool. After the forward pass the `Tail` holds the N states at its true entries, in row-major
-        order, and turns any of them into logits.
+        `positions` [B, T] bool. After the forward pass the `DeferredHead` holds the N states at its true entries, in
+        row-major order, and computes the logits of any of them.
 
         Raises:
-            UserError: the module that holds the head has no body of its own whose output could be held back.
+            UserError: the module with the head has no separate body, so the head cannot be skipped.
         """
         holder = self.model.get_submodule(self.parts.head.rpartition(".")[0])
         body = getattr(holder, "base_model", holder)
         if body is holder:
-            raise UserError(f"{type(holder).__name__} has no body apart from its head")
-        tail = Tail(holder, body)
+            raise UserError(
+                f"{type(holder).__name__} has no body separate from its head, so the head cannot be skipped"
+            )
+        tail = DeferredHead(holder, body)
 
-        def hold_back(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             hidden = output["last_hidden_state"]  # B T D
             tail.states, tail.output = hidden[positions], output
             return tail.with_states(hidden[:, :0])
 
-        handle = body.register_forward_hook(hold_back)
+        handle = body.register_forward_hook(skip)
         try:
             yield tail
         finally:
             handle.remove()
 
     def _image_tokens(self) -> dict[str, int | None]:
-        """What the config calls the image token, with its id. Families that need no such token have no name for it."""
+        """The config keys of the image token and its id; empty for families without such a token."""
         config = self.model.config
         names = (config.attribute_map.get(name, name) for name in ("image_token_id", "image_token_index"))
         return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
     def _check_image_token(self, processor: Any) -> None:
-        # Where config.json does not name it, the config has the default of its family, which is a word or nothing here.
+        # Without the key in config.json, the config has the default of its family, which is another token here.
         named = self._image_tokens()
         if not named:
             return
         written = image_token_id(processor)
         if not {written, *processor.tokenizer.added_tokens_decoder} & set(named.values()):
-            looks_for = "no image token" if self.image_token_id is None else f"image token {self.image_token_id}"
+            expected = "no image token" if self.image_token_id is None else f"image token {self.image_token_id}"
             raise UserError(
-                f"{self.source}: the model looks for {looks_for}, its processor writes {written} "
+                f"{self.source}: the model expects {expected}, its processor writes {written} "
                 f"({processor.image_token}): set {next(iter(named))} to {written} in config.json"
             )
 
-    def _below(self, *prefixes: str) -> tuple[str, ...]:
+    def names_below(self, *prefixes: str) -> tuple[str, ...]:
+        """Names of the parameters inside these modules, or with exactly these names, in model order."""
         dotted = tuple(f"{prefix}." for prefix in prefixes)
         return tuple(name for name, _ in self.model.named_parameters() if name in prefixes or name.startswith(dotted))
 
@@ -305,55 +291,77 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     attn: str | None = None,
+    dequantize: bool = False,
 ) -> Vlm:
     """Load any LVLM and find its parts.
 
     Args:
-        path: a model folder, a run folder (its checkpoint is meant) or a hub id.
+        path: a model folder, a run folder (its checkpoint is loaded) or a hub id.
         dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`.
         device: `cpu`, `cuda`, ...; default: a GPU when there is one.
         attn: attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`); default: its choice.
+        dequantize: convert FP8 and bitsandbytes weights to the model's dtype, to train and save them unquantized.
 
     Raises:
-        UserError: no such model, not a vision-language model, one that cannot be taken apart, or too large a one; a
-            folder that `check_folder` refuses.
+        UserError: the model does not exist, is not a vision-language model, has parts that are not found, or is too
+            large; `check_folder` rejects the folder; weights are missing, are quantized without an entry in
+            config.json, or belong to layers beyond those of the config.
 
     Remote code is never run; weights are read from safetensors only.
     """
     source = str(model_folder(path))
-    check_size(check_config(source), source, dtype)
-    place = torch.device(device) if device else default_device()
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation=attn, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
-        )  # fmt: skip
-        model, report = loaded
-    except Exception as error:  # a config can make a family trip over anything
-        raise UserError(f"cannot load the model in {source}: {first_line(error)}") from error
-    if report["missing_keys"]:
-        name, count = min(report["missing_keys"]), len(report["missing_keys"])
-        raise UserError(f"{source} lacks {count} weights of a {model.config.model_type} model, {name} among them")
-    return Vlm.of(aligned(model.to(place)), source)
+    place = check_device(device) if device else default_device()
+    config = check_config(source)
+    check_size(config, source, dtype, place)
+    model: Any
+    model, notes = read_model(source, config, dtype=dtype, attn=attn, dequantize=dequantize)
+    return replace(Vlm.of(align_memory(model.to(place)), source=source), notes=notes)
 
 
-def sketch(path: str | Path) -> Vlm:
-    """An LVLM's parts from its config alone: on the `meta` device, without weights.
+def select(vlm: Vlm, region: Region | str, *, projector: bool = True, tower: bool = False) -> Selection:
+    """Select the trainable parameters: the region's layers, optionally the projector and the tower; freeze all others.
 
-    `path` is a model folder, a run folder or a hub id. A folder may hold no more than config.json.
+    Sets `requires_grad` of every parameter. `region` is a region, or a text form of one (uniform:25%).
 
     Raises:
-        UserError: no such model, not a vision-language model, or one that cannot be taken apart.
+        UserError: the region is for another depth, or no parameter is selected.
+    """
+    chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
+    in_projector = vlm.names_below(*vlm.parts.projector)
+    groups = {
+        "layers": vlm.region_parameters(chosen),
+        "projector": in_projector if projector else (),
+        # In Qwen and GLM the projector (merger) is inside the tower; only the option `projector` selects it.
+        "tower": tuple(name for name in vlm.names_below(vlm.parts.tower) if name not in in_projector) if tower else (),
+    }
+    selected = {name for names in groups.values() for name in names}
+    if not selected:
+        raise UserError("nothing would train: select a region, the projector or the tower")
+    sizes = {}
+    for name, parameter in vlm.model.named_parameters():
+        parameter.requires_grad_(name in selected)
+        sizes[name] = parameter.numel()
+    counts = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
+    return Selection(chosen, **groups, counts=counts, total=sum(sizes.values()))
+
+
+def load_on_meta(path: str | Path) -> Vlm:
+    """Build an LVLM on the `meta` device from its config alone, without weights, and find its parts.
+
+    `path` is a model folder, a run folder or a hub id. A folder needs only config.json.
+
+    Raises:
+        UserError: the model does not exist, is not a vision-language model, or has parts that are not found.
     """
     source = str(model_folder(path))
-    return Vlm.sketched(check_config(source), source)
+    return Vlm.on_meta(check_config(source), source)
 
 
-def aligned(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with weights where products of matrices like them, at multiples of 64 bytes.
+def align_memory(model: PreTrainedModel) -> PreTrainedModel:
+    """Align the weights on the CPU to 64 bytes, as matmuls prefer; returns the model.
 
-    Read from a file they lie anywhere, and on some CPUs the same product of the same numbers comes out otherwise by a
-    bit then: two loads of one model would not agree.
+    Memory-mapped weights start at any offset, and on some CPUs the result of a matmul depends on the alignment in the
+    last bit: two loads of one model would not agree.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -361,37 +369,50 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def check_device(name: str | torch.device) -> torch.device:
+    """The device of this name, after a test that it is available.
+
+    Raises:
+        UserError: there is no such device, or this PyTorch does not support it.
+    """
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not available: {first_line(error)}; omit it, or use cpu") from None
+
+
 def default_device() -> torch.device:
-    """The accelerator when there is one, else the CPU."""
+    """The accelerator if there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has units for products of bfloat16 matrices. A CPU without them takes ten times as long as in
-    float32."""
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether the device has native bfloat16 support. A CPU without it is ten times slower than in float32."""
     if device.type == "cpu":
-        known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(known.get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_config(source: str) -> PreTrainedConfig:
-    """The config of a model; refuses early, before any weight is read, what is not a vision-language model.
+    """The config of a vision-language model, checked before any weight is read.
 
     Raises:
-        UserError: no config, or a config of another kind of model, or of more layers than any has; adapters that are
-            not merged; a folder that `check_folder` refuses.
+        UserError: there is no config, it is of another kind of model or has an absurd number of layers; the folder
+            holds unmerged adapters, or `check_folder` rejects it.
     """
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} is no model folder: it has no config.json")
-    if (Path(source) / "adapter_config.json").is_file():
-        raise UserError(f"{source} holds adapters beside a model: merge them into it, or take them away")
     check_folder(Path(source))
+    if (adapter := Path(source) / ADAPTER).is_file():
+        how = _how_to_merge(adapter)
+        raise UserError(f"{source} holds adapters that are not merged: merge them into the model first ({how})")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} is not a model folder: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         odd = _odd_size(config.to_dict())
-    except Exception as error:  # a file that anybody may have written
+    except Exception as error:  # the file is untrusted
         raise UserError(
             f"no model at {source!r}: expected a model folder, a run folder or a hub id ({first_line(error)})"
         ) from error
@@ -401,29 +422,25 @@ def check_config(source: str) -> PreTrainedConfig:
             "give a vision-language model, or make one with `striate assemble`"
         )
     if odd:
-        raise UserError(f"{source}: its config asks for {odd}, and no model has that")
+        raise UserError(f"{source}: its config has {odd}, which is out of range for any model")
     return config
 
 
-def check_size(config: PreTrainedConfig, source: str, dtype: str | torch.dtype = "auto") -> None:
-    """Refuse a model that this machine's memory could never hold, before anything is allocated for it.
-
-    Raises:
-        UserError: says how much it takes.
-    """
+def _how_to_merge(adapter: Path) -> str:
+    """Python code that merges an adapter into its base model."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
-    except Exception:  # loading will say what is wrong; some families have nothing for this device
-        return
-    kept: Any = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
-    needed, there = kept.itemsize * sum(p.numel() for p in model.parameters()), psutil.virtual_memory().total
-    if needed > there:
-        raise UserError(f"{source}: its weights take {needed / 1e9:,.0f} GB, and this machine has {there / 1e9:.0f} GB")
+        base = str(json.loads(adapter.read_bytes())["base_model_name_or_path"] or "BASE")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        base = "BASE"
+    return (  # repr: text from an untrusted file stays a string literal when the code is pasted
+        f"model = AutoModelForImageTextToText.from_pretrained({base!r}); "
+        f"PeftModel.from_pretrained(model, {str(adapter.parent)!r}).merge_and_unload().save_pretrained('merged'); "
+        f"AutoProcessor.from_pretrained({base!r}).save_pretrained('merged')"
+    )
 
 
 def _odd_size(config: Any) -> str:
-    """The first size in a config that no model has and that costs time before it fails; empty when there is none."""
+    """The first absurd size in a config, which would take long to fail; empty when there is none."""
     if not isinstance(config, dict):
         return ""
     for key, value in config.items():
@@ -433,19 +450,19 @@ def _odd_size(config: Any) -> str:
 
 
 def load_processor(source: str) -> Any:
-    """The processor saved with a model.
+    """Load the processor saved with a model.
 
     Raises:
-        UserError: there is none, or it needs a package that is not installed.
+        UserError: there is no processor, or it needs a package that is not installed.
     """
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except ImportError as error:
         raise UserError(
             f"the processor of {source} needs a package that is not installed: {first_line(error)} "
-            "(several families need torchvision for their video half: pip install torchvision)"
+            "(several families need torchvision for their video processor: pip install torchvision)"
         ) from error
-    except Exception as error:  # files that anybody may have written
+    except Exception as error:  # the files are untrusted
         raise UserError(f"cannot load a processor from {source or 'nowhere'}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
         raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")
@@ -453,35 +470,35 @@ def load_processor(source: str) -> Any:
 
 
 def image_token_id(processor: Any) -> int:
-    """The id of the tokens that image features take the place of.
+    """The id of the tokens that are replaced by image features.
 
     Raises:
-        UserError: the processor names none.
+        UserError: the processor has no image token.
     """
-    # The first id is the features' own; Pixtral and InternVL list those of borders behind it. Gemma 3's
-    # `image_token_id` is the mark in the prompt, not what it grows into.
+    # The first id is that of the features; Pixtral and InternVL list those of borders after it. Gemma 3's
+    # `image_token_id` is the placeholder in the prompt, which the processor expands into other tokens.
     if token := _IMAGE_TOKENS.get(type(processor).__name__):
         return int(processor.tokenizer.convert_tokens_to_ids(token))
     found = processor.image_token_ids[0]
-    if found is None and getattr(processor, "image_token", None):  # Janus' names the token, and not its id
+    if found is None and getattr(processor, "image_token", None):  # Janus' processor has the token, but not its id
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if found is None:
-        raise UserError(f"{type(processor).__name__} names no image token: striate cannot tell where images are")
+        raise UserError(f"{type(processor).__name__} has no image token: striate cannot locate images in the prompt")
     return int(found)
 
 
-# Processors that do not say which it is: what they name is the end of a row (Fuyu) or the mark in the prompt.
+# Processors whose `image_token` is another one: the end of a row (Fuyu) or the placeholder in the prompt.
 _IMAGE_TOKENS = {"FuyuProcessor": "|SPEAKER|", "Llama4Processor": "<|patch|>", "Ovis2Processor": "<IMG_ATOM>"}
 
 
 def linear_in(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the linear modules in a layer, in its order."""
+    """Names of the linear modules in a layer, in module order."""
     return tuple(name for name, module in layer.named_modules() if isinstance(module, nn.Linear) and _is_map(module))
 
 
 def _is_map(module: nn.Linear) -> bool:
-    """Whether it gives what a linear module gives: Llama 4's router is one by class, and gives scores and logits."""
-    if not type(module).__module__.startswith("transformers.models."):  # torch's, or one with quantised weights
+    """Whether it returns one tensor: Llama 4's router is a subclass of `nn.Linear`, but returns scores and logits."""
+    if not type(module).__module__.startswith("transformers.models."):  # torch's own class, or a quantized one
         return True
     with torch.no_grad():
         return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
@@ -490,8 +507,3 @@ def _is_map(module: nn.Linear) -> bool:
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
     holder, _, last = name.rpartition(".")
     return getattr(model.get_submodule(holder), last)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's message, for use inside one of ours."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,161 @@
+"""The study on thirty layers: which layers of SmolLM2-135M have to be tuned for it to see?
+
+    python examples/thirty_layers/study.py --llm SMOLLM2.gguf --workers 2       # or: make thirty
+
+Makes the world and the start, then does the sheets below in their order, the most informative first, each a
+`striate sweep`. It can be stopped and killed at any time: the same command goes on. Whenever a sheet ends, what has
+finished is written to research/results/thirty_layers.json; `results.py` does that at once, `table.py` makes tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from results import CELLS, RESULTS, collect
+from start import START, start
+from world import write_world
+
+from striate.runs.cli import main as striate
+from striate.runs.evaluating import evaluate
+from striate.runs.run import Run
+
+OUT = Path("runs/thirty")
+TRAIN, TEST, STEPS, BATCH = 3000, 110, 80, 8
+# Peak learning rates, chosen by the trial "rates" (research/log_thirty.md): of all layers, of a region, of LoRA.
+ALL_RATE, REGION_RATE, LORA_RATE = 2e-4, 5e-4, 1e-3
+PROJECTOR_RATE = 1e-4
+SEEDS = [0, 1, 2]
+FOUR = ["all", "uniform:25%", "uniform:25%@2", "last:25%"]
+
+# Each sheet: the grid of a sweep for each seed, and what differs from the others. Those that share a folder
+# share cells: what is pruned was tuned before.
+SHEETS: dict[str, dict[str, Any]] = {
+    "four": {"grid": {"region": FOUR}},
+    "places": {
+        "grid": {
+            "region": [
+                "uniform:25%@1", "uniform:25%@3", "first:25%", "middle:25%", "hybrid:25%", "random:25%@0",
+                "random:25%@1", "random:25%@2",
+            ],
+        },
+    },
+    "sizes": {"grid": {"region": [f"uniform:{number}" for number in (4, 2, 1, 16, 6)]}},
+    "data": {"grid": {"samples": ["25%", "50%"], "region": ["all", "uniform:25%", "uniform:4"]}},
+    "pruning": {
+        "grid": {"region": ["all", "uniform:25%"], "prune.remove": ["1", "2", "4", "6", "8"]},
+        "prune": {"samples": 64, "region": "uniform:25%"},  # of all, too, only what lies outside of it goes
+    },
+    "healing": {
+        "grid": {
+            "region": ["all", "uniform:25%"], "prune.remove": ["2", "4", "8"],
+            "prune.heal": ["train.json"],
+        },
+        "prune": {"samples": 64, "region": "uniform:25%", "steps": 40},
+    },
+    "lora": {
+        "grid": {"region": ["all", "uniform:25%"]},
+        "out": "lora",
+        "tune": {"method": "lora", "rank": 32, "alpha": 64, "learning_rate": LORA_RATE},
+    },
+    "longer": {"out": "longer", "grid": {"region": ["all", "uniform:25%"]}, "tune": {"steps": 3 * STEPS}},
+}  # fmt: skip
+# Tried on validation scenes, before all else; they are no part of the results.
+TRIALS = {
+    "rates": {
+        "out": "rates",
+        "grid": {"learning_rate": [2e-4, 5e-4], "region": ["all", "uniform:25%"]},
+        "tune": {"steps": 40},
+        "eval": {"samples": 20},
+    },
+}
+
+
+def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any] | None:
+    """One seed of a sheet as a sweep file: its cells that tune all layers, or those that tune a region, if any."""
+    own = (SHEETS | TRIALS)[name]
+    world = out / ("validation" if name in TRIALS else "world")
+    grid: dict[str, Any] = {"seed": [seed]} | own["grid"]
+    grid["region"] = [region for region in grid["region"] if (region == "all") == everything]
+    tune = {
+        "method": "full", "steps": STEPS, "batch": BATCH, "micro_batch": BATCH,
+        "learning_rate": ALL_RATE if everything else REGION_RATE, "projector_learning_rate": PROJECTOR_RATE,
+        "max_length": 256, "attn": "eager", "device": "cpu",  # on a CPU eager attention trains faster than SDPA
+    } | own.get("tune", {})  # fmt: skip
+    asked = {
+        "data": [str(world / "test.json"), str(world / "text.json")], "batch": 64, "max_new_tokens": 40,
+        "max_length": 512, "device": "cpu", "dtype": "bfloat16",
+    } | own.get("eval", {})  # fmt: skip
+    prune = own.get("prune")
+    if "prune.heal" in grid:
+        grid = grid | {"prune.heal": [str(world / file) for file in grid["prune.heal"]]}
+        healing = ("batch", "micro_batch", "learning_rate", "projector_learning_rate", "max_length", "attn", "device")
+        prune |= {key: tune[key] for key in healing}
+    return grid["region"] and {
+        "model": str(out / "start"), "data": str(world / "train.json"), "images": str(world / "images"),
+        "eval": asked, "out": str(out / own.get("out", CELLS)),
+        "tune": {key: value for key, value in tune.items() if key not in grid},
+        **({"prune": prune} if prune else {}), "grid": grid,
+    }  # fmt: skip
+
+
+def prepare(out: Path, llm: str, parts: Path) -> None:
+    """The worlds and the start, as far as they are not there."""
+    for name, seed in (("world", 0), ("validation", 9)):
+        if not (out / name / "text.json").is_file():  # the last file written
+            questions = {"test": TEST} if name == "world" else {"test": 30, "split": "validation"}
+            write_world(out / name, train=TRAIN, seed=seed, **questions)
+    run = Run(out / "start")
+    if run.info.get("status") != "finished":
+        shutil.rmtree(run.path, ignore_errors=True)
+        start(llm, run.path, parts=parts)
+
+
+def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: list[int]) -> int:
+    """Do what is left to do; returns the exit status."""
+    for name in only or SHEETS:
+        for seed in [9] if name in TRIALS else seeds:
+            for everything in (True, False):
+                if not (content := sheet(name, out, seed=seed, everything=everything)):
+                    continue
+                file = out / f"{name}.yaml"
+                file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+                if status := striate(["sweep", str(file), "--workers", str(workers)]):
+                    return status
+                print(f"{name}, seed {seed}: {collect(out, results)} runs in {results}", flush=True)
+    evaluate_start(out)
+    collect(out, results)
+    return 0
+
+
+def evaluate_start(out: Path) -> None:
+    """Ask the start what its tuned cells are asked."""
+    run, asked = Run(out / "start"), sheet("four", out, seed=0, everything=True)
+    if asked and run.results is None:
+        evaluate(run.path, **asked["eval"], images=out / "world" / "images")
+
+
+def main() -> int:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--llm", required=True, help="SmolLM2-135M-Instruct: a .gguf file, a folder or the hub id")
+    parser.add_argument("--start", type=Path, default=START, help="tower and projector, made by start.py for this llm")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--workers", type=int, default=1, help="cells side by side, a thread each")
+    parser.add_argument("--only", nargs="+", default=[], choices=[*SHEETS, *TRIALS], help="these sheets alone")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    prepare(options.out, options.llm, options.start)
+    return study(
+        options.out, options.results, workers=options.workers, only=options.only, seeds=options.seeds
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

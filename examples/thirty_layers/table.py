@@ -1,0 +1,180 @@
+"""What came of the study: research/results/thirty_layers.json as tables, figures and paired tests.
+
+    python examples/thirty_layers/table.py         # writes research/thirty_tables.md and research/figures/
+
+Runs of one region over several seeds are averaged; differences from tuning all layers are paired: the same questions,
+the same seeds (`striate.evaluate.statistics`). An interval that contains 0 is a tie.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from results import load
+from world import TASKS
+
+from striate.evaluation.statistics import Interval, difference, mcnemar, retention, within_noise
+
+ROOT = Path(__file__).parents[2] / "research"
+TABLES, FIGURES = ROOT / "thirty_tables.md", ROOT / "figures"
+Run = dict[str, Any]
+PLAIN = ("region", "seed", "samples", "remove", "heal")
+
+
+def tuned(runs: Iterable[Run], folder: str = "cells", **wanted: Any) -> dict[str, dict[int, Run]]:
+    """Tuned runs of a folder by region and seed, of those with the options in `wanted`."""
+    found: dict[str, dict[int, Run]] = defaultdict(dict)
+    for run in runs:
+        options = run["options"]
+        here = run["verb"] == "tune" and run["run"].split("/")[0] == folder
+        if here and all(options.get(key) == wanted.get(key) for key in ("samples",)):
+            found[options["region"]][options["seed"]] = run
+    return found
+
+
+def visual(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Scores of the visual questions by task, each averaged over the runs: several seeds do not make more questions."""
+    return {
+        task: [fmean(seeds) for seeds in zip(*(run["scores"][task] for run in runs), strict=True)] for task in TASKS
+    }
+
+
+def paired(runs: dict[int, Run], reference: dict[int, Run]) -> tuple[Interval, Interval] | None:
+    """Difference from, and retention of, the reference, over the seeds that both have."""
+    seeds = sorted(runs.keys() & reference.keys())
+    if not seeds:
+        return None
+    sides = visual([runs[seed] for seed in seeds]), visual([reference[seed] for seed in seeds])
+    return difference(*sides), retention(*sides)
+
+
+def value(runs: Sequence[Run], task: str) -> float:
+    """The mean of a task over runs: percent, or perplexity."""
+    scale = 1 if task == "prose" else 100
+    return scale * fmean(run["tasks"][task]["value"] for run in runs)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def row(name: str, runs: dict[int, Run], reference: dict[int, Run]) -> list[str]:
+    """A region: what it sees by task, how it compares with all layers, what it kept of text, what it cost."""
+    found = [runs[seed] for seed in sorted(runs)]
+    compared = paired(runs, reference) if runs is not reference else None
+    apart = "" if compared is None else _said(compared[0])
+    kept = "" if compared is None else f"{100 * compared[1].value:.1f}"
+    cost = [f"{fmean(run['training'].get(key, run.get(key)) or 0 for run in found):.{digits}f}" for key, digits in COST]
+    return [
+        name, str(len(found)), spread([100 * run["visual"] for run in found]), apart, kept,
+        *(f"{value(found, task):.0f}" for task in TASKS), *text_kept(found),
+        *(cost if found[0]["verb"] == "tune" else ["", "", ""]),
+    ]  # fmt: skip
+
+
+def text_kept(runs: Sequence[Run]) -> list[str]:
+    """Questions of general knowledge answered, and perplexity of prose."""
+    return [f"{value(runs, 'facts'):.1f}", f"{value(runs, 'prose'):.2f}"]
+
+
+COST = (("seconds", 0), ("peak_memory_gb", 2), ("loss", 3))
+HEAD = ("tuned", "seeds", "visual", "minus all (95 %)", "kept %", *TASKS, "facts", "prose ppl", "seconds", "GB", "loss")
+
+
+def _said(found: Interval) -> str:
+    ends = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"{ends}{' tie' if within_noise(found) else ''}"
+
+
+def regions_table(runs: Sequence[Run], folder: str = "cells") -> str:
+    """All tuned regions of a folder, the start first."""
+    found = tuned(runs, folder)
+    reference = found.get("all", {})
+    start = [run for run in runs if run["verb"] == "assemble"]
+    rows = [row("nothing (the start)", {0: start[0]}, {})] if start else []
+    rows += [row(name, by_seed, reference) for name, by_seed in found.items()]
+    return table(HEAD, rows)
+
+
+def pairs_table(runs: Sequence[Run], other: str = "uniform:25%") -> str:
+    """Each region against the uniform one: the same questions and seeds; McNemar's test counts all questions alike."""
+    found, rows = tuned(runs), []
+    for name, by_seed in found.items():
+        seeds = sorted(by_seed.keys() & found.get(other, {}).keys())
+        if name != other and seeds:
+            sides = visual([by_seed[seed] for seed in seeds]), visual([found[other][seed] for seed in seeds])
+            rows.append([name, str(len(seeds)), _said(difference(*sides)), f"{mcnemar(*sides):.2g}"])
+    return table(("tuned", "seeds", f"minus {other} (95 %)", "McNemar p"), rows)
+
+
+def pruning_table(runs: Sequence[Run]) -> str:
+    """Layers removed by angular distance from tuned models, before and after healing."""
+    cut: dict[tuple[str, str, bool], list[Run]] = defaultdict(list)
+    for run in runs:
+        if run["verb"] == "prune":
+            region = run["run"].split("/")[1].split("+")[0].partition("_")[2]
+            cut[region, run["options"]["remove"], "heal" in run["options"]].append(run)
+    rows = [
+        [region, removed, "yes" if healed else "no", str(len(found)), spread([100 * run["visual"] for run in found]),
+         *text_kept(found)]
+        for (region, removed, healed), found in sorted(cut.items(), key=lambda one: (one[0][0], int(one[0][1])))
+    ]  # fmt: skip
+    return table(("tuned", "removed", "healed", "seeds", "visual", "facts", "prose ppl"), rows)
+
+
+def data_table(runs: Sequence[Run]) -> str:
+    """Regions by the share of the data that they were tuned on, equal steps."""
+    rows = []
+    for share in ("25%", "50%", None):
+        found = tuned(runs, samples=share)
+        rows += [
+            [share or "100%", *row(region, by_seed, found.get("all", {}))[:5]] for region, by_seed in found.items()
+        ]
+    return table(("data", *HEAD[:5]), rows)
+
+
+def figure(runs: Sequence[Run], out: Path) -> None:
+    """Visual mean against text kept, a point a region: up and to the right is better."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = drawing.subplots()
+    for name, by_seed in tuned(runs).items():
+        found = list(by_seed.values())
+        x, y = value(found, "prose"), 100 * fmean(run["visual"] for run in found)
+        axes.scatter(x, y, s=18 * len(found))
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
+    axes.set_xlabel("perplexity of held-out prose (lower is better)")
+    axes.set_ylabel("visual mean, %")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(out, metadata={"Date": None})
+
+
+def main() -> None:
+    """Write the tables and the figure."""
+    runs = load()
+    parts = [
+        "# Tables of the study on thirty layers", "Made by `python examples/thirty_layers/table.py` from"
+        " `results/thirty_layers.json`; percent, ± is the standard deviation over seeds.",
+        "## Regions", regions_table(runs), "## Against the uniform quarter", pairs_table(runs),
+        "## Data", data_table(runs), "## Pruning", pruning_table(runs),
+        "## LoRA", regions_table(runs, "lora"), "## Three times the steps", regions_table(runs, "longer"),
+    ]  # fmt: skip
+    TABLES.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    figure(runs, FIGURES / "thirty_regions.svg")
+    print(TABLES)
+
+
+if __name__ == "__main__":
+    main()

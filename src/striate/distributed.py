@@ -1,0 +1,67 @@
+"""The process group that `accelerate launch` or torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process in its group: `number` is its rank, from 0; `of` is the world size."""
+
+    number: int = 0
+    of: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, the process that writes files."""
+        return self.number == 0
+
+    def gather(self, mine: T) -> list[T]:
+        """The values of all processes, by rank, on every process. All processes must call this equally often."""
+        if self.of == 1:
+            return [mine]
+        from accelerate.utils import gather_object  # slow to import, not needed by a single process
+
+        return gather_object([mine])
+
+    def share(self, items: Iterable[T]) -> Iterator[T]:
+        """This process's share of the items: every `of`-th one, starting at `number`."""
+        return islice(items, self.number, None, self.of)
+
+    def interleave(self, mine: list[T]) -> list[T]:
+        """The lists of all processes merged into one, on every process, in the order before `share` split them."""
+        turns: Any = zip_longest(*self.gather(mine), fillvalue=self)
+        return [one for turn in turns for one in turn if one is not self]
+
+    def wait(self) -> None:
+        """Block until all processes have reached this point."""
+        if self.of > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+def environment_rank() -> Rank:
+    """This process's rank by its environment variables; does not initialize the process group.
+
+    RANK without WORLD_SIZE was set by something else, such as a scheduler, and is ignored.
+    """
+    number, of = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    return Rank(number, of) if of > 1 else Rank()
+
+
+def init_distributed(device: str | None) -> Rank:
+    """Initialize the process group and select this process's GPU."""
+    if environment_rank().of == 1:  # a single process: nothing to initialize
+        return Rank()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return Rank(state.process_index, state.num_processes)

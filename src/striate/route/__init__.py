@@ -1,0 +1,239 @@
+"""Route: image tokens pass only through the decoder layers that need them.
+
+In a layer outside the route an image token keeps its hidden state; text tokens still attend to it there, through that
+layer's own keys and values of the kept state. The layer runs its family's own code twice: on the kept tokens until
+they give their keys and values, and on the text tokens to the end, which get both through the interface of the
+key-value cache. So norms, position embeddings, sliding windows, experts and adapters need no code of their own here.
+The cache afterwards is that of a plain forward pass, so that decoding runs unchanged.
+
+No activation of a kept token is saved for the backward pass in such a layer: consecutive layers share one tensor of
+kept states, and attention is recomputed from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from striate.data import Batch
+from striate.errors import UserError
+from striate.region import Region, rank_layers
+from striate.route.layer import Forward, Unrouted
+from striate.route.tokens import MASK, Pass, Tokens
+from striate.route.work import multiply_adds
+from striate.trace import layer_input
+from striate.vlm import Vlm, first_line
+
+ENTRY = "striate_route"
+"""The entry of a model's config that holds the route of its checkpoint."""
+
+FLEXIBLE = ("sdpa", "eager", "striate_record_by_record")
+"""Attention implementations that take fewer queries than keys, with a mask that says which key each query sees."""
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
+
+__all__ = ["ENTRY", "Routed", "Tokens", "multiply_adds", "read_route", "resolve", "route", "verify", "write_route"]
+
+
+def route(model: Vlm | PreTrainedModel, region: Region | None = None, *, image_token_id: int | None = None) -> Routed:
+    """Let image tokens pass only through the layers of `region`, until the result is removed.
+
+        route(model)                    # until removed, by the route in the config of its checkpoint
+        with route(vlm, region): ...    # within the block
+
+    A forward pass without image tokens, such as a decoding step, is the plain one; so is any when all layers are
+    routed. Image tokens are those of `image_token_id` (by default the config's) in `input_ids`. The weights, the
+    config and what `save_pretrained` writes stay as they are; `write_route` puts the route into the config.
+
+    Raises:
+        UserError: no route is given or in the config; a route that is empty or of another depth; a model that
+            is routed already, names no image token, or attends in a way that cannot take fewer queries than keys.
+    """
+    vlm = model if isinstance(model, Vlm) else Vlm.of(model)
+    config, kind = vlm.model.config, vlm.model.config.model_type
+    region = read_route(config) if region is None else region
+    if region is None:
+        raise UserError(f"this {kind} model has no route: its config has no {ENTRY!r}; give a region")
+    if region.depth != vlm.depth:
+        raise UserError(f"the route {region} is for {region.depth} decoder layers, this model has {vlm.depth}")
+    if not region.layers:
+        raise UserError("the route has no layer, so that no image would be read: name at least one, best with layer 0")
+    token = vlm.image_token_id if image_token_id is None else image_token_id
+    if token is None:
+        raise UserError(f"the config of this {kind} model names no image token: give image_token_id")
+    if isinstance(vars(vlm.model).get("forward"), Routed):
+        raise UserError(f"this {kind} model is routed already: remove that route first")
+    _check_attention(vlm)
+    return Routed(vlm, region, token)
+
+
+def read_route(config: PreTrainedConfig) -> Region | None:
+    """The route in the config of a checkpoint; None where it has none.
+
+    Raises:
+        UserError: the entry is not a route.
+    """
+    entry = getattr(config, ENTRY, None)
+    if entry is None:
+        return None
+    try:
+        return Region.from_json(entry)
+    except UserError as error:
+        raise UserError(f"the config holds no route under {ENTRY!r}: {error}") from None
+
+
+def write_route(config: PreTrainedConfig, region: Region | None) -> None:
+    """Write a route to the config of a checkpoint, or remove it; a route of all layers is not written."""
+    vars(config).pop(ENTRY, None)
+    if region is not None and len(region) < region.depth:
+        setattr(config, ENTRY, region.to_json())
+
+
+def resolve(text: str, trained: Region, *, contribution: Callable[[], Sequence[float]] | None = None) -> Region | None:
+    """The route that `--route` asks for; None: no route, image tokens pass through all layers.
+
+    `none`; `same`: the layers that train, and layer 0; `auto:25%` or `auto:8`: layer 0 and the layers that contribute
+    most to what becomes of image tokens, so many in all; else any form of a region, taken as it is. `contribution`
+    gives `layer_contribution` of every layer, and is called for `auto` alone.
+
+    Raises:
+        UserError: an unknown form, an empty region, or `auto` where no contributions are at hand.
+    """
+    form, _, number = text.strip().partition(":")
+    if form == "none":
+        return None
+    if form == "same":
+        return Region(tuple({0, *trained}), trained.depth, "same")
+    if form != "auto":
+        region = Region.parse(text, trained.depth)
+        if not region.layers:
+            raise UserError(f"the route {text!r} has no layer: name at least one, best with layer 0")
+        return region
+    count = len(Region.parse(f"first:{number}", trained.depth))
+    if contribution is None:
+        raise UserError(f"the route {text!r} needs records with images to score the layers: name the layers instead")
+    best = [layer for layer in rank_layers(contribution(), "high") if layer != 0]
+    return Region((0, *best[: count - 1]), trained.depth, text.strip())
+
+
+def verify(vlm: Vlm, region: Region, probe: Batch) -> None:
+    """Prove on two records that a routed pass gives what the slow way gives: every layer on every token, and image
+    tokens reverted after those outside the route.
+
+    Raises:
+        UserError: it does not, with the reason: the family exchanges more between tokens than keys and values.
+    """
+    kind, seen = vlm.model.config.model_type, ~probe.image_mask & (probe.inputs[MASK] == 1)
+    token = int(probe.inputs["input_ids"][probe.image_mask][0]) if probe.image_mask.any() else vlm.image_token_id
+
+    def logits() -> Tensor:
+        with vlm.head_at(seen):
+            output: Tensor = vlm.model(**probe.inputs, use_cache=False).logits
+        return output.float()
+
+    training = vlm.model.training
+    vlm.model.eval()
+    try:
+        with torch.no_grad(), _reverted(vlm, region, probe.image_mask):
+            slow = logits()
+        with torch.no_grad(), route(vlm, region, image_token_id=token):
+            off = float((logits() - slow).abs().max() / slow.abs().max())
+    except UserError:
+        raise
+    except Exception as error:  # whatever a family trips over
+        raise UserError(f"{kind} cannot be routed through {region}: {first_line(error)}") from error
+    finally:
+        vlm.model.train(training)
+    if not off <= TOLERANCE[vlm.model.dtype]:
+        raise UserError(f"{kind} cannot be routed through {region}: its logits are off by {off:.1%} of the largest")
+
+
+@contextmanager
+def _reverted(vlm: Vlm, region: Region, kept: Tensor) -> Iterator[None]:
+    """Within it, tokens that are `kept` [B, T] leave the layers outside the route as they entered them."""
+
+    def revert(_: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:
+        after = output[0] if isinstance(output, tuple) else output
+        states = torch.where(kept.unsqueeze(-1), layer_input(args, settings), after)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    with ExitStack() as hooks:
+        for layer in region.complement:
+            hooks.enter_context(vlm.layers[layer].register_forward_hook(revert, with_kwargs=True))
+        yield
+
+
+def _check_attention(vlm: Vlm) -> None:
+    name = vlm.model.config.get_text_config(decoder=True)._attn_implementation
+    if name not in FLEXIBLE:
+        raise UserError(
+            f"a route needs attention that takes fewer queries than keys, and {name} does not: load the model with sdpa"
+        )
+
+
+class Routed:
+    """A model whose image tokens pass only through the layers of `region`, until `remove` or the end of a `with`.
+
+    It stands in the place of the model's forward pass, and finds the image tokens there.
+    """
+
+    def __init__(self, vlm: Vlm, region: Region, image_token_id: int) -> None:
+        self.vlm, self.region, self.image_token_id = vlm, region, image_token_id
+        self.running = Pass(vlm.model.config.get_text_config(decoder=True))
+        self._own: Forward = vlm.model.forward
+        self.__signature__ = inspect.signature(self._own)  # `generate` and the Trainer read it
+        self._names = tuple(self.__signature__.parameters)
+        self._before: list[tuple[nn.Module, Forward | None]] = []
+        self._put(vlm.model, self)
+        for layer in region.complement:
+            unrouted = Unrouted(self.running, layer, vlm.layers[layer], vlm.model.config.model_type)
+            for module, forward in unrouted.forwards():
+                self._put(module, forward)
+
+    def _put(self, module: nn.Module, forward: Forward) -> None:
+        self._before.append((module, vars(module).get("forward")))
+        vars(module)["forward"] = forward
+
+    def remove(self) -> None:
+        """Make the model the plain one again."""
+        while self._before:
+            module, own = self._before.pop()
+            if own is None:
+                vars(module).pop("forward", None)
+            else:  # somebody else's wrapper, such as accelerate's
+                vars(module)["forward"] = own
+
+    def __enter__(self) -> Routed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        before, self.running.tokens = self.running.tokens, self._split(given)
+        try:
+            return self._own(*args, **kwargs)
+        finally:
+            self.running.tokens = before
+
+    def _split(self, inputs: Mapping[str, Any]) -> Tokens | None:
+        """Which tokens keep their states: image tokens, and padding in a batch that has any."""
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise UserError("a routed model finds image tokens in input_ids: give them, not inputs_embeds alone")
+        kept = ids == self.image_token_id  # B T
+        if ids.shape[1] == 1 or len(self.region) == self.region.depth or not kept.any():
+            return None
+        _check_attention(self.vlm)
+        there = inputs.get(MASK)
+        if isinstance(there, Tensor) and there.dim() == 2 and there.shape[1] >= ids.shape[1]:
+            kept = kept | (there[:, there.shape[1] - ids.shape[1] :] == 0)
+        return Tokens(kept)

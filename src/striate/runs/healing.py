@@ -1,0 +1,53 @@
+"""Healing: a short tune after layers were removed (Gromov et al. 2024, section 3.2)."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from striate.prune.plan import Pruning
+from striate.prune.surgery import MAP, WEIGHT_FILES
+from striate.region import FILE as REGION_FILE
+from striate.runs.pruning_card import healing_note
+from striate.runs.run import Run
+from striate.runs.training import tune
+from striate.train import TrainOptions
+
+CARD = "README.md"
+HealLayers = Literal["region", "neighbors", "projector"]
+
+
+def heal_checkpoint(
+    run: Run, pruning: Pruning, *, data: Path, images: Path | None, allow_urls: bool, layers: HealLayers,
+    progress: bool, teacher: Path | None, distillation: float, options: TrainOptions,
+) -> None:  # fmt: skip
+    """Tune the run's checkpoint, and replace it by the healed one at the end."""
+    regions = {"region": str(pruning.region), "neighbors": str(pruning.numbers.neighbors), "projector": "none"}
+    distill: dict[str, Any] = {} if teacher is None else {"teacher": str(teacher), "distillation": distillation}
+    tuned = tune(
+        run.checkpoint, data=data, out=run.path / "heal", images=images, allow_urls=allow_urls, region=regions[layers],
+        progress=progress, options=options, **distill,
+    )  # fmt: skip
+    for file in run.checkpoint.iterdir():  # the model's other files, and the description of the cut
+        if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):
+            own = file.name in (CARD, MAP, REGION_FILE)
+            if own or not (tuned.checkpoint / file.name).exists():
+                shutil.copyfile(file, tuned.checkpoint / file.name)
+    with (tuned.checkpoint / CARD).open("a", encoding="utf-8") as card:
+        card.write(healing_note(tuned.info))
+    _merge_into(run, tuned)
+
+
+def _merge_into(run: Run, tuned: Run) -> None:
+    """Move the healed checkpoint, its log and its skipped records into the run."""
+    for entry in tuned.history():
+        run.log(entry)
+    for entry in tuned.skipped():
+        run.skip(entry)
+    run.update(training=tuned.info["training"], healed=tuned.info["options"])
+    unhealed = run.path / ".unhealed"
+    run.checkpoint.rename(unhealed)
+    tuned.checkpoint.rename(run.checkpoint)
+    shutil.rmtree(unhealed)
+    shutil.rmtree(tuned.path)

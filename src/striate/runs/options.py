@@ -1,0 +1,113 @@
+"""The options of a verb: the parameters of its function, and the fields of the option dataclasses among them.
+
+The command line and the sections of a sweep file are built from these.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+from jsonargparse import Namespace
+
+from striate.errors import flag
+
+# The command line always shows progress, the library only on request.
+ALWAYS = {"progress": True}
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    dict: "a mapping",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. `default` is `inspect.Parameter.empty` where a value is required."""
+
+    name: str
+    hint: Any
+    default: Any
+    description: str
+
+    @property
+    def required(self) -> bool:
+        """Whether there is no default."""
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def several(self) -> bool:
+        """Whether it takes more than one word: `--data a.json b.json`."""
+        return "Sequence" in str(self.hint)
+
+    @property
+    def switch(self) -> bool:
+        """Whether the flag alone is enough: `--resume`, even if it also accepts a word, `--resume auto`."""
+        return self.hint is bool or bool in get_args(self.hint)
+
+    @property
+    def flag(self) -> str:
+        """The option on the command line: `--save-steps`."""
+        return flag(self.name)
+
+
+def options_of(function: Callable[..., Any]) -> Iterator[Option]:
+    """All options of a verb, in the order of its signature."""
+    hints = get_type_hints(function)
+    described = _descriptions(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in ALWAYS:
+            continue
+        if not _holds_options(hints[name]):
+            yield Option(_option_name(name), hints[name], parameter.default, described.get(name, ""))
+            continue
+        kind, preset = hints[name], parameter.default
+        field_hints, field_texts = get_type_hints(kind), _descriptions(kind)
+        for field in fields(kind):
+            text = field_texts.get(field.name, "")
+            yield Option(field.name, field_hints[field.name], getattr(preset, field.name), text)
+
+
+def call_arguments(function: Callable[..., Any], values: Mapping[str, Any] | Namespace) -> dict[str, Any]:
+    """The arguments of the function, option dataclasses included, from values by option name."""
+    hints = get_type_hints(function)
+    call: dict[str, Any] = {}
+    for name in inspect.signature(function).parameters:
+        if name in ALWAYS:
+            call[name] = ALWAYS[name]
+        elif _holds_options(hints[name]):
+            call[name] = hints[name](**{field.name: values[field.name] for field in fields(hints[name])})
+        else:
+            call[name] = values[_option_name(name)]
+    return call
+
+
+def kind_of(hint: Any) -> str:
+    """A description of the values of this type."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(kind_of(one) for one in get_args(hint) if one is not NoneType)
+    return KINDS.get(get_origin(hint) or hint, str(hint))
+
+
+def _option_name(name: str) -> str:
+    """A parameter's name without the underscore after a Python keyword: `import_`."""
+    return name.rstrip("_")
+
+
+def _holds_options(hint: Any) -> bool:
+    return is_dataclass(hint) and isinstance(hint, type)
+
+
+def _descriptions(thing: Any) -> dict[str, str]:
+    parsed = docstring_parser.parse_from_object(thing)
+    return {item.arg_name: (item.description or "").replace("\n", " ").strip() for item in parsed.params}

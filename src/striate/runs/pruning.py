@@ -1,0 +1,205 @@
+"""The verb `prune`: choose layers, remove them from a checkpoint, heal the rest, and write a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import CONFIG_MAPPING
+
+from striate.data import read
+from striate.errors import UserError, first_line
+from striate.prune import all_or_nothing, cut_checkpoint
+from striate.prune.choice import Calibration, Criterion
+from striate.prune.plan import PruneRequest, Pruning, plan_pruning
+from striate.prune.surgery import CONFIG, MAP
+from striate.region import FILE as REGION_FILE
+from striate.region import Region
+from striate.roundtrip import free_memory
+from striate.runs.healing import CARD, HealLayers, heal_checkpoint
+from striate.runs.pruning_card import pruned_card
+from striate.runs.run import Run
+from striate.scores.sampling import RecordSample, Sampling
+from striate.scores.table import Scores
+from striate.train import TUNE, TrainOptions
+from striate.vlm import check_config, load
+from striate.vlm.reading import model_folder
+
+PARTIAL = ".checkpoint.partial"
+
+
+def prune(
+    model: str | Path,
+    *,
+    out: Path | None = None,
+    region: str | None = None,
+    remove: str | None = None,
+    by: str = "angular_distance",
+    layers: str | None = None,
+    data: Path | None = None,
+    images: Path | None = None,
+    scores: Path | None = None,
+    samples: int = 64,
+    iterative: bool = False,
+    dry_run: bool = False,
+    heal: Path | None = None,
+    heal_layers: HealLayers = "region",
+    heal_distillation: float = 0.0,
+    allow_urls: bool = False,
+    progress: bool = False,
+    options: TrainOptions = TUNE,
+) -> Run | Pruning:
+    """Remove decoder layers outside the region from a checkpoint, and verify that nothing else changes.
+
+    Verified: skipping the layers at run time, removing them in memory, and loading the pruned checkpoint with plain
+    transformers give the same logits and text, bit for bit in float32, with and without an image, with and without a
+    cache. One model is in memory at a time; weights are streamed from file to file.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        out: the run folder to write; the pruned model is in its checkpoint.
+        region: the layers to keep, in any form of a region; default: the region.json in the model's folder.
+        remove: how many layers to remove: 4, 10% (of all), until:1% (as many as raise perplexity on the data by at most
+            1 %).
+        by: the criterion, the least important layers are removed first: any score, block (consecutive layers, by
+            angular distance), bypass_perplexity (one by one, each time the layer that raises perplexity least), or
+            random.
+        layers: the layers to remove, instead of a criterion: 9,13.
+        data: records with answers, for the score and the perplexity; verification takes its prompts from them.
+        images: the folder that image paths are relative to; default: the folder of the data.
+        scores: scores.json or a run folder with the score, instead of measuring it.
+        samples: number of records to measure on, sampled at random from the records with an answer.
+        iterative: measure the score again after each removal.
+        dry_run: write nothing, show the plan and its predicted effect.
+        heal: records for a short tune after the removal.
+        heal_layers: the layers to heal: the region, the neighbors of removed layers, or none but the projector, which
+            is always trained.
+        heal_distillation: the share of the healing loss, in [0, 1], that is distilled from the unpruned model; above 0
+            both models are in memory.
+        allow_urls: download images given as URLs.
+        progress: show a progress bar.
+        options: training options of the healing; seed, micro_batch, max_length, on_bad_record, device and attn apply to
+            measuring, too.
+
+    Returns:
+        The run, or with `dry_run` the plan.
+
+    Raises:
+        UserError: bad input, or verification failed; names the layers and the reason, and nothing is written.
+    """
+    arguments = dict(locals())
+    began, settings = time.monotonic(), arguments.pop("options")
+    request = PruneRequest(region, remove, layers)
+    if not dry_run:
+        _check_out(out)
+    read_from = partial(read, images=images, allow_urls=allow_urls, on_bad=settings.on_bad_record)
+    if not 0 <= heal_distillation <= 1:
+        raise UserError(f"--heal-distillation {heal_distillation}: a share from 0 to 1 was expected")
+    if heal_distillation and heal is None:
+        raise UserError("--heal-distillation needs --heal: the records to heal on")
+    if heal is not None:
+        read_from(heal)
+    source = _checkpoint(model)
+    criterion = Criterion(by, iterative, None if scores is None else Scores.load(scores), settings.seed)
+    if layers is None:
+        criterion.check(data=data is not None)
+    sampling = _sampling(samples, settings)
+    sample = None if data is None else sampling.draw(read_from(data))
+    pruning = _choose(request, criterion, source, sampling, sample, progress, settings)
+    if dry_run:
+        return pruning
+    assert out is not None
+    recorded = json.loads(json.dumps({**arguments, **vars(settings)}, default=str))
+    run = Run.create(out, verb="prune", options=recorded, seed=settings.seed, parent=str(model))
+    run.update(seconds=round(time.monotonic() - began, 3))
+    with all_or_nothing(run.path), run.recording():
+        _cut(run, source, pruning, sample, settings)
+    if heal is not None:
+        with run.recording():
+            heal_checkpoint(
+                run, pruning, data=heal, images=images, allow_urls=allow_urls, layers=heal_layers, progress=progress,
+                teacher=source if heal_distillation else None, distillation=heal_distillation, options=settings,
+            )  # fmt: skip
+    return run
+
+
+def _cut(run: Run, source: Path, pruning: Pruning, sample: RecordSample | None, options: TrainOptions) -> None:
+    """Write the run: skipped records, the pruned checkpoint and its description."""
+    for one in sample.skipped if sample else ():
+        run.skip({"source": one.source, "reason": one.reason})
+    partial, parent = run.path / PARTIAL, run.info["parent"]
+    records = sample.records if sample else ()
+    for note in cut_checkpoint(source, partial, pruning.numbers, records=records, options=options):
+        run.warn(note)
+    cut = pruning.to_json(parent)
+    _describe(partial, pruning.region, cut, name=run.info["name"], parent=parent)
+    os.replace(partial, run.checkpoint)
+    run.write_region(pruning.region)
+    run.update(prune=cut)
+
+
+def _sampling(samples: int, options: TrainOptions) -> Sampling:
+    return Sampling(samples, options.micro_batch, options.max_length, options.seed, options.on_bad_record)
+
+
+def _choose(
+    request: PruneRequest, criterion: Criterion, source: Path, sampling: Sampling, sample: RecordSample | None,
+    progress: bool, options: TrainOptions,
+) -> Pruning:  # fmt: skip
+    """Choose the layers with a model in the checkpoint's dtype, which is freed at the end."""
+    vlm = load(source, device=options.device, attn=options.attn)
+    calibration = None if sample is None else Calibration(vlm, sampling, sample, progress)
+    pruning = plan_pruning(request, criterion, vlm, source, calibration)
+    del vlm, calibration
+    free_memory()
+    return pruning
+
+
+def _describe(folder: Path, region: Region, cut: dict[str, Any], *, name: str, parent: str) -> None:
+    """Write region, layer map and model card beside the weights."""
+    region.save(folder / REGION_FILE)
+    (folder / MAP).write_text(json.dumps(cut, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    card = folder / CARD
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    card.write_text(pruned_card(before, cut, name=name, parent=parent), encoding="utf-8")
+
+
+def _check_out(out: Path | None) -> None:
+    if out is None:
+        raise UserError("--out is required: a new run folder (or --dry-run, to show the plan only)")
+    Run.check_free(out)
+
+
+def _checkpoint(model: str | Path) -> Path:
+    """The folder of a model, of a run or in the hub's cache.
+
+    Raises:
+        UserError: the folder has no model, adapters only, or custom code.
+    """
+    source = Path(model_folder(model))
+    if not source.is_dir():
+        try:
+            source = Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.h5"]))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no model at {str(model)!r}: expected a folder or a hub id ({first_line(error)})"
+            ) from error
+    config = _config(source)
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(f"{source} is a model with custom code, which striate never runs: it cannot be pruned")
+    check_config(str(source))
+    return source
+
+
+def _config(source: Path) -> dict[str, Any]:
+    try:
+        return json.loads((source / CONFIG).read_bytes())
+    except FileNotFoundError:
+        return {}  # `check_config` raises the error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source / CONFIG} cannot be read: {error}") from None

@@ -1,0 +1,197 @@
+"""The verbs `align` and `tune`: train a model on records, and write the result into a run folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from striate.data import Records, read
+from striate.distributed import init_distributed
+from striate.errors import UserError
+from striate.region import FILE as REGION_FILE
+from striate.region import Region
+from striate.roundtrip import verify
+from striate.runs.run import Run
+from striate.runs.stage import Resume, Stage
+from striate.runs.training_card import model_card
+from striate.runs.training_log import RunLog
+from striate.train import (
+    ALIGN,
+    TUNE,
+    Trained,
+    TrainOptions,
+    check_images,
+    check_teacher,
+    check_tuning,
+    sample_records,
+)
+from striate.train import align as align_model
+from striate.train import tune as tune_model
+from striate.train.loop import MOST_SKIPPED
+from striate.train.precision import dtypes_of, size_in
+from striate.train.saved import check_room
+from striate.vlm import Vlm, load
+
+
+def align(
+    model: str | Path,
+    *,
+    data: Path,
+    out: Path,
+    images: Path | None = None,
+    allow_urls: bool = False,
+    tower: bool = False,
+    resume: Resume = False,
+    force: bool = False,
+    progress: bool = False,
+    options: TrainOptions = ALIGN,
+) -> Run:
+    """Stage 1: train the projector alone, so that image features mean something to the language model.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        data: records: JSON, JSONL, Parquet, a folder of these or a hub data set.
+        out: the run folder to write.
+        images: the folder that image paths are relative to; default: the folder of the data.
+        allow_urls: download images given as URLs.
+        tower: train the vision encoder too, for one with fresh weights.
+        resume: resume the interrupted run in `out`; auto: resume if there is one, else start.
+        force: resume although data, model, code or options have changed.
+        progress: show a progress bar.
+        options: training options.
+
+    Raises:
+        UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
+    """
+    arguments = {"model": model, "data": data, "images": images, "allow_urls": allow_urls, "tower": tower}
+    stage = Stage("align", out, arguments, options, init_distributed(options.device))
+    previous = stage.previous(resume, force=force)
+    if previous and previous.info["status"] == "finished":
+        return previous
+    vlm = _open_model(model, options)
+    records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+    check_images(records)
+    with stage.recording(previous) as run:
+        log = _begin(run, vlm, records, stage, progress=progress)
+        _end(run, align_model(vlm, records, tower=tower, options=options, log=log, state=run.state), stage)
+    return run
+
+
+def tune(
+    model: str | Path,
+    *,
+    data: Path,
+    out: Path,
+    images: Path | None = None,
+    allow_urls: bool = False,
+    region: str = "uniform:25%",
+    samples: int | str | None = None,
+    method: Literal["auto", "full", "lora"] = "auto",
+    projector: Literal["train", "freeze"] = "train",
+    rank: int = 128,
+    alpha: int = 256,
+    dropout: float = 0.05,
+    teacher: str | None = None,
+    distillation: float = 0.5,
+    resume: Resume = False,
+    force: bool = False,
+    progress: bool = False,
+    options: TrainOptions = TUNE,
+) -> Run:
+    """Stage 2: visual instruction tuning of a region of the decoder's layers, and of the projector.
+
+    Args:
+        model: a model folder, a run folder or a hub id.
+        data: records: JSON, JSONL, Parquet, a folder of these or a hub data set.
+        out: the run folder to write.
+        images: the folder that image paths are relative to; default: the folder of the data.
+        allow_urls: download images given as URLs.
+        region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
+        samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
+            are contained in larger ones; default: all.
+        method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
+        projector: train or freeze the projector.
+        rank: LoRA rank.
+        alpha: LoRA alpha; updates are scaled by alpha / rank.
+        dropout: LoRA dropout.
+        teacher: a model to distill from, which stays in memory.
+        distillation: the teacher's share of the loss, in (0, 1].
+        resume: resume the interrupted run in `out`; auto: resume if there is one, else start.
+        force: resume although data, model, code or options have changed.
+        progress: show a progress bar.
+        options: training options.
+
+    Raises:
+        UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
+    """
+    arguments: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
+    arguments |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector}
+    arguments |= {"rank": rank, "alpha": alpha, "dropout": dropout}
+    arguments |= {"teacher": teacher, "distillation": distillation if teacher else None}
+    check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout, distillation=distillation)
+    stage = Stage("tune", out, arguments, options, init_distributed(options.device))
+    previous = stage.previous(resume, force=force)
+    if previous and previous.info["status"] == "finished":
+        return previous
+    vlm = _open_model(model, options)
+    chosen = Region.parse(region, vlm.depth)
+    records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+    subset = sample_records(records, samples, seed=options.seed)
+    teacher_vlm = None if teacher is None else load(teacher, device=options.device, attn=options.attn)
+    if teacher_vlm is not None:
+        check_teacher(teacher_vlm, vlm)
+    with stage.recording(previous) as run:
+        run.write_region(chosen)
+        log = _begin(run, vlm, records, stage, progress=progress)
+        trained = tune_model(
+            vlm, subset, region=chosen, method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout,
+            teacher=teacher_vlm, distillation=distillation, options=options, log=log, state=run.state,
+        )  # fmt: skip
+        _end(run, trained, stage)
+    return run
+
+
+def _open_model(model: str | Path, options: TrainOptions) -> Vlm:
+    """Load the model; one to be quantized or sharded is moved to its device in parts, later."""
+    in_parts = options.frozen_layers == "nf4" or options.shard
+    vlm = load(model, device="cpu" if in_parts else options.device, attn=options.attn, dequantize=True)
+    _ = vlm.processor  # raises an error if it does not fit the model, before anything is written
+    return vlm
+
+
+def _begin(run: Run, vlm: Vlm, records: Records, stage: Stage, *, progress: bool) -> RunLog:
+    """List skipped records and start the log.
+
+    Raises:
+        UserError: too many records are bad, or the trained model does not fit on the disk.
+    """
+    run.skip(*({"source": record.source, "reason": record.reason} for record in records.skipped))
+    total = len(records.records) + len(records.skipped)
+    if len(records.skipped) > MOST_SKIPPED * total:
+        first = records.skipped[0]
+        raise UserError(
+            f"{len(records.skipped)} of {total} records are bad, more than {MOST_SKIPPED:.0%}; "
+            f"the first is {first.source}: {first.reason}"
+        )
+    for note in vlm.notes if stage.rank.first else ():
+        run.warn(note)
+    check_room(run.path, size_in(vlm.model, dtypes_of(vlm.model)))
+    return RunLog(run, bar=progress and stage.rank.first, report_to=stage.options.report_to)
+
+
+def _end(run: Run, trained: Trained, stage: Stage) -> None:
+    """Write the checkpoint with its card and region, verify it, and delete the saved states."""
+    run.update(training=trained.to_json())
+    if trained.stopped:
+        steps = f"step {trained.steps} of {trained.total_steps}"
+        raise KeyboardInterrupt(f"stopped and saved at {steps}; the same command with --resume continues")
+    if not stage.rank.first:
+        return
+    trained.vlm.model.save_pretrained(run.checkpoint)
+    trained.vlm.processor.save_pretrained(run.checkpoint)
+    trained.region.save(run.checkpoint / REGION_FILE)
+    (run.checkpoint / "README.md").write_text(model_card(run.info, trained.region), encoding="utf-8")
+    if note := verify(trained.vlm, run.checkpoint, attn=stage.options.attn, sharded=stage.options.shard):
+        run.warn(note)
+    shutil.rmtree(run.state, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""The model card of a trained checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from striate.region import Region
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [striate, visual-region]
+---
+
+# {name}
+
+`{parent}` after `striate {verb}`: {what}. All other weights are unchanged.
+
+Region, {count} of {depth} decoder layers ({fraction:.0%}): `{region}`{origin}
+
+{diagram}
+
+| | |
+|---|---|
+| parameters trained | {trainable:,} of {total:,} |
+| steps, records | {steps:,}, {samples:,} |
+| data | `{data}` |
+| seconds | {seconds:.0f} |
+| versions | {versions} |
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")
+processor = AutoProcessor.from_pretrained("path/to/this/folder")
+```
+
+The recipe, as it ran:
+
+```json
+{recipe}
+```
+"""
+
+
+def model_card(info: dict[str, Any], region: Region) -> str:
+    """Markdown from the content of run.json and the region that was trained."""
+    training = info["training"]
+    parts = [f"{len(region)} decoder layers"] * bool(region.layers)
+    parts += [name for name in ("projector", "tower") if training["groups"].get(name)]
+    return CARD.format(
+        name=info["name"],
+        parent=info["parent"],
+        verb=info["verb"],
+        what=f"trained {', '.join(parts)} ({training['method']})",
+        count=len(region),
+        depth=region.depth,
+        fraction=region.fraction,
+        region=region,
+        origin=f" ({region.origin})" if region.origin and region.origin != str(region) else "",
+        diagram="".join("■" if layer in region else "□" for layer in range(region.depth)),
+        trainable=training["trainable_parameters"],
+        total=training["total_parameters"],
+        steps=training["steps"],
+        samples=training["samples"],
+        data=info["options"]["data"],
+        seconds=training["seconds"],
+        versions=", ".join(f"{name} {version}" for name, version in info["versions"].items()),
+        recipe=json.dumps(info["options"], indent=2, default=str),
+    )

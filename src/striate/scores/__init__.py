@@ -1,0 +1,149 @@
+"""Layer scores of a vision-language model, and its perplexity with groups of layers reverted to the backbone.
+
+`score` measures any of `METRICS` over a sample of records; `revert` is the paper's Figure 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from striate.data import Records
+from striate.distributed import Rank
+from striate.errors import UserError
+from striate.region import Region
+from striate.scores import weights
+from striate.scores.metrics import METRICS, choose, measure
+from striate.scores.revert import Reversion, parse_groups
+from striate.scores.revert import revert as revert_batches
+from striate.scores.sampling import RecordSample, Sampling
+from striate.scores.table import Metric, Score, Scores, order, rank_correlation
+from striate.vlm import Vlm
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Reversion",
+    "Score",
+    "Scores",
+    "assemble_scores",
+    "choose",
+    "measure",
+    "order",
+    "parse_groups",
+    "rank_correlation",
+    "revert",
+    "revert_samples",
+    "score",
+]
+
+OnBad = Literal["stop", "skip"]
+
+
+def score(
+    vlm: Vlm,
+    records: Records | None = None,
+    *,
+    metrics: str | Sequence[str] = "all",
+    backbone: str | None = None,
+    samples: int = 64,
+    batch: int = 8,
+    max_length: int = 2048,
+    seed: int = 0,
+    on_bad_record: OnBad = "stop",
+) -> Scores:
+    """Layer scores of a model: attention on the image, change of the hidden states, effect of a layer on the answers.
+
+    Args:
+        vlm: the model; scores of weights compare its checkpoint on disk, `vlm.source`.
+        records: records with answers; scores of weights alone need none.
+        metrics: names of scores, separated by commas; default: all scores whose inputs are given.
+        backbone: the language model before visual training, for scores that compare with it; a folder.
+        samples: number of records to measure, sampled from those with an answer.
+        batch: records per forward pass; the scores do not depend on it.
+        max_length: maximum number of tokens of a record, image tokens included; longer text is truncated at its end.
+        seed: random seed of the sampling.
+        on_bad_record: stop at a record that cannot be used, or skip it.
+
+    Raises:
+        UserError: a score is unknown or lacks records, images or a backbone, a record cannot be used, or the weights
+            give NaN or Inf.
+    """
+    sampling = Sampling(samples, batch, max_length, seed, on_bad_record)
+    sample = RecordSample(()) if records is None else sampling.draw(records)
+    names = choose(metrics, backbone=backbone is not None, data=records is not None, images=sample.has_images)
+    weight_names = [name for name in names if name in weights.METRICS]
+    scores: list[Score] = []
+    if weight_names and backbone is not None:
+        scores += weights.weight_scores(vlm.source, backbone, names=weight_names)
+    for measured in measure(vlm, names, partial(sampling.show_batches, vlm, sample, progress=False), backbone=backbone):
+        scores += measured
+    return assemble_scores({score.name: score for score in scores}, vlm.source)
+
+
+def revert(
+    vlm: Vlm,
+    groups: str | Sequence[str],
+    *,
+    backbone: str | None = None,
+    visual: Records | None = None,
+    text: Records | None = None,
+    samples: int = 64,
+    batch: int = 8,
+    max_length: int = 2048,
+    seed: int = 0,
+    on_bad_record: OnBad = "stop",
+) -> dict[str, Reversion]:
+    """Perplexity with groups of layers reverted to the backbone: what they learned (Wang et al. 2025, Figure 1, left).
+
+    Args:
+        vlm: the model.
+        groups: layers to revert: 8-15,16-23 (two groups), each (every layer alone), sliding:8.
+        backbone: the language model before visual training; a folder; None for a model with unmerged adapters.
+        visual: records with images and answers.
+        text: records without images, or plain text.
+        samples: number of records per set, sampled from those with an answer.
+        batch: records per forward pass; the results do not depend on it.
+        max_length: maximum number of tokens of a record, image tokens included; longer text is truncated at its end.
+        seed: random seed of the sampling.
+        on_bad_record: stop at a record that cannot be used, or skip it.
+
+    Raises:
+        UserError: no records are given, a group is unknown, the backbone does not match (names the tensor), or a record
+            cannot be used.
+    """
+    sampling = Sampling(samples, batch, max_length, seed, on_bad_record)
+    sets = {kind: records for kind, records in (("visual", visual), ("text", text)) if records is not None}
+    if not sets:
+        raise UserError("revert needs visual records, text records, or both")
+    samples_by_kind = {kind: sampling.draw(records) for kind, records in sets.items()}
+    return revert_samples(vlm, parse_groups(groups, vlm.depth), sampling, samples_by_kind, backbone=backbone)
+
+
+def revert_samples(
+    vlm: Vlm,
+    groups: Mapping[str, Region],
+    sampling: Sampling,
+    samples: Mapping[str, RecordSample],
+    *,
+    backbone: str | Path | None,
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
+    progress: bool = False,
+) -> dict[str, Reversion]:
+    """Perplexity of each sample of records, by the sample's name, with each group of layers reverted."""
+    with ExitStack() as stack:
+        streams = (
+            (kind, sampling.show_batches(vlm, sample, kind, progress=progress)) for kind, sample in samples.items()
+        )
+        sets = {kind: stack.enter_context(closing(stream)) for kind, stream in streams}
+        return revert_batches(vlm, groups, backbone=backbone, sets=sets, rank=rank)
+
+
+def assemble_scores(scores: Mapping[str, Score], model: str | Path, *, partial: bool = False) -> Scores:
+    """Scores of one model as a table, in the order of `METRICS`; `partial`: more scores will follow."""
+    ordered = {name: scores[name] for name in METRICS if name in scores}
+    depth, samples = (max(sizes) for sizes in zip(*((len(s.values), s.n) for s in scores.values()), strict=True))
+    return Scores(str(model), depth, samples, ordered, partial)

@@ -1,0 +1,133 @@
+"""A forward pass that can be rerun from any decoder layer on.
+
+Outputs that are expensive and do not change are recorded: those of tower and projector, and the hidden state below the
+layer in question. All else is the model's own code: the layers above, masks, position embeddings by kind of layer,
+features added between layers (DeepStack), final norm, head and soft-capping. The layers below only pass the recorded
+state on, so no family needs code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from striate.data import Batch
+from striate.scores.likelihood import AnswerTokens
+from striate.trace import layer_input
+from striate.vlm import Vlm
+from striate.vlm.modes import Forward, override_forward
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""The output of a changed layer [B, T, D], from its input and its unchanged output."""
+
+
+class Replay:
+    """One clean forward pass over a batch of B samples, and reruns of it from any layer on.
+
+    `logits` [N, V] are those of the clean pass at answer positions. The output of every layer is recorded, depth x B x
+    T x D numbers: about the size of the logits at all positions, which are never computed. A rerun from layer l costs
+    depth - l layers, and one with layer l changed a layer less: all layers together about depth / 2 forward passes.
+    Gradients must be off.
+    """
+
+    def __init__(self, vlm: Vlm, batch: Batch, answers: AnswerTokens) -> None:
+        self.vlm, self.batch, self.answers = vlm, batch, answers
+        self.layers = list(vlm.layers)
+        senses = [vlm.tower, *(part for part in vlm.projector if isinstance(part, nn.Module))]
+        self._encoded: dict[nn.Module, list[Any]] = {module: [] for module in senses}  # outputs of tower and projector
+        self._outputs: list[Any] = []  # one per layer
+        recorders = {module: _recorder(module, outputs, copy) for module, outputs in self._encoded.items()}
+        with override_forward(recorders | {layer: _recorder(layer, self._outputs, _clone) for layer in self.layers}):
+            self.logits = answers.logits(vlm, batch)
+        self._resumes = self._can_resume()
+
+    def run(self, start: int = 0) -> Tensor:
+        """Logits [N, V] of the decoder as it is now, from layer `start` on; layers below replay their outputs."""
+        senses = {module: _player(outputs) for module, outputs in self._encoded.items() if outputs}
+        with override_forward(senses | self._players_below(start) if self._resumes else {}):
+            return self.answers.logits(self.vlm, self.batch)
+
+    def run_with(self, layer: int, change: Change) -> Tensor:
+        """Logits [N, V] with one layer changed."""
+        own, output = self.layers[layer].forward, self._outputs[layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # Where a layer passes on more than the hidden state, it has to run.
+            leaving = output if self._resumes else own(*args, **kwargs)
+            return replace_hidden(leaving, change(layer_input(args, kwargs), _hidden(leaving)))
+
+        with override_forward({self.layers[layer]: forward}):
+            return self.run(layer)
+
+    def _players_below(self, start: int) -> dict[nn.Module, Forward]:
+        """Forward functions of the layers below: the uppermost replays its output, the others return their input."""
+        if not start:
+            return {}
+        *others, uppermost = self.layers[:start]
+        below = self._outputs[start - 1]
+        idle: dict[nn.Module, Forward] = {
+            layer: lambda *args, **kwargs: replace_hidden(below, layer_input(args, kwargs)) for layer in others
+        }
+        # A copy: the model may write into its input when it adds features between layers.
+        return idle | {uppermost: lambda *args, **kwargs: _clone(below)}
+
+    def _can_resume(self) -> bool:
+        """Whether a rerun of the last layer alone gives the clean logits.
+
+        It does not where layers exchange more than the hidden state (such as keys and values of a layer below). There
+        every rerun starts from the first layer: slower, and correct.
+        """
+        self._resumes = True
+        try:
+            logits = self.run(len(self.layers) - 1)
+        except (LookupError, AttributeError, TypeError):  # the last layer needs more from the layers below
+            return False
+        scale = self.logits.abs().max()
+        return bool(((logits - self.logits).abs() <= 1e-3 * scale).all())
+
+
+def _recorder(module: nn.Module, outputs: list[Any], duplicate: Callable[[Any], Any]) -> Forward:
+    own = module.forward
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        outputs.append(duplicate(output))  # Qwen's model writes into the tower's output, others into hidden states
+        return output
+
+    return record
+
+
+def _player(outputs: list[Any]) -> Forward:
+    """A forward function that returns the recorded outputs, one per call."""
+    left = iter(outputs)
+    return lambda *args, **kwargs: copy(next(left))
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden state in a layer's output, which is a tuple in some families."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _clone(output: Any) -> Any:
+    return replace_hidden(output, _hidden(output).clone())
+
+
+def replace_hidden(output: Any, hidden: Tensor) -> Any:
+    """A layer's output with another hidden state: the tensor, or the first entry of a tuple."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def divergence(logits: Tensor, changed: Tensor, *, rows: int = 256) -> Tensor:
+    """KL(p || q) [N] in nats, >= 0, of the distributions p of `logits` and q of `changed`, both [N, V].
+
+    In float32, `rows` tokens at a time: the logits of many tokens over a large vocabulary take gigabytes.
+    """
+    parts = []
+    for one, other in zip(logits.split(rows), changed.split(rows), strict=True):
+        log_p, log_q = one.float().log_softmax(-1), other.float().log_softmax(-1)
+        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.cat(parts)

@@ -1,0 +1,235 @@
+"""Layer scores with their standard errors, and the file `scores.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from striate.errors import UserError, nearest
+from striate.region import Region, rank_layers, read_scores, region_by_score
+
+KINDS = ("image", "text", "prompt", "answer")  # of token; "text" = prompt and answer
+WIDE = 10.0
+"""Values that span more than this factor are shown on a logarithmic scale."""
+MOST_SAMPLES = 200
+"""Maximum number of single samples per score in the file."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The description of a score.
+
+    `needs` names its inputs: "records", "images" in some of them, "backbone" (the weights of the language model before
+    visual training). `direction` "high": high values mean important.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    range: str
+    source: str
+    direction: str = "high"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One value per decoder layer, with its source.
+
+    `values` and `stderr` have one entry per layer (`stderr` is None for scores of weights, which have no samples).
+    `parts` splits the score by kind of token ("image", "prompt", "answer", "text" = prompt and answer), each with one
+    entry per layer, NaN without such tokens. `table` [start][length - 1] is for scores of blocks of layers.
+    `samples` [sample][layer] are the single measurements, with `values` as their mean. `n` is the number of samples.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    stderr: tuple[float, ...] | None = None
+    n: int = 0
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    table: tuple[tuple[float, ...], ...] | None = None
+    samples: tuple[tuple[float, ...], ...] | None = None
+    direction: str = "high"
+    range: str = ""
+    source: str = ""
+
+    @classmethod
+    def of_samples(
+        cls, metric: Metric, samples: Tensor, *, parts: Mapping[str, Tensor] | None = None, **about: Any
+    ) -> Score:
+        """Mean over samples and its standard error.
+
+        `samples` [N, L] holds one value per sample and layer, `parts` the same by kind of token; NaN leaves a sample
+        out, as one without such tokens. `about` are the other fields.
+        """
+        known = samples.double()
+        counts = (~known.isnan()).sum(0)
+        values = known.nanmean(0)
+        squares = (known - values).square().nansum(0) / (counts - 1).clamp(min=1)
+        stderr = (squares / counts).sqrt().where(counts > 1, torch.nan)
+        split = {kind: _floats(part.double().nanmean(0)) for kind, part in (parts or {}).items()}
+        n = int(counts.max()) if len(known) else 0
+        rows = tuple(_floats(row) for row in known)
+        return cls.of(metric, _floats(values), stderr=_floats(stderr), n=n, parts=split, samples=rows, **about)
+
+    @classmethod
+    def of(cls, metric: Metric, values: tuple[float, ...], **about: Any) -> Score:
+        """A score with the range, direction and source of its metric."""
+        return cls(metric.name, values, range=metric.range, source=metric.source, direction=metric.direction, **about)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"values", "stderr", "image", "text", "direction", "range", "source", "n", ...}`, null where unknown.
+
+        `samples` has the first `MOST_SAMPLES`, rounded to six significant digits.
+        """
+        data: dict[str, Any] = {"values": self.values, "stderr": self.stderr, **self.parts}
+        data |= {"direction": self.direction, "range": self.range, "source": self.source, "n": self.n}
+        if self.table is not None:
+            data["table"] = self.table
+        if self.samples is not None:
+            data["samples"] = [[float(f"{value:.6g}") for value in row] for row in self.samples[:MOST_SAMPLES]]
+        return {key: _without_nan(value) for key, value in data.items()}
+
+    @classmethod
+    def from_json(cls, name: str, data: Mapping[str, Any]) -> Score:
+        """The inverse of `to_json`. Raises `LookupError`, `TypeError` or `ValueError` for data in another format."""
+        rows = {key: tuple(map(_with_nan, data[key])) for key in ("table", "samples") if data.get(key) is not None}
+        return cls(
+            name,
+            _with_nan(data["values"]),
+            stderr=None if data.get("stderr") is None else _with_nan(data["stderr"]),
+            n=int(data.get("n", 0)),
+            parts={kind: _with_nan(data[kind]) for kind in KINDS if kind in data},
+            direction=str(data.get("direction", "high")),
+            range=str(data.get("range", "")),
+            source=str(data.get("source", "")),
+            **rows,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one model of `depth` decoder layers, measured over `samples` records: the file scores.json.
+
+    `scores` has them by name. `partial`: the measurement was interrupted before all samples were measured.
+    """
+
+    model: str
+    depth: int
+    samples: int
+    scores: Mapping[str, Score]
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        for name, score in self.scores.items():
+            if len(score.values) != self.depth:
+                raise UserError(f"{name} has {len(score.values)} values for {self.depth} decoder layers")
+
+    def __getitem__(self, name: str) -> Score:
+        """A score by name. Raises `UserError` with the nearest name when it does not exist."""
+        if name not in self.scores:
+            raise UserError(f"no score {nearest(name, self.scores)}")
+        return self.scores[name]
+
+    def top(self, name: str, size: int | str, *, form: Literal["top", "bottom", "spread"] = "top") -> Region:
+        """The region of the most important layers by a score: 8, or "25%" of all.
+
+        With "bottom" the least important ones, with "spread" the most important of each of as many equal stretches.
+        Raises `UserError` when the score does not exist or the model has fewer layers.
+        """
+        return region_by_score(form, size, self[name].values, self[name].direction, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"model", "depth", "samples", "partial", "scores": {name: {"values": [...], ...}}}`."""
+        scores = {name: score.to_json() for name, score in self.scores.items()}
+        return {"model": self.model, "depth": self.depth, "samples": self.samples, "partial": self.partial} | {
+            "scores": scores
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Scores:
+        """The inverse of `to_json`; raises `UserError` when `data` has another format."""
+        try:
+            scores = {name: Score.from_json(name, score) for name, score in data["scores"].items()}
+            about = str(data.get("model", "")), int(data["depth"]), int(data.get("samples", 0))
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"not in the format of layer scores: {type(error).__name__}: {error}") from None
+        return cls(*about, scores, bool(data.get("partial", False)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_json(), allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read saved scores: a JSON file, or a folder that holds one. Raises `UserError` when they cannot be read."""
+        try:
+            return cls.from_json(read_scores(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def order(score: Score) -> tuple[int, ...]:
+    """All layers, the most important first; layers of equal value from the bottom up, layers without value last."""
+    return tuple(rank_layers(score.values, score.direction))
+
+
+def shades(score: Score) -> tuple[float, ...]:
+    """The shade of each layer in a plot, from 0 for the lowest value to 1 for the highest, NaN without a value.
+
+    Shades are linear in the value, or in its logarithm where positive values span more than a factor of ten: otherwise
+    one outlier would leave no difference among the others.
+    """
+    finite = [value for value in score.values if math.isfinite(value)]
+    if not finite:
+        return score.values
+    low, high = min(finite), max(finite)
+    scale: Callable[[float], float] = math.log if low > 0 and high > WIDE * low else float
+    start, span = scale(low), scale(high) - scale(low) or 1.0
+    return tuple((scale(value) - start) / span if math.isfinite(value) else math.nan for value in score.values)
+
+
+def rank_correlation(one: Score, other: Score) -> float:
+    """Spearman's rank correlation of the importance of layers by two scores, in -1..1.
+
+    Equal values share the mean of their ranks (Pearson's correlation of these ranks). Layers that lack either value are
+    left out; NaN with fewer than two layers, or when a score is constant.
+    """
+    signs = [-1 if score.direction == "low" else 1 for score in (one, other)]
+    pairs = [
+        (signs[0] * a, signs[1] * b)
+        for a, b in zip(one.values, other.values, strict=True)
+        if math.isfinite(a) and math.isfinite(b)
+    ]
+    ranks = [_ranks(column) for column in zip(*pairs, strict=True)]
+    if len(pairs) < 2 or any(len(set(column)) == 1 for column in ranks):
+        return math.nan
+    return float(torch.corrcoef(torch.tensor(ranks, dtype=torch.float64))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value, from 1; equal values share the mean of their ranks."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
+
+
+def _floats(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.tolist())
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN and Inf as null, since JSON has neither."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(math.nan if value is None else float(value) for value in values)

@@ -1,0 +1,1 @@
+"""Many models, many runs, figures, reports."""

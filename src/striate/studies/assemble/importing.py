@@ -1,0 +1,190 @@
+"""The import of an original checkpoint: configs, processor and weights put together, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from striate.errors import UserError, first_line
+from striate.roundtrip import check_new
+from striate.runs.run import Run
+from striate.studies.assemble.images import Aspect, for_tower, pad_to_square
+from striate.studies.assemble.original import (
+    Original,
+    check,
+    expected_shapes,
+    gather,
+    llava_config,
+    local,
+    num_layers,
+    read_json,
+    text_config,
+    vision_config,
+)
+from striate.studies.assemble.templates import IMAGE_TOKEN, wording
+from striate.vlm.template import set_stop_tokens
+from striate.weights import StoredTensor, write
+
+EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+
+def import_original(
+    path: str,
+    *,
+    out: Path,
+    vision: str | None = None,
+    llm: str | None = None,
+    template: str | None = None,
+    aspect: Aspect | None = None,
+    dtype: str | None = None,
+) -> Run:
+    """An original LLaVA-1.5 or Bunny checkpoint as a plain one; see `assemble` for the arguments.
+
+    Raises:
+        UserError: a part is missing or does not fit.
+    """
+    original = Original.open(path)
+    tower = None if vision is None else local(vision)
+    base = _base(original, llm)
+    text = text_config(original.config if base is None else _base_fields(original, base), original.family)
+    seen = vision_config(original, tower)
+    found = gather(original, base, tower)
+    text.tie_word_embeddings = bool(text.tie_word_embeddings and _one_table(found))
+    config = llava_config(original, text, seen, layers=num_layers(found))
+    check(found, expected_shapes(config))
+    tokenizer = _tokenizer(original.folder if base is None or _has_tokenizer(original.folder) else base, text)
+    talk = wording(template or original.family.wording, tokenizer)
+    found = _with_image_token(found, config, text, tokenizer)
+    if dtype is not None:
+        found = {name: one.cast(getattr(torch, dtype)) for name, one in found.items()}
+    config.dtype = found[EMBEDDINGS[0]].dtype
+    padding = (aspect or original.config.get("image_aspect_ratio")) == "pad"
+    processor = _processor(config, seen, tokenizer, _image_processor(seen, tower, padding), talk.template)
+    generation = _generation(original.folder if base is None else base)
+    set_stop_tokens(generation, processor)
+    options = {"import": path, "vision": vision, "llm": llm, "template": template, "aspect": aspect, "dtype": dtype}
+    run = Run.create(out, verb="assemble", options=options, parent=path)
+    with run.recording():
+        run.checkpoint.mkdir()
+        write(run.checkpoint, (replace(one, name=name) for name, one in found.items()))
+        for part in (config, processor, generation):
+            part.save_pretrained(run.checkpoint)
+        if note := check_new(run.checkpoint):
+            run.warn(note)
+        run.update(depth=text.num_hidden_layers, parameters=sum(math.prod(one.shape) for one in found.values()))
+    return run
+
+
+def _one_table(found: dict[str, StoredTensor]) -> bool:
+    """Whether embeddings and head are equal, as a config that ties them says; a second copy is removed.
+
+    `transformers` ties them only then.
+    """
+    embeddings, head = (found.get(name) for name in EMBEDDINGS)
+    if head is None or embeddings is None:
+        return True
+    if tied := torch.equal(embeddings.read(), head.read()):
+        del found[EMBEDDINGS[1]]
+    return tied
+
+
+def _base(original: Original, llm: str | None) -> Path | None:
+    """The folder of the base language model, if the checkpoint has none."""
+    if not original.needs_base:
+        return None
+    if llm is None:
+        adapter = original.adapter()
+        name = adapter.base if adapter else original.config.get("_name_or_path", "its base model")
+        what = "LoRA deltas" if adapter else "a projector alone"
+        raise UserError(f"{original.folder} holds {what}: give --llm, the language model they were made for ({name})")
+    return local(llm)
+
+
+def _base_fields(original: Original, base: Path) -> dict[str, Any]:
+    fields = read_json(base / "config.json")
+    if fields.get("model_type") != original.family.text:
+        raise UserError(f"{base} is a {fields.get('model_type')} model: {original.family.text} was expected (--llm)")
+    return fields
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _tokenizer(folder: Path, text: PreTrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with an image token and a padding token."""
+    try:  # the config says which language model it is; the folder's own may be of an unknown type
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=text, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load a tokenizer from {folder}: {first_line(error)}") from error
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _with_image_token(
+    found: dict[str, StoredTensor], config: LlavaConfig, text: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, StoredTensor]:
+    """Add rows of the vocabulary for new tokens, and update the configs.
+
+    Each is the mean of all others: its logit is then the mean logit, which is never the largest.
+    """
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.image_token_index = int(tokenizer.get_vocab()[IMAGE_TOKEN])
+    config.pad_token_id = tokenizer.get_vocab()[str(tokenizer.pad_token)]
+    size = text.vocab_size
+    rows = max(len(tokenizer), size)
+
+    def grow(table: Tensor) -> Tensor:
+        mean = table.float().mean(0, keepdim=True).to(table.dtype)
+        return torch.cat([table, mean.expand(rows - size, table.shape[1])])
+
+    text.vocab_size = rows
+    tables = {name: found[name] for name in EMBEDDINGS if name in found and rows > size}
+    return found | {name: one.transform(grow, shape=(rows, one.shape[1])) for name, one in tables.items()}
+
+
+def _image_processor(vision: PreTrainedConfig, tower: Path | None, padding: bool) -> Any:
+    own = for_tower(vision)
+    if tower is not None and (tower / "preprocessor_config.json").is_file():
+        own = AutoImageProcessor.from_pretrained(tower, use_fast=False, trust_remote_code=False)
+    return pad_to_square(own) if padding else own
+
+
+def _processor(
+    config: LlavaConfig, vision: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, images: Any, template: str
+) -> LlavaProcessor:
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
+        chat_template=template,
+    )
+
+
+def _generation(folder: Path) -> GenerationConfig:
+    """The generation config; greedy, without sampling settings that greedy decoding rejects."""
+    if not (folder / "generation_config.json").is_file():
+        return GenerationConfig()
+    generation = GenerationConfig.from_pretrained(folder)
+    if not generation.do_sample:  # vicuna's sets a temperature without sampling, which is refused when it is saved
+        generation.temperature = generation.top_p = generation.top_k = None
+    return generation

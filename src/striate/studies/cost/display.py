@@ -1,0 +1,119 @@
+"""The table of a cost: of a region, and of all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from rich.table import Table
+
+from striate.studies.cost.fake_model import FakeModel
+from striate.studies.cost.machine import Machine
+from striate.studies.cost.parallelism import Parallelism
+from striate.studies.cost.step import Memory, Step
+
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "activations": "activations",
+    "logits": "logits and loss",
+    "temporary": "temporary",
+    "peak": "peak",
+}
+UNSEEN = "\nThe tower, which needs a real image, is counted by its weights, not run."
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several."""
+
+    name: str
+    step: Step
+    everything: Step
+    machine: Machine
+    parallelism: Parallelism
+    fake_model: FakeModel
+
+    @property
+    def seconds(self) -> float:
+        """Of an optimizer step."""
+        return self.parallelism.seconds(self.step, *self.machine.reached)
+
+    def __rich__(self) -> Table:
+        """One row per quantity: for the region, for all layers, and their ratio."""
+        setup, region = self.step.setup, self.step.region
+        shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title_justify="left", caption_justify="left")
+        shown.title = f"{self.name}\n{_layers(region.layers)} of {region.depth} layers, {_method(self.step)}"
+        shown.add_column("")
+        for title in (f"{len(region)} layers", "all layers", "share"):
+            shown.add_column(title, justify="right", no_wrap=True)
+        for title, own, whole, unit in self._quantities():
+            share = f"{own / whole:.0%}" if whole else ""
+            shown.add_row(title, _quantity(own, unit), _quantity(whole, unit), share)
+        not_run = UNSEEN if self.fake_model.tokens_per_image is None else ""
+        shown.caption = (
+            f"A record: {setup.image_tokens} image, {setup.text_tokens} text, {setup.answer_tokens} answer tokens.\n"
+            f"A step: {setup.batch} records, {setup.micro_batch} per pass"
+            f"{', activations recomputed' if setup.checkpointing else ''}.\n{_machine_line(self.machine)}"
+            f"{_parallelism_line(self.parallelism, setup.devices)}{not_run}\n"
+        )
+        return shown
+
+    def _quantities(self) -> list[tuple[str, float, float, str]]:
+        """Title, the region's, all layers', unit."""
+        steps = (self.step, self.everything)
+        (forward, backward), (all_forward, all_backward) = (step.record_flops for step in steps)
+        rows: list[tuple[str, float, float, str]] = [
+            ("trained parameters", self.step.trainable, self.everything.trainable, ""),
+            ("forward, per record", forward, all_forward, "FLOP"),
+            ("backward, per record", backward, all_backward, "FLOP"),
+        ]
+        for kind in fields(Memory):
+            own, whole = (float(getattr(step.memory, kind.name)) for step in steps)
+            rows.append((f"memory: {KINDS[kind.name]}", own, whole, "B"))
+        if self.step.setup.devices > 1:
+            own, whole = (self.parallelism.memory(step, self.fake_model) for step in steps)
+            rows.append(("memory of each device: peak", own, whole, "B"))
+            rows.append(
+                ("sent by each device, per step", self.parallelism.sent(steps[0]), self.parallelism.sent(steps[1]), "B")
+            )
+        own, whole = (self.parallelism.seconds(step, *self.machine.reached) for step in steps)
+        return [*rows, ("time of a step", own, whole, "s"), ("records per second", *self._rates(own, whole), "")]
+
+    def _rates(self, own: float, whole: float) -> tuple[float, float]:
+        return self.step.setup.batch / own, self.everything.setup.batch / whole
+
+
+def _quantity(value: float, unit: str) -> str:
+    """A number with its unit: 1,640,046,592; 9.80 TFLOP; 17.4 GB; 20.4 s."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if unit in ("s", ""):
+        return f"{value:.3g} {unit}".strip() if value < 1000 else f"{value:,.0f} {unit}".strip()
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}"
+    return f"{value:.0f} {unit}"
+
+
+def _layers(layers: tuple[int, ...]) -> str:
+    text = ",".join(map(str, layers))
+    return f"{len(layers)}" if len(text) > 30 else text or "none"
+
+
+def _method(step: Step) -> str:
+    method = f"LoRA of rank {step.setup.rank}" if step.setup.method == "lora" else "full weights"
+    return f"{method}, projector {'trained' if step.setup.projector else 'frozen'}"
+
+
+def _parallelism_line(parallelism: Parallelism, devices: int) -> str:
+    if devices == 1:
+        return ""
+    way = "weights sharded" if parallelism.shard else "weights whole on each"
+    return f"\n{devices} of them, {way}, each sending {parallelism.link / 1e9:g} GB/s while it computes."
+
+
+def _machine_line(machine: Machine) -> str:
+    rate, bandwidth = machine.reached
+    share = f" ({machine.efficiency:.0%} of its peak)" if machine.efficiency < 1 else ""
+    return f"Time on {machine.name}: {rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s{share}."

@@ -1,0 +1,168 @@
+"""The sections of a training step, each counted by running it: images, decoder layers, head and loss."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from striate.studies.cost.fake_model import FakeModel, holder
+from striate.studies.cost.tally import Tally, Work
+from striate.vlm import linear_in
+
+Trained = Literal["full", "lora"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one section of a training step does and holds, on one device.
+
+    `kept` are the bytes that its forward pass leaves for the backward pass, its result among them; `rise` the most
+    bytes held during the forward pass, `fall` during the backward pass, on top of what was there before it
+    began. `trained` counts parameters.
+    """
+
+    forward: Work
+    backward: Work = Work()  # noqa: RUF009 - frozen
+    kept: int = 0
+    rise: int = 0
+    fall: int = 0
+    trained: int = 0
+
+
+def measure(fake_model: FakeModel, forward: Callable[[], torch.Tensor], *, trained: int = 0) -> Section:
+    """Run a section forward and, where its result has a gradient, backward."""
+    with fake_model.mode, Tally() as tally:
+        with fake_model.running():
+            result = forward()
+        there, rise, kept = tally.take(), tally.peak, tally.live
+        if not result.requires_grad:
+            return Section(there, rise=rise, trained=trained)
+        tally.peak = tally.live
+        result.backward(torch.empty_like(result))
+        return Section(there, tally.take(), kept=kept, rise=rise, fall=tally.peak, trained=trained)
+
+
+def layer_section(
+    fake_model: FakeModel,
+    layer: nn.Module,
+    call: tuple[torch.Tensor, dict[str, Any]],
+    *,
+    trains: Trained | None,
+    rank: int,
+    upstream: bool,
+    recomputed: bool,
+) -> Section:
+    """A decoder layer, trained or frozen; `upstream`: whether something below it needs a gradient."""
+    given, others = call
+    layer = _copy(fake_model, layer)
+    with fake_model.mode:
+        if trains == "full":
+            _train(layer.parameters())
+        hidden = torch.empty_like(given, requires_grad=upstream)
+    if trains == "lora":
+        _adapt(fake_model, layer, rank)
+
+    def forward() -> torch.Tensor:
+        if recomputed:
+            result = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **others)
+        else:
+            result = layer(hidden, **others)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    return measure(fake_model, forward, trained=_num_trained(layer))
+
+
+def _copy(fake_model: FakeModel, layer: nn.Module) -> nn.Module:
+    """The layer with tensors of its own, of the same shapes and types: fake ones cannot be copied."""
+    with fake_model.mode:
+        fresh: dict[int, Any] = {id(buffer): torch.empty_like(buffer) for buffer in layer.buffers()}
+        for parameter in layer.parameters():
+            fresh[id(parameter)] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+        return copy.deepcopy(layer, fresh)
+
+
+def _adapt(fake_model: FakeModel, layer: nn.Module, rank: int) -> None:
+    """Put LoRA on the linear modules of one layer, as training does: the adapters in float32, dropout and all."""
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and not needed without adapters
+
+    pattern = "|".join(map(re.escape, linear_in(layer)))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=pattern)
+    inject_adapter_in_model(config, layer, low_cpu_mem_usage=True)  # on `meta`: peft cannot make fake tensors
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                with fake_model.mode:
+                    setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+
+
+def _train(parameters: Iterable[nn.Parameter]) -> None:
+    """In float32, as training keeps what it changes."""
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def head_section(fake_model: FakeModel, records: int, tokens: int, answer: int) -> Section:
+    """Final norm, logits of the answers' tokens, and the loss, from the last layer's output."""
+    vlm, inner = fake_model.vlm, holder(fake_model.vlm)
+    name = vlm.parts.layers.rpartition(".")[2]
+    layers = vlm.layers
+    with fake_model.mode:
+        hidden = torch.empty(records, tokens, fake_model.width, dtype=vlm.model.dtype, requires_grad=True)
+        targets = torch.empty(records * answer, dtype=torch.long)
+
+    def forward() -> torch.Tensor:
+        states = inner(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        logits = vlm.head(states[:, -answer:].flatten(end_dim=1))
+        return F.cross_entropy(logits, targets, reduction="none").sum()
+
+    setattr(inner, name, nn.ModuleList())  # what is left of the decoder without its layers
+    try:
+        return measure(fake_model, forward)
+    finally:
+        setattr(inner, name, layers)
+
+
+def vision_section(fake_model: FakeModel, images: int, patches: int, *, trains: bool, whole: bool) -> Section:
+    """Tower and projector for `images` images. The tower is frozen; the projector, with `trains`, is in float32.
+
+    Where a tower cannot run without a real image, every weight is taken to be multiplied with each of `patches`.
+    `whole`: bare parameters beside the projector's modules train as well (LoRA leaves them).
+    """
+    vlm = fake_model.vlm
+    bridge = [p for part in vlm.projector for p in _parameters(part, whole=whole)]
+    with fake_model.mode:
+        for parameter in bridge:
+            parameter.data = parameter.data.to(torch.float32 if trains else vlm.model.dtype)
+            parameter.requires_grad_(trains)
+    trained = sum(parameter.numel() for parameter in bridge) if trains else 0
+    if fake_model.tokens_per_image is not None:
+        return measure(fake_model, partial(fake_model.features, images), trained=trained)
+    tower = _matmuls([p for p in vlm.tower.parameters() if not p.requires_grad], patches)
+    joint = _matmuls(bridge, patches)
+    return Section(tower + joint, joint * 2 if trains else Work(), trained=trained)
+
+
+def _matmuls(weights: list[nn.Parameter], rows: int) -> Work:
+    """Every matrix, or kernel, times `rows` vectors: its own bytes are read, the vectors' stay near."""
+    return Work(Counter((2 * p.numel() * rows, p.numel() * p.element_size()) for p in weights if p.dim() > 1))
+
+
+def _parameters(part: nn.Module | nn.Parameter, *, whole: bool) -> list[nn.Parameter]:
+    if isinstance(part, nn.Module):
+        return list(part.parameters())
+    return [part] if whole else []
+
+
+def _num_trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,117 @@
+"""The headline of the page: the finding in a sentence, and the sentences that qualify it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import fmean, stdev
+
+from striate.studies.report.arms import Arm, start
+from striate.studies.report.compared import difference, interval, of_training, percent, text, visual
+from striate.studies.report.comparison import Comparison, retention
+from striate.studies.report.pairing import compare_unpaired
+
+NAMED = 3  # tied regions that are named
+# Quantiles of Student's t that hold 95 % both ways, by number of seeds; from 10 seeds on that of 10.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def headline(comparison: Comparison) -> tuple[str, list[str]]:
+    """What the best smaller region keeps of the reference, with which regions it is tied, and the remarks on that."""
+    reference, total = comparison.whole, len(comparison.rows)
+    smaller = [arm for arm in comparison.comparable_arms if arm is not reference and _is_smaller(arm)]
+    unpruned = [arm for arm in smaller if not arm.first.pruned] or smaller
+    alike = [arm for arm in unpruned if _amount(arm) == _amount(reference)] or unpruned
+    if not alike:
+        done = sum(bool(row.tasks) for row in comparison.rows)
+        return f"{total} run{'s' * (total > 1)}, {done} with results", []
+    best = max(alike, key=_share)
+    region = best.first.region
+    assert region is not None
+    ties = _name_ties(best, [arm for arm in alike if arm is not best and within_noise(best, arm)])
+    whole = f"the reference {reference.name}{' (all layers)' * (str(reference.first.region) == 'all')}"
+    whole += ", with which it is tied" * within_noise(best, reference)
+    time, whole_time = (arm.mean(of_training("seconds")) for arm in (best, reference))
+    spent = f", in {time.value / whole_time.value:.2f} of the time" if time and whole_time and whole_time.value else ""
+    trained = f"{_label(best)}, {len(region)} of {region.depth} layers,{ties}"
+    sentence = f"{trained} keeps {100 * _share(best):.1f} % of the visual accuracy of {whole}{spent}"
+    return sentence, [*_certainty(best), *_beside(best, reference, len(alike))]
+
+
+def within_noise(arm: Arm, other: Arm) -> bool:
+    """Whether the difference between two arms may be chance.
+
+    Runs of the same seed are compared: of one seed by the interval of `Retention`, of several by Student's interval of
+    the mean difference. Arms without a seed in common are taken as independent.
+    """
+    pairs = [
+        (one, two)
+        for one in arm.measured
+        for two in other.measured
+        if one.info.get("seed") == two.info.get("seed") and not difference(one, two)
+    ]
+    retentions = [kept for one, two in pairs if (kept := retention(one, two))]
+    if not retentions:
+        means = arm.mean(visual), other.mean(visual)
+        apart = compare_unpaired(means[0], means[1]) if means[0] and means[1] else None
+        return apart is not None and apart.noise
+    if len(retentions) == 1:
+        return retentions[0].noise
+    leads = [one.lead.value for one in retentions]
+    return abs(fmean(leads)) <= STUDENT[min(len(leads), max(STUDENT))] * stdev(leads) / math.sqrt(len(leads))
+
+
+def _name_ties(best: Arm, ties: Sequence[Arm]) -> str:
+    """The arms that are tied with the best one, in words."""
+    if not ties:
+        return ""
+    names = [_label(arm) if _label(arm) != _label(best) else arm.name for arm in ties]
+    if len(names) > NAMED:
+        names = [*names[: NAMED - 1], f"{len(names) - NAMED + 1} others"]
+    *first, last = names
+    return f" tied with {', '.join(first)}{' and ' * bool(first)}{last},"
+
+
+def _label(arm: Arm) -> str:
+    region = arm.first.region
+    return (region.origin if region is not None else "") or arm.name
+
+
+def _is_smaller(arm: Arm) -> bool:
+    region = arm.first.region
+    return region is not None and region.fraction < 1 and any(row.kept for row in arm.rows)
+
+
+def _amount(arm: Arm) -> tuple[str, float | None]:
+    """The start model of an arm and the number of records seen in training."""
+    return start(arm.first), arm.first.training("samples")
+
+
+def _share(arm: Arm) -> float:
+    return fmean(row.kept.share.value for row in arm.rows if row.kept)
+
+
+def _certainty(best: Arm) -> Iterator[str]:
+    """The spread or confidence interval of the retention in the headline."""
+    kept = [row.kept for row in best.rows if row.kept]
+    if len(kept) > 1:
+        shares = [one.share.value for one in kept]
+        yield f"Mean of {len(kept)} seeds, which keep {100 * min(shares):.1f} to {100 * max(shares):.1f} %."
+        return
+    (one,) = kept
+    way = "both runs on the same records" if one.paired else "the two runs taken as independent"
+    yield f"95 % interval {interval(one.share)} %, {way}."
+    if one.noise:
+        yield "The difference from the reference is within noise."
+
+
+def _beside(best: Arm, reference: Arm, number: int) -> Iterator[str]:
+    """The number of regions compared, text accuracy and peak memory."""
+    if number > 1:
+        yield f"The best of {number} regions by visual accuracy."
+    own, whole_text = best.mean(text), reference.mean(text)
+    if own and whole_text:
+        yield f"Text accuracy {percent(own)} % against {percent(whole_text)} %."
+    memory, whole_memory = (arm.mean(of_training("peak_memory_gb")) for arm in (best, reference))
+    if memory and whole_memory:
+        yield f"Peak memory {memory.value:.2f} GB against {whole_memory.value:.2f} GB."

@@ -1,0 +1,230 @@
+"""Where cells run: processes of this machine, or a Ray cluster. One cell is one process, one command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from striate.errors import UserError
+from striate.runs.run import machine
+from striate.studies.sweep.cell import Cell
+
+PROGRAM = (sys.executable, "-m", "striate")  # the console script, whatever folder it is installed in
+STOPPED, CRASHED = 130, -1
+
+
+class Executor(Protocol):
+    """Runs cells. `poll` yields the names of cells that have ended, with their exit status."""
+
+    @property
+    def has_room(self) -> bool: ...
+    def start(self, cell: Cell) -> None: ...
+    def poll(self) -> Iterator[tuple[str, int]]: ...
+    def interrupt(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+def arguments(file: Path, name: str, *, redo: bool) -> list[str]:
+    """The arguments of `striate` that run one cell."""
+    return ["sweep", str(file), "--only", name, *(["--redo"] if redo else [])]
+
+
+def command(file: Path, name: str, *, redo: bool) -> str:
+    """A shell command that runs one cell."""
+    return shlex.join(["striate", *arguments(file, name, redo=redo)])
+
+
+@dataclass
+class Local:
+    """Processes of this machine, `workers` at a time, each with a GPU of its own or its share of the CPU's threads."""
+
+    file: Path
+    workers: int
+    redo: bool
+    gpus: Sequence[str] = field(default_factory=lambda: visible_gpus())
+    running: dict[str, tuple[subprocess.Popen[bytes], int]] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more cell can start."""
+        return len(self.running) < self.workers
+
+    def start(self, cell: Cell) -> None:
+        """Start a cell's process, in a session of its own: a terminal's Ctrl-C is for the sweep alone."""
+        slot = min(set(range(self.workers)) - {slot for _, slot in self.running.values()})
+        line = [*PROGRAM, *arguments(self.file, cell.name, redo=self.redo)]
+        with _log(cell).open("ab") as log:
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(slot),
+                start_new_session=True,
+            )  # fmt: skip
+        self.running[cell.name] = process, slot
+
+    def poll(self) -> Iterator[tuple[str, int]]:
+        """Cells whose processes have ended."""
+        for name, (process, _) in list(self.running.items()):
+            if (status := process.poll()) is not None:
+                del self.running[name]
+                yield name, status
+
+    def interrupt(self) -> None:
+        """Interrupt every process, so that it saves and stops."""
+        for process, _ in self.running.values():
+            process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Stop every process at once."""
+        for process, _ in self.running.values():
+            process.kill()
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        if self.gpus:
+            return {**os.environ, "CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
+        return {"OMP_NUM_THREADS": str(max(1, machine()["cores"] // self.workers)), **os.environ}
+
+
+def visible_gpus() -> list[str]:
+    """The CUDA_VISIBLE_DEVICES values that select one GPU each."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        seen = takewhile(lambda name: name.strip() != "-1", named.split(","))  # CUDA ignores the rest
+        return [name for name in seen if name.strip()] if torch.cuda.is_available() else []
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+class CrashError(RuntimeError):
+    """A cell's process was killed by a signal and may be retried."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The address of Ray and the resources per cell; `gpus` None: 1 if the cluster has any."""
+
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+    retries: int = 1
+
+
+@dataclass
+class Ray:
+    """Tasks of a Ray cluster, whose machines see the same files under the same names."""
+
+    file: Path
+    workers: int | None
+    redo: bool
+    ray: Any
+    task: Any
+    running: dict[Any, str] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more cell can be submitted; Ray queues the cells that have to wait."""
+        return self.workers is None or len(self.running) < self.workers
+
+    def start(self, cell: Cell) -> None:
+        """Submit a cell to Ray."""
+        _log(cell)
+        line = arguments(self.file, cell.name, redo=self.redo)
+        self.running[self.task.remote(line, str(cell.log.absolute()), os.getcwd())] = cell.name
+
+    def poll(self) -> Iterator[tuple[str, int]]:
+        """Cells whose tasks have ended, after all retries."""
+        if not self.running:
+            return
+        done, _ = self.ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
+        for task in done:
+            yield self.running.pop(task), self._status(task)
+
+    def interrupt(self) -> None:
+        """Interrupt every process, so that it saves and stops."""
+        for task in self.running:
+            self.ray.cancel(task)
+
+    def kill(self) -> None:
+        """Stop every process at once."""
+        for task in self.running:
+            self.ray.cancel(task, force=True)
+
+    def _status(self, task: Any) -> int:
+        try:
+            return self.ray.get(task)
+        except self.ray.exceptions.TaskCancelledError:
+            return STOPPED
+        except self.ray.exceptions.RayError:
+            return CRASHED
+
+
+@contextmanager
+def executor_of(
+    file: Path, resources: Resources | None, *, workers: int | None, redo: bool
+) -> Iterator[Executor]:  # fmt: skip
+    """The executor of a sweep file: a Ray cluster with these resources per cell, or else this machine.
+
+    Raises:
+        UserError: Ray is not installed, does not answer, or has too few resources for a cell.
+    """
+    if resources is None:
+        yield Local(file, workers or max(1, len(visible_gpus())), redo)
+        return
+    ray = _connect(resources.address)
+    try:
+        yield Ray(file, workers, redo, ray, _task(ray, resources))
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    import ray
+
+    own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+    return ray
+
+
+def _task(ray: Any, resources: Resources) -> Any:
+    """`_process` as a task of Ray."""
+    total = ray.cluster_resources()
+    have_cpus, have_gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    gpus = min(1.0, have_gpus) if resources.gpus is None else resources.gpus
+    if resources.cpus > have_cpus or gpus > have_gpus:
+        have = f"{have_cpus:g} CPUs and {have_gpus:g} GPUs"
+        raise UserError(f"a cell needs {resources.cpus:g} CPUs and {gpus:g} GPUs, the Ray cluster has {have}")
+    settings = {"num_cpus": resources.cpus, "num_gpus": gpus, "max_retries": resources.retries}
+    return ray.remote(retry_exceptions=[CrashError], **settings)(_process)
+
+
+def _process(line: list[str], log: str, folder: str) -> int:
+    """One cell in a process of its own, on whatever machine this is; passes Ctrl-C on and waits for its end."""
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [*PROGRAM, *line], cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            status = process.wait()
+    if status < 0:
+        raise CrashError(f"ended by signal {-status}")
+    return status
+
+
+def _log(cell: Cell) -> Path:
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    return cell.log

@@ -1,0 +1,139 @@
+"""Which fast paths to the loss are correct for a model: each is tried, so that no list of families is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from striate.data import IGNORED, Batch
+from striate.errors import UserError, first_line
+from striate.train.loss import NONE, FastPaths, answer_losses
+from striate.train.packing import record_by_record
+from striate.vlm import Vlm
+from striate.vlm.modes import eval_mode
+
+# Other kernels round differently. A fast path may differ from the plain path by this many times the effect of rounding
+# alone, or by this share of the loss; a record at wrong positions or with a wrong mask differs by more.
+ROUNDINGS, SHARE = 3, 1e-4
+
+
+def verify_fast_paths(
+    models: Sequence[Vlm],
+    probe: Batch,
+    *,
+    packing: Literal["auto", "on", "off"],
+    sharded: bool,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> tuple[FastPaths, tuple[str, ...]]:
+    """The fast paths that give the losses of the plain path on two records, and one line for each that does not.
+
+    Args:
+        models: the model, and the teacher if there is one.
+        probe: two records.
+        packing: auto, on (an error where it is not supported) or off.
+        sharded: no process holds the whole model, so only the model's own forward pass can run.
+        autocast: the precision of training.
+
+    Raises:
+        UserError: packing is on and the model does not support it; the teacher cannot read the model's records.
+    """
+    found, notes = NONE, []
+    with ExitStack() as stack:
+        for context in (torch.no_grad(), autocast(), *(eval_mode(vlm.model) for vlm in models)):
+            stack.enter_context(context)
+        trials = [_trial(vlm, probe.to(vlm.device), teaches=vlm is not models[0]) for vlm in models]
+        for name in ("chunking", "packing"):
+            if (name == "chunking" and sharded) or (name == "packing" and packing == "off"):
+                continue
+            candidate = replace(found, **{name: True})
+            reasons = ((trial.vlm.model.config.model_type, trial.refusal(candidate)) for trial in trials)
+            kind, reason = next(((kind, reason) for kind, reason in reasons if reason), ("", ""))
+            if reason:
+                notes.append(f"no {name} for {kind}: {reason}")
+            else:
+                found = candidate
+    if packing == "on" and not found.packing:
+        raise UserError(f"{notes[-1]}; --packing auto uses padded batches instead")
+    return found, tuple(notes)
+
+
+def _trial(vlm: Vlm, probe: Batch, *, teaches: bool) -> Trial:
+    try:
+        return Trial.of(vlm, probe)
+    except Exception as error:  # families fail in many ways
+        if not teaches:
+            raise
+        reason = first_line(error)
+        raise UserError(f"{vlm.source} cannot teach this model: it does not read its records ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Two records as a batch, their losses on the plain path [N], and how far a fast path may differ, in nats."""
+
+    vlm: Vlm
+    batch: Batch
+    plain: Tensor
+    limit: float
+
+    @classmethod
+    def of(cls, vlm: Vlm, batch: Batch) -> Trial:
+        """Run the plain path, and once more with random rounding errors on every layer's output."""
+        plain = answer_losses(vlm, vlm.model, batch)
+        with _round_anew(vlm, torch.is_autocast_enabled(vlm.device.type)):
+            noise = float((answer_losses(vlm, vlm.model, batch) - plain).abs().max())
+        return cls(vlm, batch, plain, max(ROUNDINGS * noise, SHARE * max(1.0, float(plain.abs().max()))))
+
+    def refusal(self, fast_paths: FastPaths) -> str:
+        """Why the model does not support these fast paths; empty where it does."""
+        try:
+            if not fast_paths.packing:
+                return self._difference(answer_losses(self.vlm, self.vlm.model, self.batch, fast_paths=fast_paths))
+            with record_by_record(self.vlm):
+                packed = answer_losses(self.vlm, self.vlm.model, self.batch, fast_paths=fast_paths)
+                changed = _change_first_answer(self.batch)
+                repacked = answer_losses(self.vlm, self.vlm.model, changed, fast_paths=fast_paths)
+        except Exception as error:  # families fail in many ways
+            return first_line(error)
+        first = int(self.batch.targets()[0][0].sum())
+        if not torch.equal(packed[first:], repacked[first:]):
+            return "a record sees the one before it"
+        return self._difference(packed)
+
+    def _difference(self, losses: Tensor) -> str:
+        off = float((losses - self.plain).abs().max())
+        return "" if off <= self.limit else f"losses are off by {off:.2g}"
+
+
+@contextmanager
+def _round_anew(vlm: Vlm, in_bfloat16: bool) -> Iterator[None]:
+    """Perturb each decoder layer's output by up to half a unit in the last place of bfloat16 or float32."""
+    half = torch.finfo(torch.bfloat16 if in_bfloat16 else torch.float32).eps / 2
+    generator = torch.Generator(vlm.device).manual_seed(0)
+
+    def round_anew(_: nn.Module, __: Any, output: Any) -> Any:
+        states = output if isinstance(output, Tensor) else output[0]  # B T D
+        noise = half * (2 * torch.rand(states.shape, generator=generator, device=states.device) - 1)
+        states = (states * (1 + noise)).to(states.dtype)
+        return states if isinstance(output, Tensor) else (states, *output[1:])
+
+    hooks = [layer.register_forward_hook(round_anew) for layer in vlm.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _change_first_answer(probe: Batch) -> Batch:
+    """The two records with other answer tokens in the first: losses of the second must not change."""
+    tokens = probe.inputs["input_ids"].clone()
+    answer = probe.labels[0] != IGNORED
+    first = int(answer.nonzero()[0])
+    tokens[0, answer] = tokens[0, first - 1]
+    return replace(probe, inputs={**probe.inputs, "input_ids": tokens})

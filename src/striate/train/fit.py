@@ -1,0 +1,300 @@
+"""One training run: probe the model, verify fast paths, plan memory, run the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from striate.data import Batch, Example, Examples, Records, Skipped, collate
+from striate.distributed import Rank
+from striate.errors import UserError
+from striate.region import FILE, Region
+from striate.roundtrip import save
+from striate.train.checkpointing import SHARE, Checkpointing
+from striate.train.fast_paths import verify_fast_paths
+from striate.train.loop import MOST_SKIPPED, Loop
+from striate.train.loss import FastPaths, Teacher, answer_losses
+from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activations, free_bytes, reachable_parameters
+from striate.train.optimizer import Group
+from striate.train.options import TrainOptions, micro_batch
+from striate.train.packing import record_by_record
+from striate.train.sharding import shard, unshard
+from striate.train.watch import Audit, Log
+from striate.vlm import Vlm, default_device, has_native_bfloat16
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and how it was trained.
+
+    `vlm` is the model, trained in place; `log` has one entry per step. `seconds` and `seen` (records trained on, over
+    all epochs) count from the first start, also when the training was resumed; `left_out` of the `records` were
+    skipped. `groups` has the number of trained parameters of each part. `stopped`: by a signal, before the last step;
+    if the state was saved, adapters are not merged then.
+    """
+
+    vlm: Vlm
+    region: Region
+    log: Log
+    method: str
+    dtype: str
+    packing: bool
+    recomputed_layers: tuple[int, ...]
+    peak_memory_gb: float
+    total_parameters: int
+    groups: dict[str, int]
+    steps: int
+    total_steps: int
+    seen: int
+    records: int
+    left_out: int
+    seconds: float
+    data_wait: float
+    stopped: bool
+
+    def save(self, folder: str | Path) -> None:
+        """Write a plain checkpoint into a new folder and read it back. Raises `UserError` where it differs."""
+        save(self.vlm, Path(folder))
+        self.region.save(Path(folder) / FILE)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry `training` of run.json."""
+        return {
+            "method": self.method,
+            "dtype": self.dtype,
+            "packing": self.packing,
+            "recomputed_layers": list(self.recomputed_layers),
+            "peak_memory_gb": round(self.peak_memory_gb, 4),
+            "total_parameters": self.total_parameters,
+            "seconds": round(self.seconds, 3),
+            "data_wait": round(self.data_wait, 4),
+            "steps": self.steps,
+            "samples": self.seen,
+            "samples_per_second": round(self.seen / self.seconds, 3),
+            "records": self.records,
+            "left_out": self.left_out,
+            "trainable_parameters": sum(self.groups.values()),
+            "groups": self.groups,
+        }
+
+
+def fit(
+    vlm: Vlm,
+    network: nn.Module,
+    region: Region,
+    records: Records,
+    groups: dict[str, Group],
+    options: TrainOptions,
+    *,
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
+    log: Log | None = None,
+    state: Path | None = None,
+    teacher: Teacher | None = None,
+) -> Trained:
+    """Train `network` (the model, or its adapted form) in place.
+
+    `state` is the folder for saved states, the last of which is resumed; without it nothing is saved.
+
+    Raises:
+        UserError: the step-1 audit failed, too many records are bad, memory ran out, the model does not support an
+            option.
+    """
+    examples = Examples(
+        records.records, vlm.processor, max_length=options.max_length, truncate_text=options.truncate_text
+    )
+    device = torch.device(options.device) if options.device else default_device()
+    log, memory, began = log or Log(), PeakMemory(device), time.monotonic()
+    memory.start()
+    for record in records.skipped:
+        log.skip(record)
+    for note in records.notes:
+        log.warn(note)
+    bf16 = in_bfloat16(options.dtype, device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    with ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        probe = _probe(examples, vlm, micro_batch(options, rank))
+        models = [vlm, *([teacher.vlm] if teacher else [])]
+        fast_paths, notes = verify_fast_paths(
+            models, probe.batch, packing=options.packing, sharded=options.shard, autocast=autocast
+        )
+        if fast_paths.packing:
+            for model in models:
+                stack.enter_context(record_by_record(model))
+        kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
+        groups = _freeze_unreachable(groups, reachable, log)
+        checkpointing = _plan_checkpointing(vlm, network, probe, kept, groups, options, device, rank)
+        if options.shard:
+            groups = _shard_groups(vlm, network, groups, device, rank)
+        loop = Loop(
+            network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, state=state,
+            losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths, teacher=teacher),
+            audit=_audit(network, groups, examples), memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
+        )  # fmt: skip
+        stack.callback(log.end)
+        log.begin(loop.resume(), loop.total, [*notes, str(checkpointing)])
+        loop.run(time.monotonic() - began)
+        if options.shard:
+            unshard(network, rank)
+    total = len(records.records) + len(records.skipped)
+    _warn_of_too_long(log, total, options)
+    return Trained(
+        vlm,
+        region,
+        log,
+        method="full" if network is vlm.model else "lora",
+        dtype="bfloat16" if bf16 else "float32",
+        packing=fast_paths.packing,
+        recomputed_layers=checkpointing.layers,
+        peak_memory_gb=max(memory.gigabytes(), loop.position.peak_memory_gb),
+        total_parameters=sum(p.numel() for p in network.parameters()),
+        groups={part: sum(p.numel() for p in group.parameters.values()) for part, group in groups.items()},
+        steps=loop.position.step,
+        total_steps=loop.total,
+        seen=loop.position.records,
+        records=total,
+        left_out=len(log.skipped),
+        seconds=loop.position.seconds,
+        data_wait=loop.wait.share,
+        stopped=loop.position.step < loop.total,
+    )
+
+
+def _warn_of_too_long(log: Log, total: int, options: TrainOptions) -> None:
+    """Warn, with the fix, when many records are too long."""
+    too_long = sum(record.too_long for record in log.skipped.values())
+    if too_long > MOST_SKIPPED * total:
+        cut = "" if options.truncate_text else " or set --truncate-text"
+        log.warn(
+            f"{too_long} of {total} records are longer than {options.max_length} tokens and were left out: "
+            f"raise --max-length{cut}"
+        )
+
+
+def _audit(network: nn.Module, groups: dict[str, Group], examples: Examples) -> Audit:
+    trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
+    visual = {name for part, group in groups.items() if part != "layers" for name in group.parameters}
+    images = any(examples.records.size(index).images for index in range(len(examples)))
+    return Audit(network, trained, visual=visual, images=images)
+
+
+def in_bfloat16(dtype: str, device: torch.device) -> bool:
+    """Whether `TrainOptions.dtype` runs GEMMs in bfloat16 on this device, else in float32."""
+    return dtype == "bfloat16" or (dtype == "auto" and has_native_bfloat16(device))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A batch of two records to try the model on; the largest micro-batch has about `scale` times its tokens."""
+
+    batch: Batch
+    scale: float
+
+
+def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
+    """The first two readable records, records with images first.
+
+    Raises:
+        UserError: none of the records can be read.
+    """
+    with_images_first = sorted(range(len(examples)), key=lambda index: not examples.records.size(index).images)
+    read = ((index, examples[index]) for index in with_images_first)
+    found = list(islice(((index, example) for index, example in read if isinstance(example, Example)), 2))
+    if not found:
+        last = examples[with_images_first[-1]]
+        assert isinstance(last, Skipped)
+        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
+    (first, one), (second, other) = found[0], found[-1]
+    lengths = examples.lengths
+    largest = sum(sorted(lengths)[-micro:])
+    return Probe(collate([one, other], pad_id=vlm.pad_token_id), largest / max(1, lengths[first] + lengths[second]))
+
+
+def _try_forward(
+    vlm: Vlm,
+    network: nn.Module,
+    probe: Probe,
+    fast_paths: FastPaths,
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> tuple[Activations, set[nn.Parameter]]:
+    """The activations of the largest micro-batch, and the parameters that the answers of two records depend on."""
+    batch, losses = probe.batch.to(vlm.device), []
+    with autocast():
+        kept = activations(vlm, lambda: losses.append(answer_losses(vlm, network, batch, fast_paths=fast_paths)))
+    return kept.scaled(probe.scale), reachable_parameters(losses[0])
+
+
+def _freeze_unreachable(groups: dict[str, Group], reachable: set[nn.Parameter], log: Log) -> dict[str, Group]:
+    """Freeze parameters that no answer depends on, with a warning: LLaVA's tower has layers above the one whose
+    features are used, routers of experts have a bias for load balancing, text alone does not use the projector.
+
+    Raises:
+        UserError: no trainable parameter is left.
+    """
+    found: dict[str, Group] = {}
+    for part, group in groups.items():
+        idle = [name for name, parameter in group.parameters.items() if parameter not in reachable]
+        for name in idle:
+            group.parameters[name].requires_grad_(False)
+        own = {name: parameter for name, parameter in group.parameters.items() if parameter in reachable}
+        found |= {part: replace(group, parameters=own)} if own else {}
+        if idle and not own and part != "layers":
+            log.warn(f"the probed records have no image: the {part} is not trained")
+        elif idle:
+            log.warn(f"{len(idle)} parameters of the {part} stay frozen: no answer depends on {', '.join(idle[:3])}")
+    if not found:
+        raise UserError(
+            "no parameter to train: the answers depend on none of the region and the projector; choose other layers"
+        )
+    return found
+
+
+def _plan_checkpointing(
+    vlm: Vlm,
+    network: nn.Module,
+    probe: Probe,
+    kept: Activations,
+    groups: dict[str, Group],
+    options: TrainOptions,
+    device: torch.device,
+    rank: Rank,
+) -> Checkpointing:
+    """Choose the layers to recompute, from the activations of the largest micro-batch without recomputation."""
+    hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
+    width = torch.finfo(vlm.model.dtype).bits // 8
+    tokens = int(probe.batch.inputs["attention_mask"].sum())
+    trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
+    reserved = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradients and moments
+    if options.shard:  # the weights are not on the device yet; each process holds its share of everything
+        reserved = (reserved + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.of
+    checkpointing = Checkpointing(
+        vlm,
+        kept=kept,
+        free=SHARE * free_bytes(device) - reserved,
+        inputs=probe.scale * tokens * hidden * width,
+        fixed=options.checkpointing != "auto",
+    )
+    checkpointing.choose(options.checkpointing)
+    if options.shard:  # recomputing a layer gathers its weights, a collective operation of all processes
+        checkpointing.at_least(max(rank.gather(len(checkpointing.layers))))
+    return checkpointing
+
+
+def _shard_groups(
+    vlm: Vlm, network: nn.Module, groups: dict[str, Group], device: torch.device, rank: Rank
+) -> dict[str, Group]:
+    """Shard the model over the processes; the groups, with the sharded parameters."""
+    sharded = shard(vlm, network, device, rank)
+    return {
+        part: replace(group, parameters={name: sharded[name] for name in group.parameters})
+        for part, group in groups.items()
+    }

@@ -1,0 +1,39 @@
+"""Temporary changes to how a model runs: evaluation mode, and other forward functions for some of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+Forward = Callable[..., Any]
+
+
+@contextmanager
+def override_forward(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Context in which modules run the given forward functions; their own are restored at the end."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            vars(module)["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                vars(module).pop("forward", None)
+            else:  # a wrapper, such as accelerate's
+                vars(module)["forward"] = own
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which the model is in evaluation mode: no dropout, no gradient checkpointing."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was

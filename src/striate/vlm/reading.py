@@ -1,0 +1,206 @@
+"""Load a model with `transformers`: check its size first, handle quantized weights, check for unexpected weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+
+from striate.errors import UserError, first_line
+from striate.weights import tensors, weight_files
+
+# Names of tensors that quantization methods store with or instead of a weight.
+_QUANTIZED = re.compile(
+    r"(weight_scale(_inv)?|weight_scale_2|weight_packed|weight_shape|weight_zero_point|qweight|qzeros|scales|g_idx|"
+    r"_scales|_blocks|absmax|quant_map|quant_state\.\w+|SCB|codebooks|W_q)$"
+)
+_CODES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2")
+PLAIN = ("fp8", "bitsandbytes")
+"""Methods whose weights can be dequantized."""
+# Layers above the last for multi-token prediction, which only speed up generation.
+_MULTI_TOKEN = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|mtp\w*|nextn\w*)\b")
+
+
+def model_folder(model: str | Path) -> str | Path:
+    """The checkpoint of a run folder; any other path or hub id is returned unchanged.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    info, checkpoint = Path(model) / "run.json", Path(model) / "checkpoint"
+    if not info.is_file():
+        return model
+    if not checkpoint.is_dir():
+        run = json.loads(info.read_bytes())
+        raise UserError(
+            f"{model} has no checkpoint/ ({run.get('verb')}, {run.get('status')}): choose a run that has saved a model"
+        )
+    return checkpoint
+
+
+def quantization(config: PreTrainedConfig) -> str:
+    """The quantization method of the weights on disk: `fp8`, `bitsandbytes`, `gptq` ...; empty if not quantized."""
+    places = (config, config.get_text_config(decoder=True))
+    settings: Any = next(filter(None, (getattr(one, "quantization_config", None) for one in places)), {})
+    fields = settings if isinstance(settings, dict) else settings.to_dict()
+    if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(fields.get("quant_method", "by an unknown method")) if fields else ""
+
+
+def check_size(
+    config: PreTrainedConfig, source: str, dtype: str | torch.dtype = "auto", device: torch.device | None = None
+) -> None:
+    """Check, before anything is allocated, that the model fits into the total memory of its device (default: the CPU).
+
+    Raises:
+        UserError: the weights need more memory than the device has.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except Exception:  # loading reports the error; some families cannot be built on the meta device
+        return
+    in_memory: Any = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, config.dtype or torch.float32)
+    needed = in_memory.itemsize * sum(p.numel() for p in model.parameters())
+    if quantization(config) and Path(source).is_dir():
+        needed = min(needed, sum(file.stat().st_size for file in weight_files(Path(source))))
+    total = _total_bytes(device or torch.device("cpu"))
+    if needed > total:
+        holder = "this machine" if device is None or device.type == "cpu" else device
+        raise UserError(f"{source}: its weights take {needed / 1e9:,.0f} GB, and {holder} has {total / 1e9:.0f} GB")
+
+
+def _total_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def read_model(
+    source: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn: str | None = None,
+    dequantize: bool = False,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model as `transformers` loads it, and warnings about it.
+
+    It is on the CPU, with its weights memory-mapped: they take memory only once they are changed. With `dequantize`,
+    quantized weights are dequantized, and the model is saved as if it had never been quantized.
+
+    Raises:
+        UserError: the model does not load, lacks weights, has more layers than its config, or has quantized weights
+            without an entry in its config, or of a method that cannot be dequantized.
+    """
+    method, notes = quantization(config), []
+    options = dequantize_options(method, source) if method and dequantize else {}
+    stored = tensors(Path(source)) if Path(source).is_dir() else []
+    packed = next((one.name for one in stored if _QUANTIZED.search(one.name) or one.code in _CODES), "")
+    if method in PLAIN and stored and not packed:  # merged or dequantize_model, but with the old config
+        options = {"config": _without_quantization(config)}
+        notes.append(
+            f"{source} has unquantized weights, but its config.json says {method}: they are loaded as they are"
+        )
+        method = ""
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation=attn, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+        model, report = loaded
+        if method and dequantize:
+            model = dequantize_model(model)
+            plain = str(model.dtype).removeprefix("torch.")
+            notes.append(
+                f"{source} is quantized ({method}): its weights are converted to {plain}, also when it is saved"
+            )
+    except Exception as error:  # each family raises its own errors for a wrong config
+        if packed and not method:
+            raise _undeclared(source, packed) from error
+        raise UserError(f"cannot load the model in {source}: {first_line(error)}") from error
+    notes.append(_check_report(model, report, source, quantized=bool(method)))
+    return model, tuple(filter(None, notes))
+
+
+def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Remove the quantization settings from the config, in place."""
+    for one in (config, config.get_text_config(decoder=True)):
+        vars(one).pop("quantization_config", None)
+    return config
+
+
+def _undeclared(source: str, packed: str) -> UserError:
+    return UserError(
+        f"{source} holds quantized weights ({packed}), but its config.json has no quantization_config: restore it, or "
+        "use the checkpoint before quantization"
+    )
+
+
+def dequantize_options(method: str, source: str) -> dict[str, Any]:
+    """Options of `from_pretrained` to dequantize the weights.
+
+    Raises:
+        UserError: the method is not supported.
+    """
+    if method in PLAIN:
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True)} if method == "fp8" else {}
+    raise UserError(
+        f"{source} is quantized ({method}) and cannot be trained: train the bfloat16 or float16 checkpoint before "
+        "quantization, and quantize the result"
+    )
+
+
+def dequantize_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Dequantize the model, and remove all traces of its quantization.
+
+    Otherwise `save_pretrained` writes FP8 values without the config for them, or fails (transformers 5.23).
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and getattr(quantizer.quantization_config, "dequantize", False):
+        quantizer.remove_quantization_config(model)
+    elif quantizer is not None:
+        model = model.dequantize(model.config.dtype)
+    _without_quantization(model.config)
+    vars(model).pop("_weight_conversions", None)
+    return model
+
+
+def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str, *, quantized: bool) -> str:
+    """Check the missing and unexpected keys; returns a warning about harmless ones.
+
+    Raises:
+        UserError: weights are missing, or unexpected weights show that the config is wrong.
+    """
+    kind = model.config.model_type
+    if missing := report["missing_keys"]:
+        adapted = any("lora_" in name for name in report["unexpected_keys"])
+        why = ", and has LoRA adapters that are not merged: save the model after merge_and_unload()" if adapted else ""
+        raise UserError(f"{source} lacks {len(missing)} weights of a {kind} model, such as {min(missing)}{why}")
+    if not (unexpected := sorted(report["unexpected_keys"])):
+        return ""
+    packed = next((name for name in unexpected if _QUANTIZED.search(name)), None)
+    if packed and not quantized:
+        raise _undeclared(source, packed)
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    ahead = {_surplus_layer(name, lists) for name in unexpected if _MULTI_TOKEN.search(name)}
+    if surplus := next((one for name in unexpected if (one := _surplus_layer(name, lists)) and one not in ahead), None):
+        depth = lists[surplus.rpartition(".")[0]]
+        raise UserError(f"{source} holds weights of {surplus}, but its config.json has only {depth} layers")
+    return f"{source} has {len(unexpected)} weights that a {kind} model does not use, such as {unexpected[0]}"
+
+
+def _surplus_layer(name: str, lists: dict[str, int]) -> str:
+    """The name of a weight's layer if its index is past the end of the model's layer list, else empty."""
+    for match in re.finditer(r"\.(\d+)\.", name):
+        if int(match[1]) >= lists.get(name[: match.start()], math.inf):
+            return name[: match.end() - 1]
+    return ""

@@ -1,0 +1,45 @@
+"""Records to ask, and pico models of every family whose answers differ."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import processors
+import torch
+from PIL import Image
+
+from striate.data import Record
+from striate.vlm import Vlm
+
+
+def loud(vlm: Vlm) -> Vlm:
+    """Fresh weights are so small that every answer would be the same."""
+    with torch.no_grad():
+        for parameter in vlm.model.parameters():
+            parameter.mul_(4)
+    return vlm
+
+
+def record(question: str, *answers: str, image: int | None = None, **fields: Any) -> Record:
+    images = () if image is None else (Image.new("RGB", (32, 32), (image, 90, 255 - image)),)
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+    return Record("", ({"role": "user", "content": content},), images, answers=answers, **fields)
+
+
+def noise(seed: int, width: int, height: int) -> Image.Image:
+    return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
+
+
+def answered(question: Record, text: str) -> Record:
+    turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    return replace(question, messages=(*question.messages, turn))
+
+
+def in_family(name: str) -> Vlm:
+    """A pico model of the family with the family's pico processor."""
+    processor = processors.processor(name)
+    vlm = Vlm.of(processors.fitting(name, processor))
+    vlm.__dict__["processor"] = processor  # in place of the one in a folder
+    return vlm
