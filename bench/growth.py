@@ -27,7 +27,8 @@ from striate.plot.style import PALETTE, STYLE
 from striate.train import trainable_parameters
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record
-from striate.vlm import has_native_bfloat16, select
+from striate.vlm import select
+from striate.vlm.devices import has_native_bfloat16
 
 BASE = {"depth": 30, "image tokens": 64, "batch": 16, "layers trained": 8}
 SERIES = {

@@ -58,7 +58,8 @@ from striate.train.fit import Trained, fit
 from striate.train.memory import PeakMemory
 from striate.train.optimizer import Group
 from striate.train.order import length_grouped
-from striate.vlm import Vlm, has_native_bfloat16, select
+from striate.vlm import Vlm, select
+from striate.vlm.devices import has_native_bfloat16
 
 WORDS = [f"word{index}" for index in range(2000)]
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<user>", "<assistant>", "<image>")

@@ -66,7 +66,7 @@ from transformers import (
 from transformers.image_processing_backends import PilBackend
 from transformers.processing_utils import ProcessorMixin
 
-from striate.vlm import image_token_id
+from striate.vlm.processors import image_token_id
 
 PATCHES = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
 PIXELS = {"shortest_edge": 16**2, "longest_edge": 64**2}

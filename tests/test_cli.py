@@ -109,7 +109,7 @@ def test_a_wrong_option_is_one_line(
 )
 def test_zero_is_a_number(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    assert capsys.readouterr().err == f"striate {words[0]}: {message} is expected\n"
+    assert capsys.readouterr().err == f"striate {words[0]}: {message} was expected\n"
 
 
 @pytest.mark.parametrize("device", ["gpu9", "cuda:77"])

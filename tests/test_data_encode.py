@@ -45,7 +45,7 @@ from striate.data.chat import render
 from striate.data.format import record_of
 from striate.data.images import ImageFolder
 from striate.errors import UserError
-from striate.vlm import image_token_id
+from striate.vlm.processors import image_token_id
 
 
 def noise_image(width: int, height: int) -> Image.Image:

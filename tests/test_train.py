@@ -459,6 +459,20 @@ def test_bad_records_are_listed_and_too_many_stop_the_run(model: Path, tmp_path:
         tune(model, data, tmp_path / "two", options)
 
 
+def test_bad_records_are_a_share_of_the_data_not_of_a_sample(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, records=120)
+    rows = json.loads(data.read_text())
+    rows[5]["conversations"] = "no list"
+    data.write_text(json.dumps(rows))
+    options = replace(OPTIONS, steps=2, batch=4, micro_batch=4, save_steps=1)
+    run = tune(model, data, tmp_path / "some", options, samples=8)
+    assert [entry["source"] for entry in run.skipped()] == ["train.json:6"]
+    rows[7]["conversations"] = "no list"
+    data.write_text(json.dumps(rows))
+    with pytest.raises(striate.UserError, match="2 bad records of 120"):
+        tune(model, data, tmp_path / "two", options, samples=8)
+
+
 def test_records_that_are_too_long_are_listed_but_not_bad(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path, records=8)
     options = replace(OPTIONS, steps=None, batch=4, micro_batch=4)

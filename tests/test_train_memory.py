@@ -23,7 +23,8 @@ from striate.train.fit import in_bfloat16
 from striate.train.loss import NONE, answer_nll
 from striate.train.memory import Activations, activations
 from striate.train.watch import Wait
-from striate.vlm import Vlm, has_native_bfloat16, select
+from striate.vlm import Vlm, select
+from striate.vlm.devices import has_native_bfloat16
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def at_least(least: int, **options: float | None) -> None:
     """Raise `UserError` when an option is below `least`; None means that the option was not set."""
     for name, value in options.items():
         if value is not None and value < least:
-            raise UserError(f"{flag(name)} {value}: at least {least} is expected")
+            raise UserError(f"{flag(name)} {value}: at least {least} was expected")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

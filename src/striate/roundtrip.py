@@ -24,7 +24,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from striate.data import Record, RecordError, collate, encode
 from striate.errors import UserError, first_line
-from striate.vlm import Vlm, align_memory
+from striate.vlm import Vlm
+from striate.vlm.devices import align_memory
 from striate.vlm.modes import eval_mode
 from striate.vlm.reading import quantization, read_model
 

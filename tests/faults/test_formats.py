@@ -28,6 +28,7 @@ from striate.runs.training import tune
 from striate.scores.weights import weight_scores
 from striate.train import TrainOptions
 from striate.vlm import load, reading
+from striate.vlm.config import check_config
 from striate.weights import INDEX, WEIGHTS, tensors
 
 OPTIONS = TrainOptions(
@@ -421,7 +422,7 @@ def test_where_memory_does_not_suffice_weights_are_compared_all_the_same(
 
 
 def test_a_model_is_held_against_the_memory_of_its_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = striate.vlm.check_config(str(model))
+    config = check_config(str(model))
     monkeypatch.setattr(reading, "_total_bytes", lambda device: 10**3 if device.type == "cuda" else 10**12)
     reading.check_size(config, str(model), device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"its weights take .* GB, and cuda:0 has"):

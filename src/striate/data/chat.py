@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from striate.data.record import RecordError
 from striate.errors import UserError
-from striate.vlm import image_token_id
+from striate.vlm.processors import image_token_id
 from striate.vlm.template import (
     ANSWER_PLACEHOLDER,
     REASONING_KEYS,

@@ -26,7 +26,8 @@ from striate.prune.surgery import Surgery
 from striate.region import Region
 from striate.roundtrip import Inputs, free_memory, probes, save
 from striate.train import TUNE, TrainOptions
-from striate.vlm import Vlm, check_config, load
+from striate.vlm import Vlm, load
+from striate.vlm.config import check_config
 from striate.vlm.reading import quantization
 from striate.vlm.template import write_stop_tokens
 from striate.weights import weight_files

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from striate.data import Batch
-from striate.errors import UserError
+from striate.errors import UserError, first_line
 from striate.region import Region, rank_layers
 from striate.route.layer import Forward, Unrouted
 from striate.route.tokens import MASK, Pass, Tokens
 from striate.route.work import multiply_adds
 from striate.trace import layer_input
-from striate.vlm import Vlm, first_line
+from striate.vlm import Vlm
 
 ENTRY = "striate_route"
 """The entry of a model's config that holds the route of its checkpoint."""

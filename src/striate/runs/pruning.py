@@ -27,7 +27,8 @@ from striate.runs.run import Run
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Scores
 from striate.train import TUNE, TrainOptions
-from striate.vlm import check_config, load
+from striate.vlm import load
+from striate.vlm.config import check_config
 from striate.vlm.reading import model_folder
 
 PARTIAL = ".checkpoint.partial"

@@ -19,7 +19,8 @@ from striate.scores.figures import attention_overlay, figures
 from striate.scores.revert import Perplexity, Reversion
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Score
-from striate.vlm import check_device, load
+from striate.vlm import load
+from striate.vlm.devices import check_device
 
 
 def score(

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from striate.data import Records, read
+from striate.data import read
 from striate.distributed import init_distributed
-from striate.errors import UserError
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import verify
@@ -24,11 +23,10 @@ from striate.train import (
     check_images,
     check_teacher,
     check_tuning,
-    sample_records,
+    num_samples,
 )
 from striate.train import align as align_model
 from striate.train import tune as tune_model
-from striate.train.loop import MOST_SKIPPED
 from striate.train.precision import dtypes_of, size_in
 from striate.train.saved import check_room
 from striate.vlm import Vlm, load
@@ -73,7 +71,7 @@ def align(
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     check_images(records)
     with stage.recording(previous) as run:
-        log = _begin(run, vlm, records, stage, progress=progress)
+        log = _begin(run, vlm, stage, progress=progress)
         _end(run, align_model(vlm, records, tower=tower, options=options, log=log, state=run.state), stage)
     return run
 
@@ -137,16 +135,17 @@ def tune(
     vlm = _open_model(model, options)
     chosen = Region.parse(region, vlm.depth)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
-    subset = sample_records(records, samples, seed=options.seed)
+    if samples is not None:
+        num_samples(samples, len(records))
     teacher_vlm = None if teacher is None else load(teacher, device=options.device, attn=options.attn)
     if teacher_vlm is not None:
         check_teacher(teacher_vlm, vlm)
     with stage.recording(previous) as run:
         run.write_region(chosen)
-        log = _begin(run, vlm, records, stage, progress=progress)
+        log = _begin(run, vlm, stage, progress=progress)
         trained = tune_model(
-            vlm, subset, region=chosen, method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout,
-            teacher=teacher_vlm, distillation=distillation, options=options, log=log, state=run.state,
+            vlm, records, region=chosen, samples=samples, method=method, projector=projector, rank=rank, alpha=alpha,
+            dropout=dropout, teacher=teacher_vlm, distillation=distillation, options=options, log=log, state=run.state,
         )  # fmt: skip
         _end(run, trained, stage)
     return run
@@ -160,20 +159,8 @@ def _open_model(model: str | Path, options: TrainOptions) -> Vlm:
     return vlm
 
 
-def _begin(run: Run, vlm: Vlm, records: Records, stage: Stage, *, progress: bool) -> RunLog:
-    """List skipped records and start the log.
-
-    Raises:
-        UserError: too many records are bad, or the trained model does not fit on the disk.
-    """
-    run.skip(*({"source": record.source, "reason": record.reason} for record in records.skipped))
-    total = len(records.records) + len(records.skipped)
-    if len(records.skipped) > MOST_SKIPPED * total:
-        first = records.skipped[0]
-        raise UserError(
-            f"{len(records.skipped)} of {total} records are bad, more than {MOST_SKIPPED:.0%}; "
-            f"the first is {first.source}: {first.reason}"
-        )
+def _begin(run: Run, vlm: Vlm, stage: Stage, *, progress: bool) -> RunLog:
+    """Start the log. Raises `UserError` when the trained model does not fit on the disk."""
     for note in vlm.notes if stage.rank.first else ():
         run.warn(note)
     check_room(run.path, size_in(vlm.model, dtypes_of(vlm.model)))

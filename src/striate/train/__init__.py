@@ -19,6 +19,7 @@ from striate.errors import UserError, check_choices
 from striate.region import Region
 from striate.train.adapter import adapt, lora_config
 from striate.train.fit import Trained, fit, in_bfloat16
+from striate.train.loop import check_skipped
 from striate.train.loss import Teacher, answer_nll
 from striate.train.memory import full_tuning_fits
 from striate.train.nf4 import quantize_frozen_layers
@@ -28,7 +29,8 @@ from striate.train.precision import Dtypes, cast, dtypes_of, float16_to_bfloat16
 from striate.train.sampling import num_samples, sample_records
 from striate.train.saved import last_saved
 from striate.train.watch import Log
-from striate.vlm import Selection, Vlm, default_device, select
+from striate.vlm import Selection, Vlm, select
+from striate.vlm.devices import default_device
 
 __all__ = [
     "ALIGN",
@@ -44,7 +46,6 @@ __all__ = [
     "last_saved",
     "lora_config",
     "num_samples",
-    "sample_records",
     "tune",
 ]
 
@@ -77,6 +78,7 @@ def align(
     rank = init_distributed(options.device)
     check_launch(options, rank)
     check_images(records)
+    log = _list_skipped(records, options, log or Log())
     region = Region((), vlm.depth, "none")
     saved_as = _prepare(vlm, region, options)
     named = trainable_parameters(vlm, select(vlm, region, tower=tower))
@@ -95,6 +97,7 @@ def tune(
     records: Records,
     *,
     region: Region | str = "uniform:25%",
+    samples: int | str | None = None,
     method: Method = "auto",
     projector: Projector = "train",
     rank: int = 128,
@@ -112,6 +115,8 @@ def tune(
         vlm: the model, which is trained in place.
         records: the training records.
         region: the layers to train, in any form of a region.
+        samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
+            are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
         projector: train or freeze the projector.
         rank: of LoRA.
@@ -132,6 +137,8 @@ def tune(
     chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
     if teacher is not None:
         check_teacher(teacher, vlm)
+    subset = sample_records(records, samples, seed=options.seed)
+    log = _list_skipped(records, options, log or Log())
     distill = None if teacher is None else Teacher(teacher, distillation)
     plan = select(vlm, chosen, projector=projector == "train")
     saved_as = _prepare(vlm, chosen, options)
@@ -149,10 +156,24 @@ def tune(
         "projector": _or_default(options.projector_learning_rate, 2e-5),
     }
     groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(vlm, network, chosen, records, groups, options, rank=process, log=log, state=state, teacher=distill)
+    trained = fit(vlm, network, chosen, subset, groups, options, rank=process, log=log, state=state, teacher=distill)
     if not (trained.stopped and state):
         _finish(vlm, network, chosen, saved_as, options)
     return trained
+
+
+def _list_skipped(records: Records, options: TrainOptions, log: Log) -> Log:
+    """Log what was skipped on reading, and warnings about the data.
+
+    Raises:
+        UserError: too many records are bad.
+    """
+    for record in records.skipped:
+        log.skip(record)
+    for note in records.notes:
+        log.warn(note)
+    check_skipped(records.skipped, len(records) + len(records.skipped), options)
+    return log
 
 
 def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Dtypes:

@@ -29,7 +29,8 @@ from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
 from striate.train.sharding import shard, unshard
 from striate.train.watch import Audit, Log
-from striate.vlm import Vlm, default_device, has_native_bfloat16
+from striate.vlm import Vlm
+from striate.vlm.devices import default_device, has_native_bfloat16
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,6 @@ def fit(
     device = torch.device(options.device) if options.device else default_device()
     log, memory, began = log or Log(), PeakMemory(device), time.monotonic()
     memory.start()
-    for record in records.skipped:
-        log.skip(record)
-    for note in records.notes:
-        log.warn(note)
     bf16 = in_bfloat16(options.dtype, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -125,7 +125,7 @@ class Loop:
         self.audit, self.memory, self.log, self.state, self.device, self.rank = audit, memory, log, state, device, rank
         self.wait, self.stop, self.position, self.spikes = Wait(), Stop(rank), Position(), SpikeDetector()
         self.trained = {name: p for group in groups.values() for name, p in group.parameters.items()}
-        self.records = len(examples) + len(log.skipped)  # with the unreadable records
+        self.unread = frozenset(log.skipped)  # sources of records that were skipped on reading
         self.micro = micro_batch(options, rank)
         self.accumulation = options.batch // (self.micro * rank.of)
         self.dataset = EvenExamples(examples, step=self.micro * rank.of) if rank.of > 1 else examples
@@ -307,16 +307,10 @@ class Loop:
         """
         for record in skipped:
             self.log.skip(record)
-        bad = [record for record in self.log.skipped.values() if not record.too_long]  # too long is not bad
-        total, allowed = self.records, MOST_SKIPPED if self.options.on_bad_record == "skip" else 0.0
-        if len(bad) > allowed * total:
-            raise UserError(
-                f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {allowed:.0%} allowed; "
-                "all are listed in skipped.jsonl)"
-            )
-        if len(self.log.skipped) == total:
-            last = next(reversed(self.log.skipped.values()))
-            raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
+        found = [record for source, record in self.log.skipped.items() if source not in self.unread]
+        check_skipped(found, len(self.examples), self.options)
+        if len(found) == len(self.examples):
+            raise UserError(f"no record is left to train on; the last one, {found[-1].source}: {found[-1].reason}")
 
     # Save and resume.
 
@@ -384,6 +378,17 @@ class Loop:
         """Bytes of a saved state: the trained weights and the optimizer's moments."""
         moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.trained.values(), *moments))
+
+
+def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions) -> None:
+    """Raise `UserError` when too many of `total` records are bad; one that is too long is not bad."""
+    bad = [record for record in skipped if not record.too_long]
+    allowed = MOST_SKIPPED if options.on_bad_record == "skip" else 0.0
+    if len(bad) > allowed * total:
+        raise UserError(
+            f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {allowed:.0%} allowed; "
+            "all are listed in skipped.jsonl)"
+        )
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,28 +11,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from striate.errors import UserError, first_line
 from striate.region import Region
+from striate.vlm.config import check_config
+from striate.vlm.devices import align_memory, check_device, default_device
 from striate.vlm.matching import check_match
 from striate.vlm.modes import override_forward
 from striate.vlm.parts import Parts, find_parts
+from striate.vlm.processors import image_token_id, load_processor
 from striate.vlm.reading import check_size, model_folder, read_model
 from striate.vlm.template import check_template, set_stop_tokens
-from striate.weights import check_folder
-
-# Config keys for a number of layers, and an upper limit: building a layer takes time even on the meta device.
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
-MOST_LAYERS = 1000
-ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -355,140 +344,6 @@ def load_on_meta(path: str | Path) -> Vlm:
     """
     source = str(model_folder(path))
     return Vlm.on_meta(check_config(source), source)
-
-
-def align_memory(model: PreTrainedModel) -> PreTrainedModel:
-    """Align the weights on the CPU to 64 bytes, as matmuls prefer; returns the model.
-
-    Memory-mapped weights start at any offset, and on some CPUs the result of a matmul depends on the alignment in the
-    last bit: two loads of one model would not agree.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-    return model
-
-
-def check_device(name: str | torch.device) -> torch.device:
-    """The device of this name, after a test that it is available.
-
-    Raises:
-        UserError: there is no such device, or this PyTorch does not support it.
-    """
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not available: {first_line(error)}; omit it, or use cpu") from None
-
-
-def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
-def has_native_bfloat16(device: torch.device) -> bool:
-    """Whether the device has native bfloat16 support. A CPU without it is ten times slower than in float32."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def check_config(source: str) -> PreTrainedConfig:
-    """The config of a vision-language model, checked before any weight is read.
-
-    Raises:
-        UserError: there is no config, it is of another kind of model or has an absurd number of layers; the folder
-            holds unmerged adapters, or `check_folder` rejects it.
-    """
-    check_folder(Path(source))
-    if (adapter := Path(source) / ADAPTER).is_file():
-        how = _how_to_merge(adapter)
-        raise UserError(f"{source} holds adapters that are not merged: merge them into the model first ({how})")
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{source} is not a model folder: it has no config.json")
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        odd = _odd_size(config.to_dict())
-    except Exception as error:  # the file is untrusted
-        raise UserError(
-            f"no model at {source!r}: expected a model folder, a run folder or a hub id ({first_line(error)})"
-        ) from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise UserError(
-            f"{source} holds a {config.model_type} model, which is not an image-text-to-text model; "
-            "give a vision-language model, or make one with `striate assemble`"
-        )
-    if odd:
-        raise UserError(f"{source}: its config has {odd}, which is out of range for any model")
-    return config
-
-
-def _how_to_merge(adapter: Path) -> str:
-    """Python code that merges an adapter into its base model."""
-    try:
-        base = str(json.loads(adapter.read_bytes())["base_model_name_or_path"] or "BASE")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        base = "BASE"
-    return (  # repr: text from an untrusted file stays a string literal when the code is pasted
-        f"model = AutoModelForImageTextToText.from_pretrained({base!r}); "
-        f"PeftModel.from_pretrained(model, {str(adapter.parent)!r}).merge_and_unload().save_pretrained('merged'); "
-        f"AutoProcessor.from_pretrained({base!r}).save_pretrained('merged')"
-    )
-
-
-def _odd_size(config: Any) -> str:
-    """The first absurd size in a config, which would take long to fail; empty when there is none."""
-    if not isinstance(config, dict):
-        return ""
-    for key, value in config.items():
-        if isinstance(value, int) and (value > MOST_LAYERS if key in LAYERS else key == "hidden_size" and value < 1):
-            return f"{key} {value:,}"
-    return next(filter(None, map(_odd_size, config.values())), "")
-
-
-def load_processor(source: str) -> Any:
-    """Load the processor saved with a model.
-
-    Raises:
-        UserError: there is no processor, or it needs a package that is not installed.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    except ImportError as error:
-        raise UserError(
-            f"the processor of {source} needs a package that is not installed: {first_line(error)} "
-            "(several families need torchvision for their video processor: pip install torchvision)"
-        ) from error
-    except Exception as error:  # the files are untrusted
-        raise UserError(f"cannot load a processor from {source or 'nowhere'}: {first_line(error)}") from error
-    if not hasattr(processor, "tokenizer"):
-        raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")
-    return processor
-
-
-def image_token_id(processor: Any) -> int:
-    """The id of the tokens that are replaced by image features.
-
-    Raises:
-        UserError: the processor has no image token.
-    """
-    # The first id is that of the features; Pixtral and InternVL list those of borders after it. Gemma 3's
-    # `image_token_id` is the placeholder in the prompt, which the processor expands into other tokens.
-    if token := _IMAGE_TOKENS.get(type(processor).__name__):
-        return int(processor.tokenizer.convert_tokens_to_ids(token))
-    found = processor.image_token_ids[0]
-    if found is None and getattr(processor, "image_token", None):  # Janus' processor has the token, but not its id
-        found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    if found is None:
-        raise UserError(f"{type(processor).__name__} has no image token: striate cannot locate images in the prompt")
-    return int(found)
-
-
-# Processors whose `image_token` is another one: the end of a row (Fuyu) or the placeholder in the prompt.
-_IMAGE_TOKENS = {"FuyuProcessor": "|SPEAKER|", "Llama4Processor": "<|patch|>", "Ovis2Processor": "<IMG_ATOM>"}
 
 
 def linear_in(layer: nn.Module) -> tuple[str, ...]:

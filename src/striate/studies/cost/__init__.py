@@ -25,7 +25,7 @@ from striate.studies.cost.machine import Machine, gpu, this_machine
 from striate.studies.cost.parallelism import Parallelism
 from striate.studies.cost.step import Counts, Memory, Setup, Step
 from striate.train.fit import in_bfloat16
-from striate.vlm import default_device
+from striate.vlm.devices import default_device
 
 __all__ = [
     "Cost",

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from striate.errors import UserError
-from striate.vlm import default_device
+from striate.vlm.devices import default_device
 
 EFFICIENCY = 0.6
 """Share of a GPU's peak rates that large operations reach in practice. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311)

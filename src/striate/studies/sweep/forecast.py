@@ -18,7 +18,7 @@ from striate.studies.sweep.cell import FINISHED
 from striate.studies.sweep.display import Forecast, ForecastRow
 from striate.studies.sweep.plan import Recipe, SweepPlan, num_steps
 from striate.train.fit import in_bfloat16
-from striate.vlm import default_device
+from striate.vlm.devices import default_device
 
 PROBES = 32  # records that are encoded to measure their length
 

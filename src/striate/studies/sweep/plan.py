@@ -31,7 +31,9 @@ from striate.studies.sweep.cell import FILE, NOTES, Cell
 from striate.studies.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
 from striate.train import num_samples
 from striate.train.memory import full_tuning_fits
-from striate.vlm import Vlm, check_config, default_device, select
+from striate.vlm import Vlm, select
+from striate.vlm.config import check_config
+from striate.vlm.devices import default_device
 from striate.vlm.reading import model_folder
 
 LONGEST = 80  # characters of a cell's name
