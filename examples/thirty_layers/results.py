@@ -26,16 +26,24 @@ KEPT = (
 
 
 def collect(out: Path, file: Path) -> int:
-    """Write all that has finished to `file`; returns the number of runs."""
+    """Write all that has finished to `file`, beside runs that the file has from elsewhere; returns their number."""
     folders = [
         out / "start",
         *sorted(at.parent for name in (CELLS, "lora", "longer") for at in (out / name).glob("*/run.json")),
     ]
-    found = [describe(run) for run in map(Run, folders) if run.results and run.info["status"] == "finished"]
+    found = {one["run"]: one for one in load(file)} if file.is_file() else {}
+    for run in map(Run, folders):
+        if run.results and run.info["status"] == "finished":
+            found[name_of(run)] = describe(run)
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(one) for one in found)  # a run is a line: what is new shows in a diff
+    lines = ",\n".join(json.dumps(one) for one in found.values())  # a run is a line: what is new shows in a diff
     file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return len(found)
+
+
+def name_of(run: Run) -> str:
+    """The folder of a run, below that of the study."""
+    return f"{run.path.parent.name}/{run.path.name}"
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def describe(run: Run) -> dict[str, Any]:
     options, training, results = run.info["options"], run.info.get("training", {}), run.results or {}
     losses = [line["loss"] for line in run.history() if "loss" in line][-20:]
     return {
-        "run": f"{run.path.parent.name}/{run.path.name}", "verb": run.info["verb"],
+        "run": name_of(run), "verb": run.info["verb"],
         "options": {key: options.get(key) for key in KEPT if options.get(key) is not None},
         "layers": list(run.region.layers) if run.region else [], "tasks": results["tasks"],
         "visual": round(results["visual"], 4), "facts": round(results["text"], 4),

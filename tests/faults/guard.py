@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 5  # for one record
+RUN_SECONDS = 60  # for a whole verb, figures and all: it may not hang, how fast it is stands elsewhere
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 BYTES = 10**9  # on top of what the process held before
 
@@ -67,14 +68,14 @@ _hooked: list[bool] = []
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
-    """Raise `HangError` after `SECONDS`."""
+def in_time(seconds: float = SECONDS) -> Iterator[None]:
+    """Raise `HangError` after so many seconds."""
 
     def stop(*_: Any) -> None:
         raise HangError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

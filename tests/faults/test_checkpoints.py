@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from guard import BYTES, HangError, in_time, watched
+from guard import BYTES, RUN_SECONDS, HangError, in_time, watched
 from pico import pico_llava
 from safetensors.torch import load_file
 from training import write_data
@@ -68,7 +68,7 @@ def opened(opener: str, folder: Path, data: Path) -> str:
     """What a verb says when it opens a checkpoint; "opened" where it finds nothing wrong. Nothing but one line."""
     out = Path(tempfile.mkdtemp(dir=folder.parent)) / opener
     try:
-        with in_time():
+        with in_time(RUN_SECONDS):
             OPENERS[opener](folder, data, out)
     except UserError as error:
         return str(error)

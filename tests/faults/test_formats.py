@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_score_weights import by_name, language_model, shard
 from test_train import write_data
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 import striate
 from striate import roundtrip
@@ -165,7 +165,7 @@ def test_quantizations_that_cannot_be_trained_are_refused_before_weights_are_rea
             (about[place] if place else about)["quantization_config"] = {"quant_method": method, "bits": 4}
             (folder / "config.json").write_text(json.dumps(about))
             with pytest.raises(UserError) as refused:
-                reading.read_model(str(folder), striate.vlm.AutoConfig.from_pretrained(folder), dequantize=True)
+                reading.read_model(str(folder), AutoConfig.from_pretrained(folder), dequantize=True)
             if f"is quantized ({method}) and cannot be trained" not in str(refused.value):
                 wrong.append(f"{method}: {refused.value}")
     note_fault(
