@@ -26,6 +26,7 @@ from regions import evaluate_once, is_finished
 from striate.runs.pruning import prune
 from striate.runs.run import Run
 from striate.studies.demo import FULL, tuning
+from striate.train import TrainOptions
 
 MODELS = {"all layers": "tuned-all", "region": "tuned-0-4-8"}
 # Which layers must stay: a model of which all layers were tuned has no region.
@@ -62,9 +63,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--remove", type=int, nargs="+", default=[1, 2, 4, 6])
     parser.add_argument("--heal-steps", type=int, default=40)
-    parser.add_argument(
-        "--distillation", type=float, default=0.0, help="share of the healing that the uncut model teaches"
-    )
     parser.add_argument("--samples", type=int, default=64, help="training records that angular distance is measured on")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -76,14 +74,13 @@ def main() -> None:
     for point in points(args.remove):
         for seed in args.seeds:
             options = replace(tuning(FULL, seed), steps=args.heal_steps)
-            healing = {"options": options, "heal_distillation": args.distillation if point.healed else 0.0}
-            run = prune_once(args.out / f"seed-{seed}", args.runs / f"seed-{seed}", point, args.samples, healing)
+            run = prune_once(args.out / f"seed-{seed}", args.runs / f"seed-{seed}", point, args.samples, options)
             found[seed][point.name] = outcome(run)
         (args.out / "curves.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print_table(found)
 
 
-def prune_once(out: Path, runs: Path, point: Point, samples: int, healing: dict[str, Any]) -> Run:
+def prune_once(out: Path, runs: Path, point: Point, samples: int, options: TrainOptions) -> Run:
     """The evaluated run of a pruned model; created if missing."""
     run, world = out / point.name, runs / "world"
     if not is_finished(run):
@@ -91,7 +88,7 @@ def prune_once(out: Path, runs: Path, point: Point, samples: int, healing: dict[
         prune(
             runs / MODELS[point.model], out=run, region=KEEP[point.model], remove=str(point.remove), by=point.by,
             data=world / "train.json", images=world / "images", samples=samples,
-            heal=world / "train.json" if point.healed else None, heal_layers="neighbors", **healing,
+            heal=world / "train.json" if point.healed else None, heal_layers="neighbors", options=options,
         )  # fmt: skip
     evaluate_once(run, world, keep=False)
     return Run.open(run)

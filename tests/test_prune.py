@@ -21,7 +21,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 import striate
 from striate import weights
-from striate.data import Examples, collate, read
 from striate.errors import UserError
 from striate.prune import Numbering, Pruning, Surgery, bypass, cut, cut_checkpoint
 from striate.prune.choice import Calibration, blocks
@@ -32,7 +31,6 @@ from striate.runs.pruning import prune
 from striate.runs.run import Run
 from striate.scores.sampling import Sampling
 from striate.train import TrainOptions
-from striate.train.loss import answer_logits, distillation_losses
 from striate.vlm import Vlm, load
 from striate.weights import INDEX, WEIGHTS, file_tensors
 
@@ -462,26 +460,7 @@ def test_healing_is_a_short_tune(model: Path, data: Path, tmp_path: Path, what: 
     assert any("projector" in name for name in moved)
 
 
-def test_healing_can_learn_from_the_uncut_model(model: Path, data: Path, tmp_path: Path) -> None:
-    options = replace(OPTIONS, steps=20, learning_rate=3e-3)
-    bare = pruned(model, tmp_path / "bare")
-    healed = pruned(model, tmp_path / "healed", heal=data, heal_distillation=1.0, options=options)
-    assert healed.info["healed"]["distillation"] == 1.0
-    uncut = load(model)
-    examples = Examples(list(read(data)), uncut.processor)
-    batch = collate([examples[i] for i in range(4)], pad_id=uncut.pad_token_id)
-
-    def divergence(run: Run) -> float:
-        with torch.no_grad():
-            own, taught = (answer_logits(vlm, vlm.model.eval(), batch) for vlm in (load(run.path), uncut))
-        return float(distillation_losses(torch.zeros(len(own)), own, taught, share=1.0).mean())
-
-    assert divergence(healed) < 0.5 * divergence(bare)
-
-
 BAD = [
-    ({"heal_distillation": 0.5}, "--heal-distillation needs --heal: the records to heal on"),
-    ({"heal_distillation": 2.0}, "--heal-distillation 2.0: a share from 0 to 1"),
     ({"remove": "3", "layers": None, "by": "random"}, "only 2 layers can be cut: of 4, 2 are in the region 0,3"),
     ({"remove": "2"}, "either --remove .* or --layers"),
     ({"layers": None}, "either --remove .* or --layers"),

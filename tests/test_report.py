@@ -498,7 +498,6 @@ def made(seed: int = 0, content: Any = SAME, generated: str = "", verb: str = "t
         (made(0, learning_rate=0.1), made(1, learning_rate=0.2), False),
         (made(0, remove="0"), made(1, remove="1"), False),
         (made(0, projector="train"), made(1, projector="freeze"), False),
-        (made(0, teacher="t-0"), made(1, teacher="t-1"), False),
         (made(0, model="m"), made(1, model="m", verb="align"), False),
         (made(0, out="a", device="cpu", rank=1), made(1, out="b", device="cuda", rank=1), True),
     ],

@@ -18,7 +18,6 @@ import pytest
 import torch
 from pico import pico_llava, pico_more
 from training import OPTIONS, batch_of, changed, tune, weights, write_data
-from transformers import AutoProcessor
 
 import striate
 from striate.data import read
@@ -27,7 +26,6 @@ from striate.runs.run import Run
 from striate.runs.training_log import RunLog
 from striate.train import TrainOptions, answer_nll, last_saved, loop, num_samples
 from striate.train.adapter import adapt
-from striate.train.loss import distillation_losses
 from striate.train.nonfinite import SpikeDetector
 from striate.train.order import length_grouped
 from striate.train.sampling import sample_records
@@ -108,37 +106,6 @@ def test_loss_is_the_models_own(model: Path, data: Path) -> None:
     ours = answer_nll(vlm, vlm.model, batch).mean()
     theirs = vlm.model(**batch.inputs, labels=batch.labels).loss
     torch.testing.assert_close(ours, theirs)
-
-
-def test_distillation_by_hand() -> None:
-    logits, taught = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
-    divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    losses = distillation_losses(torch.tensor([math.log(2)]), logits, taught, share=0.25)
-    torch.testing.assert_close(losses, torch.tensor([0.75 * math.log(2) + 0.25 * divergence]))
-
-
-def test_a_model_has_nothing_to_learn_from_itself(model: Path, data: Path, tmp_path: Path) -> None:
-    losses = {
-        name: tune(model, data, tmp_path / name, OPTIONS, **settings).history()[0]["loss"]
-        for name, settings in {
-            "alone": {},
-            "half": {"teacher": str(model), "distillation": 0.5},
-            "whole": {"teacher": str(model), "distillation": 1.0},
-        }.items()
-    }
-    assert losses["half"] == pytest.approx(losses["alone"] / 2, rel=1e-5)
-    assert losses["whole"] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_teacher_reads_the_same_tokens(model: Path, data: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
-    processor = AutoProcessor.from_pretrained(other)
-    processor.tokenizer.add_tokens(["elephant"])
-    processor.save_pretrained(other)
-    with pytest.raises(striate.UserError, match="cannot teach this model: its tokenizer has other tokens"):
-        tune(model, data, tmp_path / "run", OPTIONS, teacher=str(other))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -599,7 +566,6 @@ def test_a_value_that_an_option_cannot_have_leaves_nothing_behind(
         ({"rank": 0}, "--rank 0: at least 1"),
         ({"alpha": 0}, "--alpha 0: more than 0"),
         ({"dropout": 1.0}, "--dropout 1.0: a share"),
-        ({"distillation": 0}, "--distillation 0: the teacher's share"),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from striate.prune.plan import Pruning
 from striate.prune.surgery import MAP, WEIGHT_FILES
@@ -20,14 +20,13 @@ HealLayers = Literal["region", "neighbors", "projector"]
 
 def heal_checkpoint(
     run: Run, pruning: Pruning, *, data: Path, images: Path | None, allow_urls: bool, layers: HealLayers,
-    progress: bool, teacher: Path | None, distillation: float, options: TrainOptions,
+    progress: bool, options: TrainOptions,
 ) -> None:  # fmt: skip
     """Tune the run's checkpoint, and replace it by the healed one at the end."""
     regions = {"region": str(pruning.region), "neighbors": str(pruning.numbers.neighbors), "projector": "none"}
-    distill: dict[str, Any] = {} if teacher is None else {"teacher": str(teacher), "distillation": distillation}
     tuned = tune(
         run.checkpoint, data=data, out=run.path / "heal", images=images, allow_urls=allow_urls, region=regions[layers],
-        progress=progress, options=options, **distill,
+        progress=progress, options=options,
     )  # fmt: skip
     for file in run.checkpoint.iterdir():  # the model's other files, and the description of the cut
         if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):

@@ -50,7 +50,6 @@ def prune(
     dry_run: bool = False,
     heal: Path | None = None,
     heal_layers: HealLayers = "region",
-    heal_distillation: float = 0.0,
     allow_urls: bool = False,
     progress: bool = False,
     options: TrainOptions = TUNE,
@@ -80,8 +79,6 @@ def prune(
         heal: records for a short tune after the removal.
         heal_layers: the layers to heal: the region, the neighbors of removed layers, or none but the projector, which
             is always trained.
-        heal_distillation: the share of the healing loss, in [0, 1], that is distilled from the unpruned model; above 0
-            both models are in memory.
         allow_urls: download images given as URLs.
         progress: show a progress bar.
         options: training options of the healing; seed, micro_batch, max_length, on_bad_record, device and attn apply to
@@ -99,10 +96,6 @@ def prune(
     if not dry_run:
         _check_out(out)
     read_from = partial(read, images=images, allow_urls=allow_urls, on_bad=settings.on_bad_record)
-    if not 0 <= heal_distillation <= 1:
-        raise UserError(f"--heal-distillation {heal_distillation}: a share from 0 to 1 was expected")
-    if heal_distillation and heal is None:
-        raise UserError("--heal-distillation needs --heal: the records to heal on")
     if heal is not None:
         read_from(heal)
     source = _checkpoint(model)
@@ -124,7 +117,7 @@ def prune(
         with run.recording():
             heal_checkpoint(
                 run, pruning, data=heal, images=images, allow_urls=allow_urls, layers=heal_layers, progress=progress,
-                teacher=source if heal_distillation else None, distillation=heal_distillation, options=settings,
+                options=settings,
             )  # fmt: skip
     return run
 

@@ -18,7 +18,7 @@ from striate.train.options import TrainOptions, check_launch
 
 Resume = bool | Literal["auto"]
 IRRELEVANT = ("save_steps", "workers", "report_to", "skip_nonfinite")  # options that no trained weight depends on
-PATHS = ("model", "data", "teacher")  # arguments that name files
+PATHS = ("model", "data")  # arguments that name files
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from striate.train import (
     Trained,
     TrainOptions,
     check_images,
-    check_teacher,
     check_tuning,
     num_samples,
 )
@@ -90,8 +89,6 @@ def tune(
     rank: int = 128,
     alpha: int = 256,
     dropout: float = 0.05,
-    teacher: str | None = None,
-    distillation: float = 0.5,
     resume: Resume = False,
     force: bool = False,
     progress: bool = False,
@@ -113,8 +110,6 @@ def tune(
         rank: LoRA rank.
         alpha: LoRA alpha; updates are scaled by alpha / rank.
         dropout: LoRA dropout.
-        teacher: a model to distill from, which stays in memory.
-        distillation: the teacher's share of the loss, in (0, 1].
         resume: resume the interrupted run in `out`; auto: resume if there is one, else start.
         force: resume although data, model, code or options have changed.
         progress: show a progress bar.
@@ -126,8 +121,7 @@ def tune(
     arguments: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
     arguments |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector}
     arguments |= {"rank": rank, "alpha": alpha, "dropout": dropout}
-    arguments |= {"teacher": teacher, "distillation": distillation if teacher else None}
-    check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout, distillation=distillation)
+    check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     stage = Stage("tune", out, arguments, options, init_distributed(options.device))
     previous = stage.previous(resume, force=force)
     if previous and previous.info["status"] == "finished":
@@ -137,15 +131,12 @@ def tune(
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     if samples is not None:
         num_samples(samples, len(records))
-    teacher_vlm = None if teacher is None else load(teacher, device=options.device, attn=options.attn)
-    if teacher_vlm is not None:
-        check_teacher(teacher_vlm, vlm)
     with stage.recording(previous) as run:
         run.write_region(chosen)
         log = _begin(run, vlm, stage, progress=progress)
         trained = tune_model(
             vlm, records, region=chosen, samples=samples, method=method, projector=projector, rank=rank, alpha=alpha,
-            dropout=dropout, teacher=teacher_vlm, distillation=distillation, options=options, log=log, state=run.state,
+            dropout=dropout, options=options, log=log, state=run.state,
         )  # fmt: skip
         _end(run, trained, stage)
     return run

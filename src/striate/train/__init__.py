@@ -20,7 +20,7 @@ from striate.region import Region
 from striate.train.adapter import adapt, lora_config
 from striate.train.fit import Trained, fit, in_bfloat16
 from striate.train.loop import check_skipped
-from striate.train.loss import Teacher, answer_nll
+from striate.train.loss import answer_nll
 from striate.train.memory import full_tuning_fits
 from striate.train.nf4 import quantize_frozen_layers
 from striate.train.optimizer import Group, Named
@@ -40,7 +40,6 @@ __all__ = [
     "align",
     "answer_nll",
     "check_images",
-    "check_teacher",
     "check_tuning",
     "in_bfloat16",
     "last_saved",
@@ -103,8 +102,6 @@ def tune(
     rank: int = 128,
     alpha: int = 256,
     dropout: float = 0.05,
-    teacher: Vlm | None = None,
-    distillation: float = 0.5,
     options: TrainOptions = TUNE,
     log: Log | None = None,
     state: Path | None = None,
@@ -122,8 +119,6 @@ def tune(
         rank: of LoRA.
         alpha: of LoRA; its updates are scaled by alpha / rank.
         dropout: of LoRA.
-        teacher: a model to distill from: the student also learns its probabilities of the answer tokens.
-        distillation: the teacher's share of the loss, in (0, 1].
         options: how to train.
         log: receives every step; default: a new one, in the result.
         state: the folder for saved states, the last of which is resumed; default: no states are saved.
@@ -133,13 +128,10 @@ def tune(
     """
     process = init_distributed(options.device)
     check_launch(options, process)
-    check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout, distillation=distillation)
+    check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
-    if teacher is not None:
-        check_teacher(teacher, vlm)
     subset = sample_records(records, samples, seed=options.seed)
     log = _list_skipped(records, options, log or Log())
-    distill = None if teacher is None else Teacher(teacher, distillation)
     plan = select(vlm, chosen, projector=projector == "train")
     saved_as = _prepare(vlm, chosen, options)
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
@@ -149,14 +141,13 @@ def tune(
     else:
         network, named = adapt(vlm, chosen, projector=projector == "train", rank=rank, alpha=alpha, dropout=dropout)
         rate = 2e-4
-    for model in (vlm, *([teacher] if teacher else [])):
-        _cast_frozen(model, options)
+    _cast_frozen(vlm, options)
     rates = {
         "layers": _or_default(options.learning_rate, rate),
         "projector": _or_default(options.projector_learning_rate, 2e-5),
     }
     groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(vlm, network, chosen, subset, groups, options, rank=process, log=log, state=state, teacher=distill)
+    trained = fit(vlm, network, chosen, subset, groups, options, rank=process, log=log, state=state)
     if not (trained.stopped and state):
         _finish(vlm, network, chosen, saved_as, options)
     return trained
@@ -218,14 +209,13 @@ def _or_default(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def check_tuning(*, method: str, projector: str, rank: int, alpha: int, dropout: float, distillation: float) -> None:
+def check_tuning(*, method: str, projector: str, rank: int, alpha: int, dropout: float) -> None:
     """Raise `UserError` for options that `tune` does not accept, before any work."""
     check_choices(get_type_hints(tune), {"method": method, "projector": projector})
     for name, value, valid, expected in (
         ("rank", rank, rank >= 1, "at least 1"),
         ("alpha", alpha, alpha > 0, "more than 0"),
         ("dropout", dropout, 0 <= dropout < 1, "a share of at least 0 and below 1"),
-        ("distillation", distillation, 0 < distillation <= 1, "the teacher's share of the loss, above 0 and up to 1,"),
     ):
         if not valid:
             raise UserError(f"--{name} {value}: {expected} was expected")
@@ -235,12 +225,6 @@ def check_images(records: Records) -> None:
     """Raise `UserError` when no record has an image: the projector trains on images only."""
     if not records.has_images:
         raise UserError("no record has an image, which the projector needs to learn; text alone is for tune")
-
-
-def check_teacher(teacher: Vlm, student: Vlm) -> None:
-    """Raise `UserError` when the teacher's vocabulary differs from the student's."""
-    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise UserError(f"{teacher.source} cannot teach this model: its tokenizer has other tokens")
 
 
 def _full_tuning_fits(plan: Selection, options: TrainOptions, rank: Rank) -> bool:

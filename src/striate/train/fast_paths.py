@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +23,7 @@ ROUNDINGS, SHARE = 3, 1e-4
 
 
 def verify_fast_paths(
-    models: Sequence[Vlm],
+    vlm: Vlm,
     probe: Batch,
     *,
     packing: Literal["auto", "on", "off"],
@@ -33,43 +33,31 @@ def verify_fast_paths(
     """The fast paths that give the losses of the plain path on two records, and one line for each that does not.
 
     Args:
-        models: the model, and the teacher if there is one.
+        vlm: the model.
         probe: two records.
         packing: auto, on (an error where it is not supported) or off.
         sharded: no process holds the whole model, so only the model's own forward pass can run.
         autocast: the precision of training.
 
     Raises:
-        UserError: packing is on and the model does not support it; the teacher cannot read the model's records.
+        UserError: packing is on and the model does not support it.
     """
     found, notes = NONE, []
     with ExitStack() as stack:
-        for context in (torch.no_grad(), autocast(), *(eval_mode(vlm.model) for vlm in models)):
+        for context in (torch.no_grad(), autocast(), eval_mode(vlm.model)):
             stack.enter_context(context)
-        trials = [_trial(vlm, probe.to(vlm.device), teaches=vlm is not models[0]) for vlm in models]
+        trial = Trial.of(vlm, probe.to(vlm.device))
         for name in ("chunking", "packing"):
             if (name == "chunking" and sharded) or (name == "packing" and packing == "off"):
                 continue
             candidate = replace(found, **{name: True})
-            reasons = ((trial.vlm.model.config.model_type, trial.refusal(candidate)) for trial in trials)
-            kind, reason = next(((kind, reason) for kind, reason in reasons if reason), ("", ""))
-            if reason:
-                notes.append(f"no {name} for {kind}: {reason}")
+            if reason := trial.refusal(candidate):
+                notes.append(f"no {name} for {vlm.model.config.model_type}: {reason}")
             else:
                 found = candidate
     if packing == "on" and not found.packing:
         raise UserError(f"{notes[-1]}; --packing auto uses padded batches instead")
     return found, tuple(notes)
-
-
-def _trial(vlm: Vlm, probe: Batch, *, teaches: bool) -> Trial:
-    try:
-        return Trial.of(vlm, probe)
-    except Exception as error:  # families fail in many ways
-        if not teaches:
-            raise
-        reason = first_line(error)
-        raise UserError(f"{vlm.source} cannot teach this model: it does not read its records ({reason})") from error
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from striate.roundtrip import save
 from striate.train.checkpointing import SHARE, Checkpointing
 from striate.train.fast_paths import verify_fast_paths
 from striate.train.loop import MOST_SKIPPED, Loop
-from striate.train.loss import FastPaths, Teacher, answer_losses
+from striate.train.loss import FastPaths, answer_losses
 from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activations, free_bytes, reachable_parameters
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
@@ -99,7 +99,6 @@ def fit(
     rank: Rank = Rank(),  # noqa: B008 (frozen)
     log: Log | None = None,
     state: Path | None = None,
-    teacher: Teacher | None = None,
 ) -> Trained:
     """Train `network` (the model, or its adapted form) in place.
 
@@ -120,13 +119,11 @@ def fit(
     with ExitStack() as stack:
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         probe = _probe(examples, vlm, micro_batch(options, rank))
-        models = [vlm, *([teacher.vlm] if teacher else [])]
         fast_paths, notes = verify_fast_paths(
-            models, probe.batch, packing=options.packing, sharded=options.shard, autocast=autocast
+            vlm, probe.batch, packing=options.packing, sharded=options.shard, autocast=autocast
         )
         if fast_paths.packing:
-            for model in models:
-                stack.enter_context(record_by_record(model))
+            stack.enter_context(record_by_record(vlm))
         kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
         groups = _freeze_unreachable(groups, reachable, log)
         checkpointing = _plan_checkpointing(vlm, network, probe, kept, groups, options, device, rank)
@@ -134,7 +131,7 @@ def fit(
             groups = _shard_groups(vlm, network, groups, device, rank)
         loop = Loop(
             network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, state=state,
-            losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths, teacher=teacher),
+            losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
             audit=_audit(network, groups, examples), memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
         )  # fmt: skip
         stack.callback(log.end)

@@ -12,18 +12,10 @@ from torch import Tensor, nn
 
 from striate.data import Batch
 from striate.train.packing import ModelInputs, using
-from striate.vlm import DeferredHead, Vlm
+from striate.vlm import Vlm
 
 # Bytes of float32 logits per chunk: large enough for GEMMs at full speed, small compared with a layer's weights.
 CHUNK_BYTES = 2**27
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A model in evaluation mode to distill from, and its `share` of the loss, in (0, 1]."""
-
-    vlm: Vlm
-    share: float
 
 
 @dataclass(frozen=True)
@@ -38,33 +30,21 @@ class FastPaths:
 NONE = FastPaths()
 
 
-def answer_losses(
-    vlm: Vlm, model: nn.Module, batch: Batch, *, fast_paths: FastPaths = NONE, teacher: Teacher | None = None
-) -> Tensor:
-    """Loss of each of the batch's N labeled tokens [N], in nats, row after row; `distillation_losses` with a teacher.
+def answer_losses(vlm: Vlm, model: nn.Module, batch: Batch, *, fast_paths: FastPaths = NONE) -> Tensor:
+    """Negative log-likelihood of each of the batch's N labeled tokens [N], in nats, row after row.
 
     `model` is called (the plain model, or a wrapper of it for LoRA or several devices), `vlm` knows its parts.
     """
     targets = batch.targets()[1]
     if not fast_paths.chunking:
         logits = answer_logits(vlm, model, batch, packing=fast_paths.packing)
-        teacher_logits = None
-        if teacher:
-            with torch.no_grad():
-                teacher_logits = answer_logits(teacher.vlm, teacher.vlm.model, batch, packing=fast_paths.packing)
-        return _losses(logits, targets, teacher_logits, teacher)
-    tail = _answer_tail(vlm, model, batch, packing=fast_paths.packing)
-    teacher_tail = None
-    if teacher:
-        with torch.no_grad():
-            teacher_tail = _answer_tail(teacher.vlm, teacher.vlm.model, batch, packing=fast_paths.packing)
+        return F.cross_entropy(logits, targets, reduction="none")
+    prepared = _model_inputs(vlm, batch, fast_paths.packing)
+    with vlm.defer_head(prepared.positions) as tail, using(prepared):
+        model(**prepared.inputs, use_cache=False)
 
     def chunk_losses(states: Tensor, rows: slice) -> Tensor:
-        teacher_logits = None
-        if teacher_tail:
-            with torch.no_grad():
-                teacher_logits = teacher_tail.logits(teacher_tail.states[rows]).float()
-        return _losses(tail.logits(states).float(), targets[rows], teacher_logits, teacher)
+        return F.cross_entropy(tail.logits(states).float(), targets[rows], reduction="none")
 
     rows = max(1, CHUNK_BYTES // (4 * vlm.model.config.get_text_config(decoder=True).vocab_size))
     return _ChunkedLosses.apply(tail.states, chunk_losses, rows)
@@ -86,35 +66,8 @@ def answer_logits(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool = F
     return logits.float()
 
 
-def distillation_losses(losses: Tensor, logits: Tensor, teacher_logits: Tensor, *, share: float) -> Tensor:
-    """(1 - share) * negative log-likelihood + share * KL(teacher || student) of each token [N], in nats.
-
-    `losses` [N] are the negative log-likelihoods, `logits` [N, V] the student's, `teacher_logits` [N, V].
-
-    Hinton et al. 2015, "Distilling the knowledge in a neural network" (arXiv 1503.02531), at temperature 1.
-    """
-    student, teacher = logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1)
-    divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    return (1 - share) * losses + share * divergence
-
-
-def _losses(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, teacher: Teacher | None) -> Tensor:
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    if teacher is None or teacher_logits is None:
-        return losses
-    return distillation_losses(losses, logits, teacher_logits, share=teacher.share)
-
-
 def _model_inputs(vlm: Vlm, batch: Batch, packing: bool) -> ModelInputs:
     return ModelInputs.packed(vlm, batch) if packing else ModelInputs.padded(batch)
-
-
-def _answer_tail(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool) -> DeferredHead:
-    """The hidden states from which the batch's labeled tokens are predicted, and the function to their logits."""
-    prepared = _model_inputs(vlm, batch, packing)
-    with vlm.defer_head(prepared.positions) as tail, using(prepared):
-        model(**prepared.inputs, use_cache=False)
-    return tail
 
 
 class _ChunkedLosses(torch.autograd.Function):

@@ -16,7 +16,7 @@ from striate.runs.run import INFO, Run
 # Options that change where or how fast a run goes, not its result.
 ASIDE = ("seed", "out", "progress", "device", "workers", "save_steps", "report_to", "dry_run")
 # Options that name files or folders: models and runs, and records with their images.
-LOADED = ("model", "backbone", "teacher", "scores", "vision", "llm", "projector")
+LOADED = ("model", "backbone", "scores", "vision", "llm", "projector")
 GENERATED = ("data", "images", "heal", "visual", "text")
 FILES = (*LOADED, *GENERATED)
 DEEP = 8  # parents of parents that are followed
