@@ -28,7 +28,7 @@ LLM=$1 VISION=$2 TEMPLATE=$3 CAPTIONS=$4
 train() { if [ "$GPUS" = 1 ]; then striate "$@"; else torchrun --nproc-per-node "$GPUS" -m striate "$@"; fi; }
 
 striate assemble --llm $LLM --vision $VISION --template plain --aspect square --out $RUNS/blind
-train align --model $RUNS/blind --data $CAPTIONS --images data/pretrain --out $RUNS/aligned --epochs 1 --batch 256 --micro-batch 8 --learning-rate 1e-3 --warmup 0.03 --schedule cosine --weight-decay 0 --max-length 2048 --checkpointing all --workers 4 --seed 42
+train align --model $RUNS/blind --data $CAPTIONS --images data/pretrain --out $RUNS/aligned --epochs 1 --batch 256 --micro-batch 8 --learning-rate 1e-3 --max-length 2048 --checkpointing all --workers 4 --seed 42
 striate assemble --export-projector $RUNS/aligned --out $RUNS/projector
 striate assemble --llm $LLM --vision $VISION --template $TEMPLATE --aspect pad --projector $RUNS/projector/checkpoint/mm_projector.bin --out $RUNS/start
 train tune --config recipes/$NAME.yaml

@@ -101,10 +101,7 @@ def test_a_wrong_option_is_one_line(
         (["score", "m", "--data", "x.json", "--samples", "0", "--out", "o"], "--samples 0: at least 1"),
         (["score", "m", "--data", "x.json", "--max-length", "0", "--out", "o"], "--max-length 0: at least 1"),
         (["cost", "m", "--micro-batch", "0"], "--micro-batch 0: at least 1"),
-        (["inspect", "m", "--max-length", "0"], "--max-length 0: at least 1"),
-        (["demo", "--threads", "0", "--out", "o"], "--threads 0: at least 1"),
         (["sweep", "x.yaml", "--workers", "0"], "--workers 0: at least 1"),
-        (["sweep", "x.yaml", "--executor", "ray", "--ray-retries", "-1"], "--ray-retries -1: at least 0"),
     ],
 )
 def test_zero_is_a_number(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +137,10 @@ def test_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["score", str(run), "--data", str(data), *scores, *more], f"wrote {run}; figures are in {run}/figures"),
         (["inspect", str(run), "--data", str(data)], "train.json:1: "),
         (["cost", str(model), "--gpu", "h100"], f"{model}\n"),
-        (["prune", str(run), "--remove", "1", "--by", "random", "--out", f"{run}+", "--data", str(data), *more], "+/"),
+        (
+            ["prune", str(run), "--remove", "1", "--by", "random", "--out", f"{run}+", "--data", str(data), *more[:2]],
+            "+/",
+        ),
         (["report", str(run), f"{run}+", "--out", str(here / "[i].html")], f"wrote {here}/[i].html"),
     ]
     assert main(tune) == 0

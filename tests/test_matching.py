@@ -19,6 +19,7 @@ from striate.errors import UserError
 from striate.runs.evaluating import evaluate
 from striate.runs.inspecting import inspect
 from striate.runs.pruning import prune
+from striate.runs.run import Run
 from striate.runs.training import align, tune
 from striate.train import TrainOptions
 from striate.vlm import load, load_on_meta
@@ -52,11 +53,11 @@ def test_a_saved_checkpoint_names_the_ends_of_answers(verb: str, tmp_path: Path)
     model = ends_with_unk(tmp_path / "model")
     if verb == "prune":
         (model / "generation_config.json").unlink()
-        run = prune(str(model), out=tmp_path / "run", region="0,1", remove="1", by="random")
+        prune(str(model), out=tmp_path / "run", region="0,1", remove="1", by="random")
     else:
         train = {"align": align, "tune": tune}[verb]
-        run = train(model, data=write_data(tmp_path), out=tmp_path / "run", options=OPTIONS)
-    saved = json.loads((run.checkpoint / "generation_config.json").read_text())
+        train(model, data=write_data(tmp_path), out=tmp_path / "run", options=OPTIONS)
+    saved = json.loads((Run.open(tmp_path / "run").checkpoint / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [3, 1]
     assert saved["pad_token_id"] == 0
 

@@ -22,13 +22,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 import striate
 from striate import weights
 from striate.errors import UserError
-from striate.prune import Numbering, Pruning, Surgery, bypass, cut, cut_checkpoint
+from striate.prune import Numbering, Surgery, bypass, cut, cut_checkpoint
 from striate.prune.choice import Calibration, blocks
 from striate.prune.proof import observe, verify_cut
 from striate.region import Region
 from striate.runs.cli import main
 from striate.runs.pruning import prune
 from striate.runs.run import Run
+from striate.runs.training import tune
 from striate.scores.sampling import Sampling
 from striate.train import TrainOptions
 from striate.vlm import Vlm, load
@@ -53,9 +54,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(model: Path, out: Path, **settings: Any) -> Run:
-    run = prune(model, out=out, **{"region": "0,3", "layers": "1", "options": OPTIONS, **settings})
-    assert isinstance(run, Run)
-    return run
+    prune(model, out=out, **{"region": "0,3", "layers": "1", "options": OPTIONS, **settings})
+    return Run.open(out)
 
 
 def numbering(*layers: int, depth: int = DEPTH) -> Numbering:
@@ -364,7 +364,6 @@ def test_a_pruned_run_is_an_ordinary_run(model: Path, data: Path, tmp_path: Path
 
 def test_cuts_follow_the_score(model: Path, data: Path, tmp_path: Path) -> None:
     plan = prune(model, region="none", remove="2", data=data, dry_run=True, options=OPTIONS)
-    assert isinstance(plan, Pruning)
     values = plan.scores[0].values
     assert list(plan.order) == sorted(range(DEPTH), key=values.__getitem__)[:2]
     saved = tmp_path / "scores.json"
@@ -386,13 +385,11 @@ def test_greedy_bypass_takes_the_layer_that_is_missed_least(model: Path, data: P
     plan = prune(
         model, region="0", remove="2", by="bypass_perplexity", data=data, dry_run=True, options=OPTIONS
     )  # fmt: skip
-    assert isinstance(plan, Pruning)
     first, second = plan.order
 
     def perplexity(*layers: int) -> float:
         named = ",".join(map(str, layers))
         plan = prune(model, region="0", layers=named, data=data, dry_run=True, options=OPTIONS)
-        assert isinstance(plan, Pruning)
         assert plan.perplexity
         return plan.perplexity[1]
 
@@ -458,6 +455,10 @@ def test_healing_is_a_short_tune(model: Path, data: Path, tmp_path: Path, what: 
     layers = {name.removeprefix(LAYERS).partition(".")[0] for name in moved if name.startswith(LAYERS)}
     assert layers == (set() if trained == "none" else set(trained.split(",")))
     assert any("projector" in name for name in moved)
+    # The same as tuning the pruned run, which has all options of tune.
+    tuned = tune(tmp_path / "bare", data=data, out=tmp_path / "tuned", region=trained, options=OPTIONS)
+    for name, tensor in load(tuned.path).model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
 BAD = [

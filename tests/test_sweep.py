@@ -28,7 +28,7 @@ import striate
 from striate.runs.cli import main
 from striate.runs.provenance import BLOCK, BLOCKS, content_of, difference, digest
 from striate.runs.run import Run
-from striate.studies.sweep import Forecast, Outcome, cells, sweep
+from striate.studies.sweep import cells, sweep
 from striate.studies.sweep.cell import last_step
 from striate.studies.sweep.executor import PROGRAM, visible_gpus
 from striate.studies.sweep.forecast import predict
@@ -185,7 +185,6 @@ def test_a_cell_and_what_becomes_of_it(here: Path) -> None:
     assert num_steps(plan.recipes[0], num_records(plan)) == 1
     assert num_steps(replace(plan.recipes[0], tune=plan.recipes[0].tune | {"steps": 0}), 8) == 0
     outcome = sweep(file, only="last-25%_seed-3_samples-50%")
-    assert isinstance(outcome, Outcome)
     cell = outcome.cells[0]
     assert cell.status == "finished"
     tuned, pruned = (Run.open(folder) for folder in cell.runs)
@@ -200,7 +199,7 @@ def test_a_cell_and_what_becomes_of_it(here: Path) -> None:
     made = [run.checkpoint.stat().st_mtime_ns for run in (tuned, pruned)]
     more = sheet(tune=tune(steps=None), prune=prune, grid={**grid, "prune.remove": [1, 2]})
     assert cells("out")[0].status == "finished"
-    assert len(sweep(more, print_commands=True)) == 1  # type: ignore[arg-type]
+    assert len(sweep(more, executor="print").commands or ()) == 1
     assert cells("out")[0].status == "not started"
     sweep(more, only=cell.name)
     assert [run.checkpoint.stat().st_mtime_ns for run in (tuned, pruned)] == made
@@ -230,7 +229,7 @@ def test_the_plan_before_and_the_commands(here: Path, capsys: pytest.CaptureFixt
         for seed in (0, 1)
     ]  # fmt: skip
     assert not (here / "my out").exists()
-    assert main(["sweep", str(file), "--print-commands"]) == 0
+    assert main(["sweep", str(file), "--executor", "print"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"striate sweep sweep.yaml --only uniform-25%_seed-{seed}" for seed in (0, 1)
     ]  # fmt: skip
@@ -238,9 +237,9 @@ def test_the_plan_before_and_the_commands(here: Path, capsys: pytest.CaptureFixt
         sweep(file, only="uniform-25%_seed-2")
     assert main(["sweep", str(file), "--only", "uniform-25%_seed-1"]) == 0
     assert "finished" in capsys.readouterr().out
-    assert sweep(file, print_commands=True) == ["striate sweep sweep.yaml --only uniform-25%_seed-0"]
-    planned = sweep(file, dry_run=True)
-    assert isinstance(planned, Forecast)
+    assert sweep(file, executor="print").commands == ("striate sweep sweep.yaml --only uniform-25%_seed-0",)
+    planned = sweep(file, dry_run=True).forecast
+    assert planned is not None
     assert [row[1] for row in planned.rows] == ["not started", "finished"]
     seconds = Run.open(here / "my out" / "uniform-25%_seed-1").info["training"]["seconds"]
     assert planned.rows[0][4] > seconds  # three steps of four, as there, and the evaluation
@@ -267,7 +266,7 @@ def test_one_method_for_all_cells(here: Path) -> None:
     plan = read_plan(file)
     assert [recipe.tune["method"] for recipe in plan.recipes] == ["full", "full"]
     # As chosen when the sweep was planned, whatever memory is free now.
-    sweep(file, print_commands=True)
+    sweep(file, executor="print")
     noted = json.loads((here / "out" / "sweep.json").read_text())
     (here / "out" / "sweep.json").write_text(json.dumps(noted | {"method": "lora"}))
     assert [recipe.tune["method"] for recipe in read_plan(file).recipes] == ["lora", "lora"]
@@ -390,9 +389,7 @@ def test_gpus_of_cells_are_those_that_cuda_sees(named: str, names: list[str], mo
     assert visible_gpus() == names
 
 
-def test_options_that_would_do_nothing_are_refused(here: Path) -> None:
-    with pytest.raises(striate.UserError, match="are for --executor ray"):
-        sweep(sheet(), ray_cpus=2.0)
+def test_no_workers_are_refused(here: Path) -> None:
     with pytest.raises(striate.UserError, match="--workers 0: at least 1"):
         sweep(sheet(), workers=0)
 
@@ -420,8 +417,8 @@ def test_two_cells_on_ray(here: Path) -> None:
 def test_before_any_cell_has_finished_time_and_memory_are_counted(here: Path) -> None:
     shared = {key: value for key, value in SHEET["tune"].items() if key != "method"}
     grid = {"region": ["all", "last:25%"], "method": ["full", "lora"]}
-    planned = sweep(sheet(grid=grid, tune=shared), dry_run=True)
-    assert isinstance(planned, Forecast)
+    planned = sweep(sheet(grid=grid, tune=shared), dry_run=True).forecast
+    assert planned is not None
     everything, _, quarter, adapters = planned.rows
     assert all(row.counted and row.seconds and row.memory for row in planned.rows)
     assert everything.seconds > quarter.seconds

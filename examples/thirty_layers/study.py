@@ -93,7 +93,7 @@ def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any
     prune = own.get("prune")
     if "prune.heal" in grid:
         grid = grid | {"prune.heal": [str(world / file) for file in grid["prune.heal"]]}
-        healing = ("batch", "micro_batch", "learning_rate", "projector_learning_rate", "max_length", "attn", "device")
+        healing = ("batch", "micro_batch", "learning_rate", "max_length", "attn", "device")
         prune |= {key: tune[key] for key in healing}
     return grid["region"] and {
         "model": str(out / "start"), "data": str(world / "train.json"), "images": str(world / "images"),

@@ -199,14 +199,14 @@ def _print_result(verb: str, result: Any, call: Mapping[str, Any]) -> None:
     if not environment_rank().first:
         return
 
+    if verb == "prune" and not call["dry_run"]:
+        result = Run.open(call["out"])
     if isinstance(result, Run):
         _print_run(verb, result)
     elif isinstance(result, Path):
         output.print(f"wrote {result}")
     elif verb == "eval":
         _print_results(result, Path(call["out"] or call["model"]))
-    elif isinstance(result, list):
-        output.print("\n".join(result))
     elif result is not None:
         output.print(result)
 

@@ -16,16 +16,17 @@ SHORT = 10  # options of `--help`
 # The options of `--help`; default: the first ones of the signature.
 FIRST = {
     "align": "model data out images epochs batch micro_batch learning_rate resume device",
+    "prune": "model out region remove by layers data images heal steps",
     "tune": "model data out images region method epochs batch micro_batch learning_rate",
 }
 # All options by group; options of a single verb, which are in no group, come first.
 GROUPS = {
     "data": "model data images allow_urls split samples max_length truncate_text on_bad_record",
     "region": "region method projector tower rank alpha dropout",
-    "optimization": "epochs steps batch learning_rate projector_learning_rate warmup schedule weight_decay adam_beta2 "
-    "adam_epsilon max_grad_norm skip_nonfinite",
+    "optimization": "epochs steps batch learning_rate projector_learning_rate warmup schedule weight_decay "
+    "max_grad_norm skip_nonfinite",
     "memory": "micro_batch optimizer packing checkpointing frozen_layers dtype attn",
-    "run": "out resume force save_steps seed deterministic device workers report_to",
+    "run": "out resume save_steps seed deterministic device workers report_to",
     "distributed": "shard",
 }
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", dict: "MAPPING"}  # anything else is a path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from striate.data import IGNORED, Example, encode, read
-from striate.errors import UserError, at_least
+from striate.errors import UserError
 from striate.prune.protected import protected_layers
 from striate.region import Region
 from striate.vlm import Vlm, load_on_meta, select
@@ -26,7 +27,6 @@ def inspect(
     images: Path | None = None,
     region: str = "uniform:25%",
     record: int = 1,
-    max_length: int = 2048,
 ) -> RenderableType:
     """Show the parts of a model, the parameters that a region trains, and one encoded record.
 
@@ -38,12 +38,10 @@ def inspect(
         images: the folder that image paths are relative to; default: the folder of the data.
         region: the layers to train.
         record: number of the record to show, from 1.
-        max_length: most tokens per record.
 
     Raises:
         UserError: the model, region or record does not exist, or the record cannot be encoded.
     """
-    at_least(1, max_length=max_length)
     vlm = load_on_meta(model)
     blocks: list[RenderableType] = [_parts(vlm, Region.parse(region, vlm.depth))]
     if data is not None:
@@ -52,7 +50,7 @@ def inspect(
         if not 1 <= record <= len(records):
             raise UserError(f"--record {record}: {data} has records 1 to {len(records)}")
         blocks += [Text(f"note: {note}") for note in found.notes]
-        blocks += ["", *_record(vlm, encode(records[record - 1], vlm.processor, max_length=max_length))]
+        blocks += ["", *_record(vlm, encode(records[record - 1], vlm.processor, max_length=sys.maxsize))]
     return Group(*blocks)
 
 

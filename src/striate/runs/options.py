@@ -1,5 +1,7 @@
 """The options of a verb: the parameters of its function, and the fields of the option dataclasses among them.
 
+`Annotated[TrainOptions, Only("steps batch")]`: of these fields two are options, the others keep their defaults.
+
 The command line and the sections of a sweep file are built from these.
 """
 
@@ -7,10 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import Namespace
@@ -27,6 +29,13 @@ KINDS = {
     Path: "a path",
     dict: "a mapping",
 }
+
+
+@dataclass(frozen=True)
+class Only:
+    """The fields of an option dataclass, separated by spaces, that a verb has as options."""
+
+    names: str
 
 
 @dataclass(frozen=True)
@@ -61,30 +70,29 @@ class Option:
 
 def options_of(function: Callable[..., Any]) -> Iterator[Option]:
     """All options of a verb, in the order of its signature."""
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     described = _descriptions(function)
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ALWAYS:
             continue
-        if not _holds_options(hints[name]):
+        if not (names := _fields(hints[name])):
             yield Option(_option_name(name), hints[name], parameter.default, described.get(name, ""))
             continue
-        kind, preset = hints[name], parameter.default
+        kind = type(parameter.default)
         field_hints, field_texts = get_type_hints(kind), _descriptions(kind)
-        for field in fields(kind):
-            text = field_texts.get(field.name, "")
-            yield Option(field.name, field_hints[field.name], getattr(preset, field.name), text)
+        for field in names:
+            yield Option(field, field_hints[field], getattr(parameter.default, field), field_texts.get(field, ""))
 
 
 def call_arguments(function: Callable[..., Any], values: Mapping[str, Any] | Namespace) -> dict[str, Any]:
     """The arguments of the function, option dataclasses included, from values by option name."""
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     call: dict[str, Any] = {}
-    for name in inspect.signature(function).parameters:
+    for name, parameter in inspect.signature(function).parameters.items():
         if name in ALWAYS:
             call[name] = ALWAYS[name]
-        elif _holds_options(hints[name]):
-            call[name] = hints[name](**{field.name: values[field.name] for field in fields(hints[name])})
+        elif names := _fields(hints[name]):
+            call[name] = replace(parameter.default, **{field: values[field] for field in names})
         else:
             call[name] = values[_option_name(name)]
     return call
@@ -104,10 +112,18 @@ def _option_name(name: str) -> str:
     return name.rstrip("_")
 
 
-def _holds_options(hint: Any) -> bool:
-    return is_dataclass(hint) and isinstance(hint, type)
+def _fields(hint: Any) -> list[str]:
+    """The fields of an option dataclass that are options; none for any other type."""
+    kind, only = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
+    if not (is_dataclass(kind) and isinstance(kind, type)):
+        return []
+    return only.names.split() if only else [field.name for field in fields(kind)]
 
 
 def _descriptions(thing: Any) -> dict[str, str]:
-    parsed = docstring_parser.parse_from_object(thing)
-    return {item.arg_name: (item.description or "").replace("\n", " ").strip() for item in parsed.params}
+    """The description of each parameter or field, inherited ones included."""
+    found: dict[str, str] = {}
+    for one in reversed(thing.__mro__[:-1]) if isinstance(thing, type) else [thing]:
+        for item in docstring_parser.parse_from_object(one).params:
+            found[item.arg_name] = (item.description or "").replace("\n", " ").strip()
+    return found

@@ -7,7 +7,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING
@@ -22,6 +22,7 @@ from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import free_memory
 from striate.runs.healing import CARD, HealLayers, heal_checkpoint
+from striate.runs.options import Only
 from striate.runs.pruning_card import pruned_card
 from striate.runs.run import Run
 from striate.scores.sampling import RecordSample, Sampling
@@ -32,6 +33,7 @@ from striate.vlm.config import check_config
 from striate.vlm.reading import model_folder
 
 PARTIAL = ".checkpoint.partial"
+HEALING_OPTIONS = Only("steps batch micro_batch learning_rate max_length seed device attn")
 
 
 def prune(
@@ -52,8 +54,8 @@ def prune(
     heal_layers: HealLayers = "region",
     allow_urls: bool = False,
     progress: bool = False,
-    options: TrainOptions = TUNE,
-) -> Run | Pruning:
+    options: Annotated[TrainOptions, HEALING_OPTIONS] = TUNE,
+) -> Pruning:
     """Remove decoder layers outside the region from a checkpoint, and verify that nothing else changes.
 
     Verified: skipping the layers at run time, removing them in memory, and loading the pruned checkpoint with plain
@@ -76,7 +78,8 @@ def prune(
         samples: number of records to measure on, sampled at random from the records with an answer.
         iterative: measure the score again after each removal.
         dry_run: write nothing, show the plan and its predicted effect.
-        heal: records for a short tune after the removal.
+        heal: records for a short tune after the removal, with these few options; for all of them prune, then
+            `striate tune` the pruned run.
         heal_layers: the layers to heal: the region, the neighbors of removed layers, or none but the projector, which
             is always trained.
         allow_urls: download images given as URLs.
@@ -85,7 +88,7 @@ def prune(
             measuring, too.
 
     Returns:
-        The run, or with `dry_run` the plan.
+        The layers that are removed, and the effect that this was predicted to have.
 
     Raises:
         UserError: bad input, or verification failed; names the layers and the reason, and nothing is written.
@@ -119,7 +122,7 @@ def prune(
                 run, pruning, data=heal, images=images, allow_urls=allow_urls, layers=heal_layers, progress=progress,
                 options=settings,
             )  # fmt: skip
-    return run
+    return pruning
 
 
 def _cut(run: Run, source: Path, pruning: Pruning, sample: RecordSample | None, options: TrainOptions) -> None:

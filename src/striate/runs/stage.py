@@ -16,7 +16,7 @@ from striate.runs.provenance import code, content_of, differences
 from striate.runs.run import INFO, Run, versions
 from striate.train.options import TrainOptions, check_launch
 
-Resume = bool | Literal["auto"]
+Resume = bool | Literal["auto", "changed"]
 IRRELEVANT = ("save_steps", "workers", "report_to", "skip_nonfinite")  # options that no trained weight depends on
 PATHS = ("model", "data")  # arguments that name files
 
@@ -31,20 +31,20 @@ class Stage:
     options: TrainOptions
     rank: Rank
 
-    def previous(self, resume: Resume, *, force: bool) -> Run | None:
+    def previous(self, resume: Resume) -> Run | None:
         """The run to resume, None to start a new one; with "auto", the run in the folder if there is one.
 
         A finished run is returned with "auto" only: then there is nothing to do.
 
         Raises:
-            UserError: there is nothing to resume; something has changed, without `force`; an option is not supported
+            UserError: there is nothing to resume; something has changed, without "changed"; an option is not supported
                 here.
         """
         check_launch(self.options, self.rank)
-        run = self._previous(resume, force) if self.rank.first else None
+        run = self._previous(resume) if self.rank.first else None
         return self.rank.gather(run)[0]  # the first process looks before it writes anything
 
-    def _previous(self, resume: Resume, force: bool) -> Run | None:
+    def _previous(self, resume: Resume) -> Run | None:
         if not resume or (resume == "auto" and not (Path(self.out) / INFO).is_file()):
             Run.check_free(self.out)
             return None
@@ -53,9 +53,9 @@ class Stage:
         if finished and resume != "auto":
             raise UserError(f"{self.out} is finished: there is nothing to resume")
         changed = list(differences(_inputs(run.info), _inputs(self._description)))
-        if changed and not force:
+        if changed and resume != "changed":
             raise UserError(
-                f"{self.out} cannot be resumed with the same result: {'; '.join(changed)} (--force resumes anyway)"
+                f"{self.out} cannot be resumed with the same result: {'; '.join(changed)} (--resume changed does)"
             )
         for change in changed if not finished else ():
             run.warn(f"resumed although {change}")

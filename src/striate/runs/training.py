@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from striate.data import read
 from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import verify
+from striate.runs.options import Only
 from striate.runs.run import Run
 from striate.runs.stage import Resume, Stage
 from striate.runs.training_card import model_card
@@ -30,6 +31,12 @@ from striate.train.precision import dtypes_of, size_in
 from striate.train.saved import check_room
 from striate.vlm import Vlm, load
 
+# The projector trains as LLaVA's does: AdamW's settings and the schedule keep their defaults.
+PROJECTOR_OPTIONS = Only(
+    "epochs steps batch micro_batch learning_rate max_length on_bad_record checkpointing frozen_layers shard workers "
+    "seed device dtype attn report_to"
+)
+
 
 def align(
     model: str | Path,
@@ -40,9 +47,8 @@ def align(
     allow_urls: bool = False,
     tower: bool = False,
     resume: Resume = False,
-    force: bool = False,
     progress: bool = False,
-    options: TrainOptions = ALIGN,
+    options: Annotated[TrainOptions, PROJECTOR_OPTIONS] = ALIGN,
 ) -> Run:
     """Stage 1: train the projector alone, so that image features mean something to the language model.
 
@@ -53,8 +59,8 @@ def align(
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: download images given as URLs.
         tower: train the vision encoder too, for one with fresh weights.
-        resume: resume the interrupted run in `out`; auto: resume if there is one, else start.
-        force: resume although data, model, code or options have changed.
+        resume: resume the interrupted run in `out`; auto: resume if there is one, else start; changed: resume although
+            data, model, code or options have changed.
         progress: show a progress bar.
         options: training options.
 
@@ -63,7 +69,7 @@ def align(
     """
     arguments = {"model": model, "data": data, "images": images, "allow_urls": allow_urls, "tower": tower}
     stage = Stage("align", out, arguments, options, init_distributed(options.device))
-    previous = stage.previous(resume, force=force)
+    previous = stage.previous(resume)
     if previous and previous.info["status"] == "finished":
         return previous
     vlm = _open_model(model, options)
@@ -90,7 +96,6 @@ def tune(
     alpha: int = 256,
     dropout: float = 0.05,
     resume: Resume = False,
-    force: bool = False,
     progress: bool = False,
     options: TrainOptions = TUNE,
 ) -> Run:
@@ -110,8 +115,8 @@ def tune(
         rank: LoRA rank.
         alpha: LoRA alpha; updates are scaled by alpha / rank.
         dropout: LoRA dropout.
-        resume: resume the interrupted run in `out`; auto: resume if there is one, else start.
-        force: resume although data, model, code or options have changed.
+        resume: resume the interrupted run in `out`; auto: resume if there is one, else start; changed: resume although
+            data, model, code or options have changed.
         progress: show a progress bar.
         options: training options.
 
@@ -123,7 +128,7 @@ def tune(
     arguments |= {"rank": rank, "alpha": alpha, "dropout": dropout}
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     stage = Stage("tune", out, arguments, options, init_distributed(options.device))
-    previous = stage.previous(resume, force=force)
+    previous = stage.previous(resume)
     if previous and previous.info["status"] == "finished":
         return previous
     vlm = _open_model(model, options)

@@ -31,12 +31,11 @@ def build_optimizer(groups: dict[str, Group], options: TrainOptions) -> torch.op
         for decays, decay in ((True, options.weight_decay), (False, 0.0))
         if (chosen := [p for name, p in group.parameters.items() if _decays(name, p) == decays])
     ]
-    betas = (0.9, options.adam_beta2)
     if options.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # slow to import, and seldom needed
 
-        return AdamW8bit(parameters, betas=betas, eps=options.adam_epsilon)
-    return torch.optim.AdamW(parameters, betas=betas, eps=options.adam_epsilon, fused=True)
+        return AdamW8bit(parameters)
+    return torch.optim.AdamW(parameters, fused=True)
 
 
 def build_schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:

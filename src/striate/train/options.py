@@ -46,10 +46,6 @@ class TrainOptions:
     """AdamW, or bitsandbytes' AdamW with 8-bit moments: 10 bytes per trained parameter instead of 16"""
     weight_decay: float = 0.0
     """weight decay, not applied to norms and biases"""
-    adam_beta2: float = 0.999
-    """AdamW's beta2, in [0, 1)"""
-    adam_epsilon: float = 1e-8
-    """AdamW's epsilon"""
     max_grad_norm: float = 1.0
     """clip gradients to this norm; 0: no clipping"""
     max_length: int = 2048
@@ -92,10 +88,10 @@ class TrainOptions:
         if self.schedule not in SCHEDULES:
             raise UserError(f"--schedule {nearest(self.schedule, SCHEDULES)}")
         for names, expected, valid in (
-            ("epochs steps batch micro_batch max_length save_steps adam_epsilon", "more than 0", lambda x: x > 0),
+            ("epochs steps batch micro_batch max_length save_steps", "more than 0", lambda x: x > 0),
             ("learning_rate projector_learning_rate weight_decay max_grad_norm", "at least 0", lambda x: x >= 0),
             ("skip_nonfinite workers seed", "at least 0", lambda x: x >= 0),
-            ("warmup adam_beta2", "at least 0 and less than 1", lambda x: 0 <= x < 1),
+            ("warmup", "at least 0 and less than 1", lambda x: 0 <= x < 1),
         ):
             for name in names.split():
                 value = getattr(self, name)

@@ -21,11 +21,10 @@ from striate.studies.cost.fake_model import Dtype, FakeModel, fake_model
 from striate.studies.cost.figure import cost_figure
 from striate.studies.cost.fit import fit as largest
 from striate.studies.cost.fit import size
-from striate.studies.cost.machine import Machine, gpu, this_machine
+from striate.studies.cost.machine import Machine, gpu_of, this_machine
 from striate.studies.cost.parallelism import Parallelism
 from striate.studies.cost.step import Counts, Memory, Setup, Step
-from striate.train.fit import in_bfloat16
-from striate.vlm.devices import default_device
+from striate.vlm.devices import default_device, has_native_bfloat16
 
 __all__ = [
     "Cost",
@@ -39,7 +38,7 @@ __all__ = [
     "Step",
     "cost",
     "fake_model",
-    "gpu",
+    "gpu_of",
     "this_machine",
     "with_one_image",
 ]
@@ -69,9 +68,7 @@ def cost(
     image_tokens: int | None = None,
     text_tokens: int = 64,
     answer_tokens: int = 64,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     gpu: str | None = None,
-    efficiency: float | None = None,
     devices: int = 1,
     shard: bool = False,
     link: float = 50.0,
@@ -94,10 +91,8 @@ def cost(
         image_tokens: of a record; default: those of one image of the tower's own size.
         text_tokens: of a record's prompt.
         answer_tokens: of a record, those in the loss.
-        dtype: of the matmuls; auto: bfloat16 on a GPU of the table, and here with native bfloat16 support.
-        gpu: a GPU of the table (h100, a100-80gb, rtx-4090, ...); default: this machine, measured for a second.
-        efficiency: share of its peak rates that is reached, in (0, 1]; default: 0.6 of a GPU's peak rates, all of
-            what was measured.
+        gpu: a GPU of the table (h100, a100-80gb, rtx-4090, ...), at 60 % of its peak rates; default: this machine,
+            measured for a second.
         devices: how many GPUs share the batch.
         shard: weights spread over them (tune --shard), instead of whole on each.
         link: GB/s that each of them sends to the others; 50 is a network of 400 Gbit/s, one card per GPU.
@@ -110,9 +105,8 @@ def cost(
     """
     at_least(1, micro_batch=micro_batch)
     room = None if fit is None else size(fit)
-    here: Dtype = "bfloat16" if in_bfloat16(dtype, default_device()) else "float32"
-    kind: Dtype = "bfloat16" if gpu and dtype == "auto" else here
-    machine = _machine(gpu, efficiency, kind)
+    kind: Dtype = "bfloat16" if gpu or has_native_bfloat16(default_device()) else "float32"
+    machine = this_machine(kind) if gpu is None else gpu_of(gpu)
     setup = Setup(
         method, projector == "train", rank, checkpointing == "all", batch,
         max(1, min(micro_batch, batch // max(1, devices))), image_tokens or 0,
@@ -153,13 +147,6 @@ def with_one_image(fake: FakeModel, setup: Setup) -> Setup:
 
 def _step(fake: FakeModel, setup: Setup, region: str) -> Step:
     return Counts(fake, setup).step(Region.parse(region, fake.vlm.depth))
-
-
-def _machine(name: str | None, efficiency: float | None, dtype: str) -> Machine:
-    if efficiency is not None and not 0 < efficiency <= 1:
-        raise UserError(f"--efficiency {efficiency}: a share in (0, 1] was expected")
-    machine = this_machine(dtype) if name is None else gpu(name)
-    return machine if efficiency is None else replace(machine, efficiency=efficiency)
 
 
 def _check(setup: Setup, image_tokens: int | None) -> None:

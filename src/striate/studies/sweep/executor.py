@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from striate.errors import UserError
+from striate.errors import UserError, first_line
 from striate.runs.run import machine
 from striate.studies.sweep.cell import Cell
 
@@ -107,16 +107,6 @@ class CrashError(RuntimeError):
     """A cell's process was killed by a signal and may be retried."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """The address of Ray and the resources per cell; `gpus` None: 1 if the cluster has any."""
-
-    address: str | None = None
-    cpus: float = 1.0
-    gpus: float | None = None
-    retries: int = 1
-
-
 @dataclass
 class Ray:
     """Tasks of a Ray cluster, whose machines see the same files under the same names."""
@@ -167,46 +157,36 @@ class Ray:
 
 
 @contextmanager
-def executor_of(
-    file: Path, resources: Resources | None, *, workers: int | None, redo: bool
-) -> Iterator[Executor]:  # fmt: skip
-    """The executor of a sweep file: a Ray cluster with these resources per cell, or else this machine.
+def executor_of(file: Path, *, ray: bool, workers: int | None, redo: bool) -> Iterator[Executor]:
+    """The executor of a sweep file: a Ray cluster, or else this machine.
 
     Raises:
-        UserError: Ray is not installed, does not answer, or has too few resources for a cell.
+        UserError: Ray does not answer.
     """
-    if resources is None:
+    if not ray:
         yield Local(file, workers or max(1, len(visible_gpus())), redo)
         return
-    ray = _connect(resources.address)
+    cluster = _connect()
+    gpus = min(1.0, cluster.cluster_resources().get("GPU", 0.0))
+    task = cluster.remote(retry_exceptions=[CrashError], max_retries=1, num_cpus=1, num_gpus=gpus)(_process)
     try:
-        yield Ray(file, workers, redo, ray, _task(ray, resources))
+        yield Ray(file, workers, redo, cluster, task)
     finally:
-        ray.shutdown()
+        cluster.shutdown()
 
 
-def _connect(address: str | None) -> Any:
+def _connect() -> Any:
+    """Ray, connected to the cluster at RAY_ADDRESS, or to a new one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     import ray
 
-    own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+        ray.init(address=address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"no Ray cluster at {address}: {first_line(error)}") from None
     return ray
-
-
-def _task(ray: Any, resources: Resources) -> Any:
-    """`_process` as a task of Ray."""
-    total = ray.cluster_resources()
-    have_cpus, have_gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    gpus = min(1.0, have_gpus) if resources.gpus is None else resources.gpus
-    if resources.cpus > have_cpus or gpus > have_gpus:
-        have = f"{have_cpus:g} CPUs and {have_gpus:g} GPUs"
-        raise UserError(f"a cell needs {resources.cpus:g} CPUs and {gpus:g} GPUs, the Ray cluster has {have}")
-    settings = {"num_cpus": resources.cpus, "num_gpus": gpus, "max_retries": resources.retries}
-    return ray.remote(retry_exceptions=[CrashError], **settings)(_process)
 
 
 def _process(line: list[str], log: str, folder: str) -> int:

@@ -25,7 +25,7 @@ KEYS = {"model": True, "data": True, "images": False, "eval": True, "out": True,
         "grid": True}  # fmt: skip
 # The verbs, and the options of each that the sweep sets itself.
 VERBS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "tune": (tune, ("model", "data", "images", "out", "resume", "force")),
+    "tune": (tune, ("model", "data", "images", "out", "resume")),
     "eval": (evaluate, ("model", "out")),
     "prune": (prune, ("model", "out", "dry_run")),
 }

@@ -57,9 +57,12 @@ def _tune(out: Path, values: Values, progress: bool) -> None:
 
     What the cell is made from has been compared; a change of code alone is noted in the run.
     """
-    if not (out / INFO).is_file():
+    if _is_finished(out):
+        return
+    started = (out / INFO).is_file()
+    if not started:
         shutil.rmtree(out, ignore_errors=True)
-    wanted = values | {"out": out, "resume": "auto", "force": True}
+    wanted = values | {"out": out, "resume": "changed" if started else False}
     tune(**call_arguments(tune, wanted) | {"progress": progress})
     _free()
 
