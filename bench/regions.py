@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from striate.region import Region
-from striate.runs.evaluating import evaluate
+from striate.runs.evaluating import EVAL, evaluate
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import score
 from striate.runs.training import tune
@@ -112,8 +113,8 @@ def evaluate_once(run: Path, world: Path, *, keep: bool) -> None:
     """Evaluate a run that is not yet; the weights of dozens of models are not kept."""
     if Run.open(run).results is None:
         evaluate(
-            run, [world / "test.json", world / "text.json"], images=world / "images", batch=64, max_new_tokens=8,
-            device="cpu",
+            run, [world / "test.json", world / "text.json"], images=world / "images", max_new_tokens=8,
+            options=replace(EVAL, batch=64, device="cpu"),
         )  # fmt: skip
         if not keep:
             shutil.rmtree(run / "checkpoint")
@@ -125,8 +126,8 @@ def score_once(run: Path, world: Path, *, after: bool, seed: int, samples: int) 
     if not (run / "scores.json").is_file():
         backbone = str(MODELS / "backbone") if after else None
         score(
-            run, data=world / "train.json", images=world / "images", backbone=backbone, samples=samples, seed=seed,
-            device="cpu",
+            run, data=world / "train.json", images=world / "images", backbone=backbone,
+            options=ReadOptions(samples=samples, seed=seed, device="cpu"),
         )  # fmt: skip
     return list(Scores.load(run / "scores.json").scores)
 

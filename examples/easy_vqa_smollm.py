@@ -22,7 +22,7 @@ from typing import Any
 import easy_vqa
 
 from striate import TrainOptions
-from striate.runs.evaluating import evaluate
+from striate.runs.evaluating import EVAL, evaluate
 from striate.runs.training import align, tune
 from striate.studies.assemble import assemble
 from striate.studies.report import report
@@ -63,8 +63,8 @@ def main() -> None:
         runs.append(tuned)
     for run in (new, *runs):
         evaluate(
-            run.path, [files["test"], files["text"]], images=folder, batch=64, max_new_tokens=4, max_length=512,
-            progress=True,
+            run.path, [files["test"], files["text"]], images=folder, max_new_tokens=4, progress=True,
+            options=replace(EVAL, batch=64, max_length=512),
         )  # fmt: skip
         run.update(credits=CREDITS)
     for task, share in commonest_answers(files["test"]).items():

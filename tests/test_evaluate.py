@@ -38,9 +38,11 @@ from striate.evaluation import (
     summary,
 )
 from striate.runs.cli import main
-from striate.runs.evaluating import evaluate
+from striate.runs.evaluating import EVAL, evaluate
 from striate.runs.run import Run
 from striate.vlm import Vlm, load
+
+CPU = replace(EVAL, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +369,7 @@ def data(tmp_path: Path) -> list[Path]:
 
 def test_evaluate_writes_a_run(folder: Path, data: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    results = evaluate(folder, data, out=out, batch=2, max_new_tokens=3, device="cpu", dtype="float32")
+    results = evaluate(folder, data, out=out, max_new_tokens=3, options=replace(CPU, batch=2, dtype="float32"))
     run = Run.open(out)
     assert run.results == json.loads(json.dumps(results))
     assert run.info["verb"] == "eval"
@@ -385,14 +387,14 @@ def test_evaluate_writes_a_run(folder: Path, data: list[Path], tmp_path: Path) -
     assert lines[0]["images"] == [str(tmp_path / "red.png")]
     assert lines[3]["answers"] == ["no"]
     with pytest.raises(UserError, match="holds another run"):
-        evaluate(folder, data, out=out, device="cpu")
+        evaluate(folder, data, out=out, options=CPU)
 
 
 def test_evaluate_a_run_in_place(folder: Path, data: list[Path], tmp_path: Path) -> None:
     run = Run.create(tmp_path / "tuned", verb="tune", options={})
     run.checkpoint.symlink_to(folder)
     run.update(status="finished", seconds=5.0)
-    evaluate(run.path, data[0], tasks="name", samples=2, max_new_tokens=2, device="cpu")
+    evaluate(run.path, data[0], tasks="name", max_new_tokens=2, options=replace(CPU, samples=2))
     assert run.results["tasks"]["name"]["n"] == 2
     assert (run.info["verb"], run.info["seconds"]) == ("tune", 5.0)
 
@@ -404,16 +406,16 @@ def test_bad_records_stop_or_are_listed(folder: Path, data: list[Path], tmp_path
     del rows[2]["answers"]
     data[0].write_text(json.dumps(rows))
     with pytest.raises(RecordError, match=r"test.json:3: exact_match needs 'answers', found none"):
-        evaluate(folder, data[0], out=tmp_path / "no", device="cpu")
+        evaluate(folder, data[0], out=tmp_path / "no", options=CPU)
     assert not (tmp_path / "no").exists()
     out = tmp_path / "yes"
-    results = evaluate(folder, data[0], out=out, on_bad_record="skip", max_new_tokens=2, device="cpu")
+    results = evaluate(folder, data[0], out=out, max_new_tokens=2, options=replace(CPU, on_bad_record="skip"))
     assert results["skipped"] == 2
     assert {line["source"] for line in Run.open(out).skipped()} == {"test.json:2", "test.json:3"}
     assert results["tasks"]["name"]["n"] == 1
     data[0].write_text(json.dumps(rows[1:2]))
     with pytest.raises(UserError, match=r"none of the 1 records can be used: test.json:1: "):
-        evaluate(folder, data[0], out=tmp_path / "none", on_bad_record="skip", device="cpu")
+        evaluate(folder, data[0], out=tmp_path / "none", options=replace(CPU, on_bad_record="skip"))
 
 
 def test_what_is_left_out_is_counted_where_people_look(
@@ -435,7 +437,7 @@ def test_what_is_left_out_is_counted_where_people_look(
 
 def test_empty_answers_are_counted(folder: Path, data: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("striate.evaluation.answers.opens_thinking", lambda _: True)  # so no answer ever comes
-    found = evaluate(folder, data[0], out=tmp_path / "run", tasks="name", max_new_tokens=2, device="cpu")
+    found = evaluate(folder, data[0], out=tmp_path / "run", tasks="name", max_new_tokens=2, options=CPU)
     assert found["empty"] == sum(task["n"] for task in found["tasks"].values())
 
 
@@ -481,7 +483,8 @@ def files_of(run: Path) -> tuple[bytes, dict[str, Any]]:
 
 @pytest.fixture
 def asked(folder: Path, data: list[Path]) -> dict[str, Any]:
-    return {"model": folder, "data": data, "batch": 2, "max_new_tokens": 3, "device": "cpu", "dtype": "float32"}
+    options = replace(CPU, batch=2, dtype="float32")
+    return {"model": folder, "data": data, "max_new_tokens": 3, "options": options}
 
 
 @pytest.mark.parametrize(
@@ -527,7 +530,7 @@ def test_a_stopped_evaluation_of_something_else_is_refused(asked: dict[str, Any]
         UserError, match="unfinished evaluation with other records, max-new-tokens: give the same again"
     ):
         evaluate(out=out, **asked | {"max_new_tokens": 4}, tasks="name")
-    evaluate(out=out, **asked | {"batch": 3})  # which results do not depend on
+    evaluate(out=out, **asked | {"options": replace(asked["options"], batch=3)})  # which results do not depend on
 
 
 def test_a_stopped_evaluation_in_place_leaves_the_earlier_results(
@@ -553,7 +556,7 @@ def test_skipped_records_are_remembered(asked: dict[str, Any], data: list[Path],
     (tmp_path / "broken.png").write_bytes(b"no picture")
     rows[1]["image"] = "broken.png"
     data[0].write_text(json.dumps(rows))
-    asked |= {"out": tmp_path / "run", "on_bad_record": "skip"}
+    asked |= {"out": tmp_path / "run", "options": replace(asked["options"], on_bad_record="skip")}
     with saving(stop_after=3), pytest.raises(KeyboardInterrupt):
         evaluate(**asked)
     assert evaluate(**asked)["skipped"] == 1
@@ -563,16 +566,24 @@ def test_skipped_records_are_remembered(asked: dict[str, Any], data: list[Path],
 
 LAUNCHED = """
 import json, sys
-from striate.runs.evaluating import evaluate
-assert evaluate(**json.loads(sys.argv[1]))["tasks"]["name"]["n"] == 3
+from striate.runs.evaluating import ReadOptions, evaluate
+asked = json.loads(sys.argv[1])
+asked["options"] = ReadOptions(**asked["options"])
+assert evaluate(**asked)["tasks"]["name"]["n"] == 3
 """
 
 
 @pytest.mark.slow  # two processes that import torch
 def test_two_processes_find_what_one_finds(asked: dict[str, Any], tmp_path: Path) -> None:
-    asked |= {"batch": 1, "data": [str(file) for file in asked["data"]], "model": str(asked["model"])}
+    asked |= {"data": [str(file) for file in asked["data"]], "model": str(asked["model"])}
+    asked["options"] = replace(asked["options"], batch=1)
     evaluate(out=tmp_path / "one", **asked)
-    command = [sys.executable, "-c", LAUNCHED, json.dumps(asked | {"out": str(tmp_path / "two")})]
+    command = [
+        sys.executable,
+        "-c",
+        LAUNCHED,
+        json.dumps(asked | {"out": str(tmp_path / "two"), "options": vars(asked["options"])}),
+    ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 from striate.data import read
 from striate.errors import UserError
 from striate.evaluation import answer, harness, lmms
-from striate.runs.evaluating import evaluate, evaluate_tasks
+from striate.runs.evaluating import EVAL, evaluate, evaluate_tasks
 from striate.runs.run import Run
 from striate.vlm import load
 
@@ -84,6 +85,8 @@ def pictures(doc):
 def percent(items):
     return 100 * sum(items) / len(items)
 """
+
+CPU = replace(EVAL, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,7 @@ def asked(model: Path, task_path: Path, tmp_path_factory: pytest.TempPathFactory
     @cache
     def ask(names: str, **options: Any) -> dict[str, Any]:
         place = tmp_path_factory.mktemp("runs") / "run"
-        found = evaluate_tasks(model, names, out=place, task_path=task_path, device="cpu", dtype="float32", **options)
+        found = evaluate_tasks(model, names, out=place, task_path=task_path, options=replace(CPU, **options))
         assert Run.open(place).results == json.loads(json.dumps(found))
         return found
 
@@ -161,7 +164,7 @@ def asked(model: Path, task_path: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def own(model: Path, data: Path, out: Path) -> dict[str, Any]:
-    return evaluate(model, data, out=out, max_new_tokens=3, device="cpu", dtype="float32")["tasks"]
+    return evaluate(model, data, out=out, max_new_tokens=3, options=CPU)["tasks"]
 
 
 @needs_lm
@@ -194,7 +197,7 @@ def test_lmms_eval_finds_what_striate_finds(
 def harnessed(model: Path, out: Path, task_path: Path, prefixes: Sequence[str]) -> None:
     """One process of an evaluation."""
     names = [f"{prefix}:{NAMES[prefix]}" for prefix in prefixes]
-    evaluate_tasks(model, names, out=out, task_path=task_path, batch=4, device="cpu", dtype="float32")
+    evaluate_tasks(model, names, out=out, task_path=task_path, options=replace(CPU, batch=4))
 
 
 NAMES = {"lm": "pico_choose,pico_say", "lmms": "pico_see"}

@@ -19,6 +19,7 @@ from striate.errors import UserError
 from striate.runs.evaluating import evaluate
 from striate.runs.inspecting import inspect
 from striate.runs.pruning import prune
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.training import align, tune
 from striate.train import TrainOptions
@@ -224,6 +225,8 @@ def test_eval_lists_a_record_that_spells_the_image_token(tmp_path: Path) -> None
     rows[0]["conversations"][0]["value"] += " </s>"
     data = tmp_path / "forged.json"
     data.write_text(json.dumps(rows))
-    results = evaluate(model, data, images=tmp_path, out=tmp_path / "run", on_bad_record="skip", max_new_tokens=1)
+    results = evaluate(
+        model, data, images=tmp_path, out=tmp_path / "run", max_new_tokens=1, options=ReadOptions(on_bad_record="skip")
+    )
     assert results["skipped"] == 1
     assert "its text contains </s>" in (tmp_path / "run" / "skipped.jsonl").read_text()

@@ -25,6 +25,7 @@ import striate
 from striate.data import Examples, read
 from striate.distributed import Rank
 from striate.runs import training as verbs
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import revert, score
 from striate.runs.training import tune
@@ -287,8 +288,15 @@ def test_a_signal_to_the_group_does_not_end_data_workers(
 
 def scored(model: Path, data: Path, out: Path) -> None:
     """One process of two measurements."""
-    score(model, data=data, out=out / "score", metrics="all", batch=2, device="cpu", on_bad_record="skip")
-    revert(model, backbone=str(model), groups="each", visual=data, out=out / "revert", batch=2, device="cpu")
+    score(model, data=data, out=out / "score", options=ReadOptions(batch=2, device="cpu", on_bad_record="skip"))
+    revert(
+        model,
+        backbone=str(model),
+        groups="each",
+        visual=data,
+        out=out / "revert",
+        options=ReadOptions(batch=2, device="cpu"),
+    )
 
 
 def test_two_processes_score_as_one(model: Path, data: Path, tmp_path: Path) -> None:

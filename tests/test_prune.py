@@ -400,7 +400,7 @@ def test_greedy_bypass_takes_the_layer_that_is_missed_least(model: Path, data: P
 def test_iterative_measures_again(model: Path, data: Path) -> None:
     plan = prune(model, region="0", remove="2", iterative=True, data=data, dry_run=True, options=OPTIONS)
     vlm = load(model, device="cpu")
-    sampling = Sampling(batch=4, on_bad="skip")
+    sampling = Sampling(batch=4, on_bad_record="skip")
     calibration = Calibration(vlm, sampling, sampling.draw(striate.data.read(data, on_bad="skip")))
     with bypass(vlm, plan.order[:1]):
         values = calibration.score("angular_distance").values

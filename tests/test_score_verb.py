@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from striate.errors import UserError
 from striate.plot import Estimate, RevertProfile
 from striate.region import Region
 from striate.runs.cli import main
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import revert, score
 from striate.runs.terminal import heat_strips, reversions
@@ -70,8 +72,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measured(model: Path, data: Path | None, out: Path | None, **options: Any) -> Scores:
-    run = score(model, data=data, out=out, device="cpu", dtype="float32", **options)
+CPU = ReadOptions(device="cpu", dtype="float32")
+
+
+def measured(
+    model: Path, data: Path | None, out: Path | None, *, options: ReadOptions = CPU, **settings: Any
+) -> Scores:
+    run = score(model, data=data, out=out, options=options, **settings)
     return Scores.load(run.path)
 
 
@@ -134,7 +141,7 @@ def test_scores_go_into_the_run_that_the_model_is(model: Path, data: Path, tmp_p
     run.update(status="finished")
     run.write_region(Region.parse("1,3", DEPTH))
     run.checkpoint.symlink_to(model)
-    found = measured(run.path, data, None, metrics="block_influence", samples=2)
+    found = measured(run.path, data, None, metrics="block_influence", options=replace(CPU, samples=2))
     assert found.samples == 2
     assert (run.info["verb"], run.info["status"]) == ("tune", "finished")
     with pytest.raises(UserError, match="is not a run folder to write results into: name a new one with --out"):
@@ -238,7 +245,7 @@ def test_answers_of_evaluation_records_and_plain_text_count(model: Path, text: P
 
 
 def test_long_text_is_cut(model: Path, text: Path) -> None:
-    vlm, sampling = striate.load(model, device="cpu"), Sampling(batch=4, max_length=8, on_bad="skip")
+    vlm, sampling = striate.load(model, device="cpu"), Sampling(batch=4, max_length=8, on_bad_record="skip")
     (batch,) = sampling.batches(vlm, sampling.draw(striate.data.read(text)))
     assert batch.labels.shape[1] == 8
 
@@ -246,15 +253,16 @@ def test_long_text_is_cut(model: Path, text: Path) -> None:
 def test_bad_records_stop_or_are_listed(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path)
     (tmp_path / "3.png").write_text("no picture")
+    skip = replace(CPU, on_bad_record="skip")
     with pytest.raises(UserError, match=r"train\.json:4"):
         measured(model, data, tmp_path / "stop", metrics="block_influence")
-    found = measured(model, data, tmp_path / "skip", metrics="block_influence,gradient", on_bad_record="skip")
+    found = measured(model, data, tmp_path / "skip", metrics="block_influence,gradient", options=skip)
     assert found["block_influence"].n == found["gradient"].n == 7
     assert [one["source"] for one in Run.open(tmp_path / "skip").skipped()] == ["train.json:4"]
     for name in range(8):
         (tmp_path / f"{name}.png").write_text("no picture")
     with pytest.raises(UserError, match="none of the 8 records can be used"):
-        measured(model, data, tmp_path / "none", metrics="block_influence", on_bad_record="skip")
+        measured(model, data, tmp_path / "none", metrics="block_influence", options=skip)
 
 
 def test_records_without_an_answer_are_listed(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,14 +284,14 @@ def test_records_without_answers(tmp_path: Path, model: Path) -> None:
     with pytest.raises(UserError, match=r"none of the 1 records has an answer to measure layers on"):
         score(model, data=data, out=tmp_path / "run")
     with pytest.raises(UserError, match="--samples 0: at least 1"):
-        score(model, data=data, out=tmp_path / "run", samples=0)
+        ReadOptions(samples=0)
     assert not (tmp_path / "run").exists()
 
 
 def test_reverting_layers(model: Path, backbone: Path, data: Path, text: Path, tmp_path: Path) -> None:
     run = revert(
         model, backbone=str(backbone), groups=["0-1,3", "all"], visual=data, text=text, out=tmp_path / "run",
-        device="cpu", dtype="float32",
+        options=CPU,
     )  # fmt: skip
     found = (run.results or {})["reverted"]
     assert list(found) == ["visual", "text"]
@@ -300,7 +308,7 @@ def test_reverting_layers(model: Path, backbone: Path, data: Path, text: Path, t
 
 
 def test_reverting_what_is_not_there(model: Path, backbone: Path, data: Path, text: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"backbone": str(backbone), "out": tmp_path / "run", "device": "cpu"}
+    options: dict[str, Any] = {"backbone": str(backbone), "out": tmp_path / "run", "options": CPU}
     with pytest.raises(UserError, match="--visual or --text is required"):
         revert(model, groups="each", **options)
     with pytest.raises(UserError, match=r"none of the 4 records of .*text\.json has an image"):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from striate.runs.cli import main
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import score
 from striate.studies.demo import FULL, assemble_start
@@ -33,7 +34,7 @@ def prepare() -> None:
         assemble_start(start)
     if not is_finished(scores):
         shutil.rmtree(scores, ignore_errors=True)
-        score(start, data=world / "train.json", images=world / "images", out=scores, device="cpu")
+        score(start, data=world / "train.json", images=world / "images", out=scores, options=ReadOptions(device="cpu"))
 
 
 def is_finished(run: Path) -> bool:

@@ -22,6 +22,7 @@ from world import write_world
 
 from striate.runs.cli import main as striate
 from striate.runs.evaluating import evaluate
+from striate.runs.options import call_arguments, options_of
 from striate.runs.run import Run
 
 OUT = Path("runs/thirty")
@@ -136,7 +137,9 @@ def evaluate_start(out: Path) -> None:
     """Ask the start what its tuned cells are asked."""
     run, asked = Run(out / "start"), sheet("four", out, seed=0, everything=True)
     if asked and run.results is None:
-        evaluate(run.path, **asked["eval"], images=out / "world" / "images")
+        settings = asked["eval"] | {"model": run.path, "images": out / "world" / "images"}
+        defaults = {option.name: option.default for option in options_of(evaluate)}
+        evaluate(**call_arguments(evaluate, defaults | settings))
 
 
 def main() -> int:

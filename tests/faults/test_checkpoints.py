@@ -26,6 +26,7 @@ import striate
 from striate.errors import UserError
 from striate.runs.evaluating import evaluate
 from striate.runs.pruning import prune
+from striate.runs.reading import ReadOptions
 from striate.runs.scoring import score
 from striate.runs.training import tune
 from striate.studies.assemble import assemble
@@ -56,8 +57,8 @@ OPENERS: dict[str, Callable[[Path, Path, Path], Any]] = {
     "tune": lambda model, data, out: tune(
         model, data=data, out=out, options=TrainOptions(batch=2, micro_batch=2, steps=1, device="cpu")
     ),
-    "score": lambda model, data, out: score(model, data=data, out=out, samples=2, device="cpu"),
-    "eval": lambda model, data, out: evaluate(model, data=data, out=out, samples=2, device="cpu"),
+    "score": lambda model, data, out: score(model, data=data, out=out, options=ReadOptions(samples=2, device="cpu")),
+    "eval": lambda model, data, out: evaluate(model, data=data, out=out, options=ReadOptions(samples=2, device="cpu")),
     "prune": lambda model, data, out: prune(model, layers="3", out=out),
     "cost": lambda model, data, out: cost(str(model)),
     "assemble": lambda model, data, out: assemble(out=out, import_=str(model)),

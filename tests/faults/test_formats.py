@@ -23,6 +23,7 @@ from striate.errors import UserError
 from striate.roundtrip import verify
 from striate.runs.evaluating import evaluate
 from striate.runs.pruning import prune
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.training import tune
 from striate.scores.weights import weight_scores
@@ -146,7 +147,7 @@ def test_what_is_trained_on_any_format_loads_again(
 @pytest.mark.parametrize("name", ["float16", "FP8", "bitsandbytes, 8 bits"])
 def test_any_format_is_evaluated_and_pruned(model: Path, data: Path, tmp_path: Path, name: str) -> None:
     source = FORMATS[name](model, tmp_path / "source")
-    evaluate(source, data=data, out=tmp_path / "eval", samples=1, device="cpu")
+    evaluate(source, data=data, out=tmp_path / "eval", options=ReadOptions(samples=1, device="cpu"))
     prune(source, layers="3", region="none", out=tmp_path / "pruned")
     run = Run.open(tmp_path / "pruned")
     assert load(run.checkpoint, device="cpu").depth == 3

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
-from striate.data import Record, RecordError, Skipped, read
+from striate.data import Record, RecordError, Skipped
 from striate.distributed import init_distributed
 from striate.errors import UserError, at_least
 from striate.evaluation import Prediction, Results, harness, resolve, sample_tasks
 from striate.runs.evaluating_progress import complete, identity
+from striate.runs.options import flat
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run, check_place, place
-from striate.vlm import load
+
+EVAL = ReadOptions(samples=None, batch=16)
 
 
 def evaluate(
@@ -27,16 +31,9 @@ def evaluate(
     out: Path | None = None,
     tasks: str | Sequence[str] | None = None,
     task_path: Path | None = None,
-    samples: int | None = None,
-    batch: int = 16,
     max_new_tokens: int = 32,
-    max_length: int = 2048,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str = "auto",
-    allow_urls: bool = False,
-    on_bad_record: Literal["stop", "skip"] = "stop",
     progress: bool = False,
+    options: ReadOptions = EVAL,
 ) -> dict[str, Any]:
     """Evaluate a model on records, task by task.
 
@@ -55,16 +52,9 @@ def evaluate(
             lmms:gqa,docvqa_val (lmms-eval), paper-visual or paper-text (the paper's benchmarks, as far as the harnesses
             have them); of the other options batch, device, dtype and samples (the first ones) apply to these.
         task_path: a folder with your own YAML tasks for the harnesses.
-        samples: most records per task, sampled at random; default: all.
-        batch: records per forward pass; the results do not depend on it.
         max_new_tokens: most tokens per answer.
-        max_length: most tokens per record, image tokens included, or per window of plain text.
-        seed: random seed of `samples`.
-        device: device to run on, such as cpu or cuda:0; default: the GPU if there is one.
-        dtype: dtype of the model: auto (that of the checkpoint), float32, bfloat16 or float16.
-        allow_urls: download images given as URLs.
-        on_bad_record: stop, or list a bad record in skipped.jsonl and continue.
         progress: show a progress bar.
+        options: how records and the model are read; `max_length` is that of a window of plain text, too.
 
     Returns:
         The content of results.json: `summary`, "seconds" of inference, "data", number of records "skipped", the five
@@ -74,39 +64,37 @@ def evaluate(
         UserError: `out` is missing or holds another evaluation, a task or metric is unknown, a record is bad, or all
             are.
     """
-    options = dict(locals())
-    at_least(1, samples=samples, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
+    recorded = flat(locals())
+    at_least(1, max_new_tokens=max_new_tokens)
     if data is None:
         if not tasks:
             raise UserError("--data FILE is required, or tasks of a harness: --tasks lm:NAME lmms:NAME")
-        return evaluate_tasks(
-            model, tasks, out=out, task_path=task_path, samples=samples, batch=batch, device=device, dtype=dtype
-        )
+        return evaluate_tasks(model, tasks, out=out, task_path=task_path, options=options)
     if task_path is not None:
         raise UserError("--task-path is for tasks of the harnesses: leave out --data")
-    rank = init_distributed(device)
+    rank = init_distributed(options.device)
     if rank.first:
         _check(model, out)  # before the work
     files = [data] if isinstance(data, str | Path) else list(data)
-    records, skipped, notes = _read(files, images, split, allow_urls, on_bad_record)
-    records = sample_tasks(records, tasks=tasks, samples=samples, seed=seed)
-    lengths = {"max_new_tokens": max_new_tokens, "max_length": max_length}
-    evaluation = identity(model, records, **lengths, dtype=str(dtype), on_bad_record=on_bad_record)
+    records, skipped, notes = _read(files, images, split, options)
+    records = sample_tasks(records, tasks=tasks, samples=options.samples, seed=options.seed)
+    lengths = {"max_new_tokens": max_new_tokens, "max_length": options.max_length}
+    evaluation = identity(model, records, **lengths, dtype=options.dtype, on_bad_record=options.on_bad_record)
     if rank.first:
         _check(model, out, evaluation)
-    vlm = load(model, device=device, dtype=dtype)
+    vlm = options.model(model)
     _ = vlm.processor  # whether it fits the model, before anything is written
-    with _open_run(model, out, options) if rank.first else nullcontext() as run:
+    with _open_run(model, out, recorded) if rank.first else nullcontext() as run:
         answers, seconds = complete(
-            vlm, records, run, evaluation=evaluation, rank=rank, stop=on_bad_record == "stop",
-            progress=progress and rank.first, batch=batch, **lengths,
+            vlm, records, run, evaluation=evaluation, rank=rank, stop=options.on_bad_record == "stop",
+            progress=progress and rank.first, batch=options.batch, **lengths,
         )  # fmt: skip
         skipped += [one for one in answers if isinstance(one, Skipped)]
         predictions = [one for one in answers if isinstance(one, Prediction)]
         if not predictions:
             why = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
             raise UserError(f"none of the {len(skipped)} records can be used{why}")
-        results = Results(tuple(predictions), tuple(skipped), seconds, max_length).to_json()
+        results = Results(tuple(predictions), tuple(skipped), seconds, options.max_length).to_json()
         results |= {"data": ", ".join(map(str, files))}
         if run:
             for note in (*notes, *vlm.notes):
@@ -123,11 +111,8 @@ def evaluate_tasks(
     *,
     out: Path | None = None,
     task_path: Path | None = None,
-    samples: int | None = None,
-    batch: int = 16,
     seed: int = harness.SEED,
-    device: str | None = None,
-    dtype: str = "auto",
+    options: ReadOptions = EVAL,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of lm-eval and lmms-eval.
 
@@ -136,11 +121,8 @@ def evaluate_tasks(
         names: tasks, in the form that `harness.tasks` parses.
         out: the run folder to write; default: the results go into the run that `model` is.
         task_path: a folder with your own YAML tasks, which override the harness's of the same name.
-        samples: number of questions per task, the first ones; default: all.
-        batch: questions per forward pass.
         seed: random seed of the few-shot examples.
-        device: device to run on, such as cpu or cuda:0; default: the GPU if there is one.
-        dtype: dtype of the model: auto (that of the checkpoint), float32, bfloat16 or float16.
+        options: of these batch, device, dtype and samples (the first questions of each task).
 
     Returns:
         The content of results.json, the return value of `harness.ask`.
@@ -148,24 +130,22 @@ def evaluate_tasks(
     Raises:
         UserError: `out` is missing, a harness is not installed or fails, a task is unknown.
     """
-    options = dict(locals())
-    at_least(1, samples=samples, batch=batch)
-    rank = init_distributed(device)
+    recorded = flat(locals())
+    rank = init_distributed(options.device)
     if rank.first:
         check_place(model, out)  # before the work
     requested = harness.tasks(names)
     managers = harness.open_tasks(requested, task_path)
-    vlm = load(model, device=device, dtype=dtype)
+    vlm = options.model(model)
     _ = vlm.processor  # whether it fits the model, before anything is written
+    ask = partial(
+        harness.ask_open, vlm, requested, managers, samples=options.samples, batch=options.batch, seed=seed, rank=rank
+    )
     if not rank.first:
         with TemporaryDirectory() as folder:  # only the first process keeps its files
-            return harness.ask_open(
-                vlm, requested, managers, Path(folder), samples=samples, batch=batch, seed=seed, rank=rank
-            )
-    with place(model, out, verb="eval", options=options) as run:
-        results = harness.ask_open(
-            vlm, requested, managers, run.path, samples=samples, batch=batch, seed=seed, rank=rank
-        )
+            return ask(folder=Path(folder))
+    with place(model, out, verb="eval", options=recorded) as run:
+        results = ask(folder=run.path)
         run.write_predictions(())  # removes the predictions of an earlier evaluation
         run.write_results(results)
     return results
@@ -203,21 +183,21 @@ def _open_run(model: str | Path, out: Path | None, options: dict[str, Any]) -> I
 
 
 def _read(
-    files: Sequence[str | Path], images: Path | None, split: str, allow_urls: bool, on_bad: Literal["stop", "skip"]
+    files: Sequence[str | Path], images: Path | None, split: str, options: ReadOptions
 ) -> tuple[list[Record], list[Skipped], list[str]]:
     """The records of all files, the skipped records, and notes on anything else that was not read."""
     records: list[Record] = []
     skipped: list[Skipped] = []
     notes: list[str] = []
     for file in files:
-        found = read(file, images=images, split=split, allow_urls=allow_urls, on_bad=on_bad)
+        found = options.records(file, images, split=split)
         skipped += found.skipped
         notes += found.notes
         for record in found:
             try:
                 records.append(resolve(record))
             except RecordError as error:
-                if on_bad == "stop":
+                if options.on_bad_record == "stop":
                     raise
                 skipped.append(error.skipped)
     return records, skipped, notes

@@ -98,6 +98,14 @@ def call_arguments(function: Callable[..., Any], values: Mapping[str, Any] | Nam
     return call
 
 
+def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a verb as options by name: the fields of an option dataclass in its place."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        found |= vars(value) if is_dataclass(value) else {name: value}
+    return found
+
+
 def kind_of(hint: Any) -> str:
     """A description of the values of this type."""
     if get_origin(hint) is Literal:

@@ -22,7 +22,7 @@ from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import free_memory
 from striate.runs.healing import CARD, HealLayers, heal_checkpoint
-from striate.runs.options import Only
+from striate.runs.options import Only, flat
 from striate.runs.pruning_card import pruned_card
 from striate.runs.run import Run
 from striate.scores.sampling import RecordSample, Sampling
@@ -93,8 +93,7 @@ def prune(
     Raises:
         UserError: bad input, or verification failed; names the layers and the reason, and nothing is written.
     """
-    arguments = dict(locals())
-    began, settings = time.monotonic(), arguments.pop("options")
+    arguments, began, settings = dict(locals()), time.monotonic(), options
     request = PruneRequest(region, remove, layers)
     if not dry_run:
         _check_out(out)
@@ -111,7 +110,7 @@ def prune(
     if dry_run:
         return pruning
     assert out is not None
-    recorded = json.loads(json.dumps({**arguments, **vars(settings)}, default=str))
+    recorded = json.loads(json.dumps(flat(arguments), default=str))
     run = Run.create(out, verb="prune", options=recorded, seed=settings.seed, parent=str(model))
     run.update(seconds=round(time.monotonic() - began, 3))
     with all_or_nothing(run.path), run.recording():

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ __all__ = [
     "Reversion",
     "Score",
     "Scores",
-    "assemble_scores",
     "choose",
     "measure",
     "order",
@@ -38,6 +37,7 @@ __all__ = [
     "revert",
     "revert_samples",
     "score",
+    "scores_in_turn",
 ]
 
 OnBad = Literal["stop", "skip"]
@@ -75,13 +75,35 @@ def score(
     sampling = Sampling(samples, batch, max_length, seed, on_bad_record)
     sample = RecordSample(()) if records is None else sampling.draw(records)
     names = choose(metrics, backbone=backbone is not None, data=records is not None, images=sample.has_images)
+    *_, scores = scores_in_turn(vlm.source, lambda: vlm, names, sampling, sample, backbone=backbone)
+    return scores
+
+
+def scores_in_turn(
+    model: str | Path,
+    open_model: Callable[[], Vlm],
+    names: Sequence[str],
+    sampling: Sampling,
+    sample: RecordSample,
+    *,
+    backbone: str | None,
+    rank: Rank = Rank(),  # noqa: B008 (frozen)
+    progress: bool = False,
+) -> Iterator[Scores]:
+    """All scores so far, each time that more were measured; those of weights first, which need no open model."""
+    scores: dict[str, Score] = {}
     weight_names = [name for name in names if name in weights.METRICS]
-    scores: list[Score] = []
     if weight_names and backbone is not None:
-        scores += weights.weight_scores(vlm.source, backbone, names=weight_names)
-    for measured in measure(vlm, names, partial(sampling.show_batches, vlm, sample, progress=False), backbone=backbone):
-        scores += measured
-    return assemble_scores({score.name: score for score in scores}, vlm.source)
+        scores = {score.name: score for score in weights.weight_scores(model, backbone, names=weight_names)}
+        yield _assemble(scores, model, partial=True)
+    if len(weight_names) < len(names):
+        vlm = open_model()
+        batches = partial(sampling.show_batches, vlm, sample, progress=progress)
+        for measured in measure(vlm, names, batches, backbone=backbone, rank=rank):
+            scores |= {score.name: score for score in measured}
+            if scores:
+                yield _assemble(scores, model, partial=True)
+    yield _assemble(scores, model)
 
 
 def revert(
@@ -142,7 +164,7 @@ def revert_samples(
         return revert_batches(vlm, groups, backbone=backbone, sets=sets, rank=rank)
 
 
-def assemble_scores(scores: Mapping[str, Score], model: str | Path, *, partial: bool = False) -> Scores:
+def _assemble(scores: Mapping[str, Score], model: str | Path, *, partial: bool = False) -> Scores:
     """Scores of one model as a table, in the order of `METRICS`; `partial`: more scores will follow."""
     ordered = {name: scores[name] for name in METRICS if name in scores}
     depth, samples = (max(sizes) for sizes in zip(*((len(s.values), s.n) for s in scores.values()), strict=True))

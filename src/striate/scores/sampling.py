@@ -17,18 +17,22 @@ from striate.vlm import Vlm
 
 @dataclass(frozen=True)
 class Sampling:
-    """How records are sampled and batched.
+    """How records are sampled and batched."""
 
-    `samples`: number of records, sampled with `seed`; `batch`: records per forward pass; `max_length`: maximum number
-    of tokens of a record, longer text is truncated at its end; `on_bad`: "stop" at a record that cannot be used, or
-    "skip" it.
-    """
-
-    samples: int = 64
+    samples: int | None = 64
+    """most records to use, sampled at random from those with an answer (eval: of each task); null: all"""
     batch: int = 8
+    """records per forward pass; the results do not depend on it"""
     max_length: int = 2048
+    """most tokens per record, image tokens included; longer text is truncated at its end"""
     seed: int = 0
-    on_bad: Literal["stop", "skip"] = "stop"
+    """random seed of `samples`"""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """stop, or list a bad record in skipped.jsonl and continue"""
+
+    def __post_init__(self) -> None:
+        """Raises: UserError: a number is below 1."""
+        at_least(1, samples=self.samples, batch=self.batch, max_length=self.max_length)
 
     def draw(self, records: Records) -> RecordSample:
         """Sample records with an answer, in their order; the sample depends on the seed and the records alone.
@@ -39,12 +43,11 @@ class Sampling:
         Raises:
             UserError: no record has an answer.
         """
-        at_least(1, samples=self.samples, batch=self.batch, max_length=self.max_length)
         without = [Skipped(record.source, "has no answer") for record in records if not _with_answer(record)]
         indices = [index for index, record in enumerate(records) if _with_answer(record)]
         if not indices:
             raise UserError(f"none of the {len(records)} records has an answer to measure layers on")
-        if self.samples < len(indices):
+        if self.samples is not None and self.samples < len(indices):
             indices = sorted(random.Random(self.seed).sample(indices, self.samples))
         chosen = map(_with_answer, records.records.take(indices))
         return RecordSample([record for record in chosen if record], [*records.skipped, *without], records.notes)
@@ -56,7 +59,7 @@ class Sampling:
         batches so far are an unbiased sample at any time.
 
         Raises:
-            RecordError: a record cannot be used and `on_bad` is "stop".
+            RecordError: a record cannot be used and `on_bad_record` is "stop".
             UserError: no record can be used.
         """
         examples = Examples(sample.records, vlm.processor, max_length=self.max_length, truncate_text=True)
@@ -67,7 +70,7 @@ class Sampling:
         for indices in (first, *others):
             batch = collate([examples[index] for index in indices], pad_id=vlm.pad_token_id)
             for bad in batch.skipped:
-                if self.on_bad == "stop":
+                if self.on_bad_record == "stop":
                     raise RecordError(bad.source, bad.reason)
                 sample.skipped.append(bad)
             if len(batch):

@@ -54,8 +54,7 @@ _SHEETS = {
     "rtx-4090": (165.2, 1008, 24),  # Ada white paper, appendix
 }
 GPUS = {
-    name: Machine(name, tflops * 1e12, gb * 1e9, size * 1e9, EFFICIENCY)
-    for name, (tflops, gb, size) in _SHEETS.items()
+    name: Machine(name, tflops * 1e12, gb * 1e9, size * 1e9, EFFICIENCY) for name, (tflops, gb, size) in _SHEETS.items()
 }
 
 

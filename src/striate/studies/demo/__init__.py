@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from rich.console import Group
 
 from striate.errors import need
-from striate.runs.evaluating import evaluate
+from striate.runs.evaluating import EVAL, evaluate
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import score
 from striate.runs.training import tune
@@ -89,8 +90,8 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
         )  # fmt: skip
     for run in runs.values():
         evaluate(
-            run.path, data=[world / "test.json", world / "text.json"], images=world / "images", batch=64,
-            max_new_tokens=8, device="cpu", progress=progress,
+            run.path, data=[world / "test.json", world / "text.json"], images=world / "images", max_new_tokens=8,
+            progress=progress, options=replace(EVAL, batch=64, device="cpu"),
         )  # fmt: skip
         run.update(credits=CREDITS, generated=f"the demo's world of {size}")  # by the seed
     for name in ("backbone", "all"):  # before tuning and after; only scores that one forward pass gives
@@ -99,7 +100,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
             data=world / "train.json",
             images=world / "images",
             metrics=tuple(states.METRICS),
-            device="cpu",
+            options=ReadOptions(device="cpu"),
         )
     path = report([run.path for run in runs.values()], out=out / "report.html", title="striate demo")
     summary = summarize(runs, seed=seed, seconds=time.monotonic() - began)
