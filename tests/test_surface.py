@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import striate
 from striate.runs.cli import VERBS
+from striate.runs.options import options_of
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
@@ -20,12 +22,61 @@ LIBRARY = [
     "roundtrip", "train", "prune", "evaluation",
 ]  # fmt: skip
 ORDER = [*LIBRARY, "runs", "studies", "__main__"]
+# Every option of every verb: a new one is a decision.
+OPTIONS = {
+    "inspect": "model data images region record",
+    "cost": (
+        "model region method projector rank batch micro_batch checkpointing image_tokens text_tokens "
+        "answer_tokens gpu devices shard link fit plot"
+    ),
+    "assemble": (
+        "out vision llm projector import export_projector template aspect feature_layer pool image_size "
+        "patch_size dtype seed"
+    ),
+    "align": (
+        "model data out images allow_urls tower resume epochs steps batch micro_batch learning_rate "
+        "max_length on_bad_record checkpointing frozen_layers shard workers seed device dtype attn "
+        "report_to"
+    ),
+    "tune": (
+        "model data out images allow_urls region samples method projector rank alpha dropout resume "
+        "epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
+        "weight_decay max_grad_norm max_length truncate_text on_bad_record packing checkpointing "
+        "frozen_layers skip_nonfinite shard save_steps workers seed deterministic device dtype attn "
+        "report_to"
+    ),
+    "score": (
+        "model data images out metrics backbone samples batch max_length seed on_bad_record device dtype allow_urls"
+    ),
+    "revert": (
+        "model backbone groups out visual text images samples batch max_length seed on_bad_record device "
+        "dtype allow_urls"
+    ),
+    "prune": (
+        "model out region remove by layers data images scores samples iterative dry_run heal heal_layers "
+        "allow_urls steps batch micro_batch learning_rate max_length seed device attn"
+    ),
+    "eval": (
+        "model data images split out tasks task_path max_new_tokens samples batch max_length seed "
+        "on_bad_record device dtype allow_urls"
+    ),
+    "sweep": "file executor workers only redo dry_run",
+    "report": "runs out reference title page_only",
+    "demo": "out seed quick",
+}
 
 
 def test_verbs() -> None:
     assert list(VERBS) == [
         "inspect", "cost", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report", "demo",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options(verb: str) -> None:
+    module, _, attribute = VERBS[verb][0].partition(":")
+    options = options_of(getattr(importlib.import_module(module), attribute))
+    assert [option.name for option in options] == OPTIONS[verb].split()
 
 
 def test_public_names() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import re
@@ -412,17 +411,3 @@ def test_two_cells_on_ray(here: Path) -> None:
     assert ended.returncode == 1, ended.stderr
     assert [cell.status for cell in cells("out")] == ["failed", "finished", "finished"]
     assert "schedule-nonsense failed" in ended.stderr
-
-
-def test_before_any_cell_has_finished_time_and_memory_are_counted(here: Path) -> None:
-    shared = {key: value for key, value in SHEET["tune"].items() if key != "method"}
-    grid = {"region": ["all", "last:25%"], "method": ["full", "lora"]}
-    planned = sweep(sheet(grid=grid, tune=shared), dry_run=True).forecast
-    assert planned is not None
-    everything, _, quarter, adapters = planned.rows
-    assert all(row.counted and row.seconds and row.memory for row in planned.rows)
-    assert everything.seconds > quarter.seconds
-    assert everything.memory > quarter.memory > 0 < adapters.memory
-    console = Console(width=80, file=io.StringIO())
-    console.print(planned)
-    assert "~0:00:0" in console.file.getvalue()

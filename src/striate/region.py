@@ -17,7 +17,6 @@ from typing import Any
 
 from striate.errors import UserError, nearest
 
-DEFAULT = "uniform:25%"
 FILE = "region.json"
 SCORES = "scores.json"
 FORMS = (

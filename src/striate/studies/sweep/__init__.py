@@ -58,7 +58,8 @@ def sweep(
         workers: cells at a time; default: one for each GPU, else one; with Ray as many as it has room for.
         only: do this one cell, in this process.
         redo: replace runs that were made from other data, options or models.
-        dry_run: show the plan; the times are from cells that have finished.
+        dry_run: show the plan; times and memory are from cells that have finished (`striate cost` predicts the
+            first).
         progress: show the cells while they run.
 
     Returns:

@@ -43,10 +43,7 @@ class Outcome:
 
 
 class ForecastRow(NamedTuple):
-    """A cell of a plan: trainable parameters, seconds still to come, bytes at the peak of training.
-
-    `counted`: seconds and bytes are of training alone, computed (`striate cost`), not taken from finished cells.
-    """
+    """A cell of a plan: trainable parameters, seconds still to come, bytes at the peak of training."""
 
     name: str
     status: str
@@ -54,7 +51,6 @@ class ForecastRow(NamedTuple):
     trainable: int
     seconds: float | None = None
     memory: float | None = None
-    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,17 +63,12 @@ class Forecast:
         """The rows, and their sum."""
         shown = _table("cell", "state", "layers", trains="right", time="right", memory="right")
         for row in self.rows:
-            about = "~" * row.counted
-            time = duration(row.seconds)
-            memory = "" if row.memory is None else f"{about}{row.memory / 1e9:.2f} GB"
-            shown.add_row(
-                Text(row.name), _state(row.status), row.layers, f"{row.trainable:,}", time and about + time, memory
-            )
+            memory = "" if row.memory is None else f"{row.memory / 1e9:.2f} GB"
+            cells = (row.layers, f"{row.trainable:,}", duration(row.seconds), memory)
+            shown.add_row(Text(row.name), _state(row.status), *cells)
         known = [row.seconds for row in self.rows if row.seconds is not None]
         left = f"{duration(sum(known))}" if len(known) == len(self.rows) else ""
         shown.caption = f"{len(self.rows)} cells{', ' + left + ' one after the other' if left and sum(known) else ''}"
-        if any(row.counted for row in self.rows):
-            shown.caption += "\n~ training alone, counted as by `striate cost`, not measured"
         return shown
 
 

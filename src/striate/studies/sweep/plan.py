@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from striate import __version__
 from striate.data import Record, RecordError, read
@@ -31,10 +30,8 @@ from striate.studies.sweep.cell import FILE, NOTES, Cell
 from striate.studies.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
 from striate.train import num_samples
 from striate.train.memory import full_tuning_fits
-from striate.vlm import Vlm, select
-from striate.vlm.config import check_config
+from striate.vlm import Vlm, load_on_meta, select
 from striate.vlm.devices import default_device
-from striate.vlm.reading import model_folder
 
 LONGEST = 80  # characters of a cell's name
 # In the digest of a run these paths stand for the content they lead to.
@@ -153,7 +150,7 @@ def read_plan(file: Path, *, workers: int = 1) -> SweepPlan:
     sheet = read_sheet(file)
     with at(file):
         with at("model"):
-            vlm = meta_model(sheet.model)
+            vlm = load_on_meta(sheet.model)
         recipes = tuple(_check(recipe, vlm) for recipe in _recipes(sheet, vlm.depth))
     autos = [recipe for recipe in recipes if recipe.tune["method"] == "auto"]
     method = (_saved_method(sheet.out) or _method(autos, vlm, workers)) if autos else None
@@ -161,14 +158,6 @@ def read_plan(file: Path, *, workers: int = 1) -> SweepPlan:
         replace(recipe, tune={**recipe.tune, "method": method}) if recipe in autos else recipe for recipe in recipes
     )
     return SweepPlan(sheet, tuple(_count_parameters(recipe, vlm) for recipe in decided), method)
-
-
-def meta_model(model: str) -> Vlm:
-    """A model without weights, from its config alone."""
-    source = str(model_folder(model))
-    config = check_config(source)
-    with torch.device("meta"):
-        return Vlm.of(AutoModelForImageTextToText.from_config(config), source=source)
 
 
 def num_records(plan: SweepPlan) -> int:
