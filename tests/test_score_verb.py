@@ -129,7 +129,10 @@ def test_a_report_on_a_score_run(whole: Path, tmp_path: Path) -> None:
 
 def test_scores_do_not_depend_on_the_batch(model: Path, data: Path, tmp_path: Path) -> None:
     metrics = ["block_influence,angular_distance", "image_attention", "layer_contribution", "gradient"]
-    one, other = (measured(model, data, tmp_path / str(size), metrics=metrics, batch=size) for size in (1, 3))
+    one, other = (
+        measured(model, data, tmp_path / str(size), metrics=metrics, options=replace(CPU, batch=size))
+        for size in (1, 3)
+    )
     assert {*one.scores} == {*other.scores} == {*",".join(metrics).split(",")}
     for name in one.scores:
         assert one[name].values == pytest.approx(other[name].values, rel=1e-3, abs=1e-6), name

@@ -9,12 +9,13 @@ from random import Random
 
 import numpy as np
 import pytest
+from lessons import belongings, label_patches
 from PIL import Image
 
 from striate.studies.demo import prose
 from striate.studies.demo.lexicon import KINDS, PLACES, SIGNS, SORTS, WORDS, article, split_of
 from striate.studies.demo.questions import UNTUNED, ask, converse, facts
-from striate.studies.demo.scene import CELL, CHARACTERS, GRID, PATCH, SIDE, Scene, draw, label_patches, sample_scene
+from striate.studies.demo.scene import CELL, CHARACTERS, GRID, PATCH, SIDE, Scene, draw, sample_scene
 from striate.studies.demo.world import TEXT_TASKS, TURNS, VISUAL_TASKS, sample_question, write_world
 
 MODELS = Path(prose.__file__).parent / "models"
@@ -140,7 +141,7 @@ def test_sums_are_right_and_facts_agree_with_the_lexicon():
 
 def test_belongings_are_asked_in_both_directions():
     for seed in range(50):
-        text, asked = prose.belongings(Random(seed), 10)
+        text, asked = belongings(Random(seed), 10)
         pairs = dict(re.findall(r"(\w+) has (\w+) \.", text))
         assert len(asked) == 10
         for question, answer in asked:

@@ -8,6 +8,7 @@ from functools import cache
 from random import Random
 
 import torch
+from lessons import belongings, random_text
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -95,7 +96,7 @@ TASKS = {"name": 1, "count": 2, "exists": 2, "colour": 1, "position": 1, "read":
 
 def document(rng: Random, split: str, lesson: Lesson, *, signs: tuple[str, ...] = ()) -> Document:
     """One text of the text world; `signs` are what signs may say, by default nothing that means anything."""
-    signs = signs or (rendering.random_text(rng),)
+    signs = signs or (random_text(rng),)
     sorts = ("belongings", "echo", "scenes", "facts", "sums", "stories")
     sort = rng.choices(sorts, [getattr(lesson, sort) for sort in sorts])[0]
     if sort == "stories":
@@ -107,7 +108,7 @@ def document(rng: Random, split: str, lesson: Lesson, *, signs: tuple[str, ...] 
     if sort == "echo":
         words = " ".join(rng.choices((*WORDS, *GROUNDS, *signs), k=rng.randint(4, 16)))
         return dialogue([(f"say {words} .", words)])
-    context, turns = prose.belongings(rng, 10) if sort == "belongings" else scene_turns(rng, split, signs)
+    context, turns = belongings(rng, 10) if sort == "belongings" else scene_turns(rng, split, signs)
     (question, answer), *others = turns
     return dialogue([(f"{context} {question}", answer), *others])
 

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import torch
+from lessons import label_patches, random_text
 from schedule import cosine, save_rounded
 from torch import Tensor, nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
@@ -43,7 +44,7 @@ def scene_batch(rng: Random, size: int) -> tuple[Tensor, dict[str, Tensor]]:
 
     Signs are random characters, so that the tower learns letters and no words.
     """
-    texts = tuple(rendering.random_text(rng) for _ in range(size))
+    texts = tuple(random_text(rng) for _ in range(size))
     scenes = [rendering.sample_scene(rng, "train", signs=texts) for _ in range(size)]
     return pixels_of(scenes), labels_of(scenes)
 
@@ -54,7 +55,7 @@ def pixels_of(scenes: list[Scene]) -> Tensor:
 
 
 def labels_of(scenes: list[Scene]) -> dict[str, Tensor]:
-    labels = [rendering.label_patches(scene) for scene in scenes]
+    labels = [label_patches(scene) for scene in scenes]
     return {name: torch.from_numpy(np.stack([getattr(one, name) for one in labels])) for name in LABELS}
 
 

@@ -36,6 +36,9 @@ POSITIONS = 64
 NOISE = 10
 """Allowed difference of two models, in multiples of the difference between two runs of one model (mostly 0)."""
 
+ERRORS = (UserError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+"""What the code of a family raises on a checkpoint or a prompt that does not fit it."""
+
 QUESTION = "What is in the image? Describe it."
 TEXT = "The quick brown fox jumps over the lazy dog."
 
@@ -67,7 +70,7 @@ def verify(vlm: Vlm, folder: Path, *, attn: str | None = None, sharded: bool = F
             _compare_logits(name, before, reopened, prompts[name])
     except (torch.OutOfMemoryError, MemoryError):
         why = "not enough memory"
-    except (UserError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except ERRORS as error:
         raise UserError(f"the checkpoint in {folder} is not the model that was saved: {first_line(error)}") from error
     return f"the saved weights were compared with those in memory, the logits were not ({why})" if why else ""
 
@@ -84,7 +87,7 @@ def save(vlm: Vlm, folder: Path) -> None:
     vlm.processor.save_pretrained(folder)
     try:
         _compare_weights(vlm, folder, None)
-    except (UserError, OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except ERRORS as error:
         raise UserError(f"the checkpoint in {folder} is not the model that was saved: {first_line(error)}") from error
 
 
@@ -115,7 +118,7 @@ def _prompt_logits(vlm: Vlm) -> tuple[dict[str, Inputs], dict[str, Tensor], str]
         return prompts, {name: logits(vlm, inputs) for name, inputs in prompts.items()}, ""
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except (UserError, RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except ERRORS as error:
         return {}, {}, first_line(error)
 
 

@@ -111,7 +111,6 @@ def evaluate_tasks(
     *,
     out: Path | None = None,
     task_path: Path | None = None,
-    seed: int = harness.SEED,
     options: ReadOptions = EVAL,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks of lm-eval and lmms-eval.
@@ -121,7 +120,6 @@ def evaluate_tasks(
         names: tasks, in the form that `harness.tasks` parses.
         out: the run folder to write; default: the results go into the run that `model` is.
         task_path: a folder with your own YAML tasks, which override the harness's of the same name.
-        seed: random seed of the few-shot examples.
         options: of these batch, device, dtype and samples (the first questions of each task).
 
     Returns:
@@ -130,7 +128,7 @@ def evaluate_tasks(
     Raises:
         UserError: `out` is missing, a harness is not installed or fails, a task is unknown.
     """
-    recorded = flat(locals())
+    recorded = flat(locals()) | {"seed": harness.SEED}  # of the few-shot examples
     rank = init_distributed(options.device)
     if rank.first:
         check_place(model, out)  # before the work
@@ -139,7 +137,14 @@ def evaluate_tasks(
     vlm = options.model(model)
     _ = vlm.processor  # whether it fits the model, before anything is written
     ask = partial(
-        harness.ask_open, vlm, requested, managers, samples=options.samples, batch=options.batch, seed=seed, rank=rank
+        harness.ask_open,
+        vlm,
+        requested,
+        managers,
+        samples=options.samples,
+        batch=options.batch,
+        seed=harness.SEED,
+        rank=rank,
     )
     if not rank.first:
         with TemporaryDirectory() as folder:  # only the first process keeps its files

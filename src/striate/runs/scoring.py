@@ -75,11 +75,15 @@ def score(
                 if attention_map:
                     plot.save(attention_map, run.figures, "image_attention_map")
         except KeyboardInterrupt:
-            kept = f"the scores so far are in {run.path}, marked as partial" if table else "nothing was measured yet"
+            kept = (
+                f"the scores so far are in {run.path}, marked as partial"
+                if table is not None
+                else "nothing was measured yet"
+            )
             raise KeyboardInterrupt(f"stopped; {kept}") from None
         finally:
             _list_skipped(run, sample)
-        for plotted in figures(table, run.region) if rank.first and table else ():
+        for plotted in figures(table, run.region) if rank.first and table is not None else ():
             plot.save(plotted.figure, run.figures, plotted.name)
     return run
 

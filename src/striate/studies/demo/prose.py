@@ -68,15 +68,3 @@ def describe(scene: Scene, rng: Random) -> str:
         sentences.append(f"the sign says {scene.sign} .")
     rng.shuffle(sentences)
     return " ".join(sentences)
-
-
-def belongings(rng: Random, questions: int) -> tuple[str, list[tuple[str, str]]]:
-    """A list of who has what, and questions about it in both directions: looking up, and nothing else."""
-    number = rng.randint(2, 8)
-    words = rng.sample(WORDS, 2 * number)
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    asked = []
-    for _ in range(questions):
-        owner, thing = rng.choice(pairs)
-        asked.append((f"what has {owner} ?", thing) if rng.random() < 0.5 else (f"who has {thing} ?", owner))
-    return " ".join(f"{owner} has {thing} ." for owner, thing in pairs), asked

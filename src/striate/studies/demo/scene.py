@@ -10,10 +10,9 @@ from functools import cache
 from io import BytesIO
 from random import Random
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from striate.studies.demo.lexicon import GROUNDS, KINDS, NUMBERS, SIGNS, WORDS, split_of
+from striate.studies.demo.lexicon import GROUNDS, KINDS, SIGNS, WORDS, split_of
 
 SIDE = 96  # px, of the square image
 PATCH = 16  # px, of the square patches that a tower cuts; one letter per patch
@@ -80,13 +79,6 @@ def _sample_things(rng: Random, places: list[int]) -> tuple[str | None, ...]:
     return tuple(things)
 
 
-def random_text(rng: Random) -> str:
-    """A sign's text that means nothing: 3-5 letters, or a number. It teaches characters and no words."""
-    if rng.random() < 0.25:
-        return rng.choice(NUMBERS)
-    return "".join(rng.choices(CHARACTERS[:26], k=rng.randint(3, 5)))
-
-
 def draw(scene: Scene) -> Image.Image:
     """The scene as an RGB image of 96 x 96 px."""
     image = Image.new("RGB", (SIDE, SIDE))
@@ -102,37 +94,6 @@ def draw(scene: Scene) -> Image.Image:
         for column, character in enumerate(scene.sign, scene.sign_column):
             image.paste(_INK, (PATCH * column, y), _letter(character))
     return image
-
-
-@dataclass(frozen=True)
-class PatchLabels:
-    """What each of the 36 patches of an image shows, in raster order; every array is int64 of shape (36,).
-
-    `kind`: 0 nothing, else 1 + index into WORDS; `character`: 0 none, else 1 + index into CHARACTERS;
-    `ground`: index into GROUNDS; `place`: index into PLACES.
-    """
-
-    kind: np.ndarray
-    character: np.ndarray
-    ground: np.ndarray
-    place: np.ndarray
-
-
-def label_patches(scene: Scene) -> PatchLabels:
-    """What the tower and the projector learn from; all nine patches of a place show its thing."""
-    rows, columns = np.divmod(np.arange(GRID * GRID), GRID)
-    place = 2 * (rows // (GRID // 2)) + columns // (GRID // 2)
-    kinds = np.array([1 + _KIND_INDEX[word] if word else 0 for word in scene.things])
-    grounds = np.array([_GROUND_INDEX[ground] for ground in scene.grounds])
-    character = np.zeros(GRID * GRID, dtype=np.int64)
-    start = GRID * (1 + GRID // 2 * scene.sign_row) + scene.sign_column
-    for index, letter in enumerate(scene.sign, start):
-        character[index] = 1 + CHARACTERS.index(letter)
-    return PatchLabels(kinds[place], character, grounds[place], place)
-
-
-_KIND_INDEX = {word: index for index, word in enumerate(WORDS)}
-_GROUND_INDEX = {ground: index for index, ground in enumerate(GROUNDS)}
 
 
 @cache

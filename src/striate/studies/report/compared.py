@@ -209,3 +209,8 @@ def count(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
+
+
+def finite(value: float) -> float | str:
+    """A number for a CSV file, empty where there is none."""
+    return value if math.isfinite(value) else ""

@@ -14,7 +14,7 @@ from striate.errors import UserError
 from striate.plot import Estimate
 from striate.studies.report import layers
 from striate.studies.report.arms import Arm
-from striate.studies.report.compared import MODALITIES, ComparedRun, of_task, of_training, share
+from striate.studies.report.compared import MODALITIES, ComparedRun, finite, of_task, of_training, share
 from striate.studies.report.compared import text as text_of
 from striate.studies.report.compared import visual as visual_of
 from striate.studies.report.comparison import Comparison
@@ -188,7 +188,7 @@ def _cost(comparison: Comparison, arms: Sequence[Arm]) -> Iterator[ReportFigure]
         shown = {name: mark for name, mark in comparison.style.items() if name in costs}
         numbers = [
             {
-                "run": name, "training, s": cost.seconds, "peak memory, GB": _finite(cost.memory),
+                "run": name, "training, s": cost.seconds, "peak memory, GB": finite(cost.memory),
                 **_both("visual, %", visual[name]),
             }
             for name, cost in costs.items()
@@ -205,7 +205,7 @@ def _losses(comparison: Comparison) -> Iterator[ReportFigure]:
         return
     spikes = {a.name: [spike for row in a.rows for spike in row.spikes] for a in comparison.arms}
     numbers = [
-        {"run": row.name, "step": step, "loss": _finite(loss)}
+        {"run": row.name, "step": step, "loss": finite(loss)}
         for arm in comparison.arms
         for row in arm.rows
         if row.curve
@@ -242,9 +242,5 @@ def _of_task(name: str) -> Callable[[ComparedRun], float | None]:
 def _both(name: str, mean: Estimate | None) -> dict[str, Any]:
     return {
         name: "" if mean is None else 100 * mean.value,
-        f"{name} ±": "" if mean is None else _finite(100 * mean.stderr),
+        f"{name} ±": "" if mean is None else finite(100 * mean.stderr),
     }
-
-
-def _finite(value: float) -> float | str:
-    return value if math.isfinite(value) else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from striate import plot
 from striate.region import Region
-from striate.studies.report.compared import ComparedRun
+from striate.studies.report.compared import ComparedRun, finite
 
 if TYPE_CHECKING:
     from striate.scores.table import Score, Scores
@@ -80,7 +80,7 @@ def figures(row: ComparedRun) -> Iterator[tuple[str, plot.Figure, str, list[dict
     if row.reverted:
         caption = "Perplexity with layers reverted to the backbone: left is better."
         numbers = [
-            {"data": data, "layers reverted": name, "perplexity": mean.value, "±": _finite(mean.stderr)}
+            {"data": data, "layers reverted": name, "perplexity": mean.value, "±": finite(mean.stderr)}
             for data, profile in row.reverted.items()
             for name, mean in {"none": profile.tuned, "all": profile.backbone, **profile.groups}.items()
         ]
@@ -91,7 +91,7 @@ def _numbers(figure: str, scores: Scores) -> list[dict[str, Any]]:
     """The numbers of a figure of layer scores."""
     if figure == "scores":
         return [
-            {"score": name, "layer": layer, "value": _finite(value), "±": _finite(error)}
+            {"score": name, "layer": layer, "value": finite(value), "±": finite(error)}
             for name, score in scores.scores.items()
             for layer, (value, error) in enumerate(
                 zip(score.values, score.stderr or [math.nan] * len(score.values), strict=True)
@@ -106,10 +106,6 @@ def _numbers(figure: str, scores: Scores) -> list[dict[str, Any]]:
         for j, value in enumerate(row)
         if math.isfinite(value)
     ]
-
-
-def _finite(value: float) -> float | str:
-    return value if math.isfinite(value) else ""
 
 
 def _heatmap(score: Score) -> Heatmap:

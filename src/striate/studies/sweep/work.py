@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 
 from striate.errors import UserError, first_line
+from striate.roundtrip import free_memory
 from striate.runs.evaluating import evaluate
 from striate.runs.options import call_arguments
 from striate.runs.pruning import prune
@@ -45,13 +44,6 @@ def work(plan: SweepPlan, recipe: Recipe, *, redo: bool = False, progress: bool 
                 _evaluate(folder, recipe.eval, progress)
 
 
-def _free() -> None:
-    """Free the memory of one verb before the next: the Trainer leaves reference cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _tune(out: Path, values: Values, progress: bool) -> None:
     """Resume from the last saved state; start anew without one.
 
@@ -64,13 +56,13 @@ def _tune(out: Path, values: Values, progress: bool) -> None:
         shutil.rmtree(out, ignore_errors=True)
     wanted = values | {"out": out, "resume": "changed" if started else False}
     tune(**call_arguments(tune, wanted) | {"progress": progress})
-    _free()
+    free_memory()
 
 
 def _evaluate(run: Path, values: Values, progress: bool) -> None:
     if Run(run).results is None:
         evaluate(**call_arguments(evaluate, values | {"model": run, "out": None}) | {"progress": progress})
-        _free()
+        free_memory()
 
 
 def _prune(tuned: Path, out: Path, values: Values, progress: bool) -> None:
