@@ -300,9 +300,9 @@ def test_an_unknown_task_and_the_nearest(prefix: str, task_path: Path, monkeypat
     monkeypatch.setattr(package, "TaskManager", lambda **_: own)
     title = harness.PACKAGES[prefix].replace("_", "-")
     with pytest.raises(UserError, match=rf"^{title} has no task 'pico_sea'; nearest: pico_see"):
-        harness.ask(None, harness.tasks(f"{prefix}:pico_sea"), folder=task_path)
+        harness.open_tasks(harness.tasks(f"{prefix}:pico_sea"))
     with pytest.raises(UserError, match=rf"^{title} has no task 'wxyz'; "):
-        harness.ask(None, harness.tasks(f"{prefix}:wxyz"), folder=task_path)
+        harness.open_tasks(harness.tasks(f"{prefix}:wxyz"))
 
 
 @pytest.mark.parametrize("prefix", harness.PACKAGES)

@@ -9,11 +9,11 @@ from random import Random
 
 import numpy as np
 import pytest
-from lessons import belongings, label_patches
+from lessons import belongings, describe, label_patches
 from PIL import Image
 
 from striate.studies.demo import prose
-from striate.studies.demo.lexicon import KINDS, PLACES, SIGNS, SORTS, WORDS, article, split_of
+from striate.studies.demo.lexicon import KINDS, PLACES, SIGNS, WORDS, article, split_of
 from striate.studies.demo.questions import UNTUNED, ask, converse, facts
 from striate.studies.demo.scene import CELL, CHARACTERS, GRID, PATCH, SIDE, Scene, draw, sample_scene
 from striate.studies.demo.world import TEXT_TASKS, TURNS, VISUAL_TASKS, sample_question, write_world
@@ -131,8 +131,8 @@ def test_sums_are_right_and_facts_agree_with_the_lexicon():
         assert int(answer) == int(first) + (1 if sign == "plus" else -1) * int(second)
         assert len(answer) == 2
     assert dict(facts("apple", article("apple")))["what sort of thing is an apple ?"] == "fruit"
-    assert all(kind.sort in SORTS and 10 <= int(kind.price) <= 99 for kind in KINDS.values())
-    text = prose.describe(CATS, Random(1))
+    assert all(10 <= int(kind.price) <= 99 for kind in KINDS.values())
+    text = describe(CATS, Random(1))
     assert all(
         f"{place} {ground} {word or 'nothing'} ." in text
         for place, ground, word in zip(PLACES, CATS.grounds, CATS.things, strict=True)
@@ -218,7 +218,7 @@ def test_the_tokenizer_knows_every_word_and_spells_signs():
     rng, unknown = Random(0), tokenizer.unk_token_id
     for _ in range(200):
         scene = sample_scene(rng, "test")
-        text = f"{prose.describe(scene, rng)} {prose.story(rng, 'test')} {prose.fact(rng)[0]}"
+        text = f"{describe(scene, rng)} {prose.story(rng, 'test')} {prose.fact(rng)[0]}"
         assert unknown not in tokenizer(text)["input_ids"]
     for text in (*SIGNS["train"], *SIGNS["test"]):
         ids = tokenizer(text)["input_ids"]

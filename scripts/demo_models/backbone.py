@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from lessons import describe
 from reading import IGNORED, LESSONS, Document, Lesson, TextBatch, build_tokenizer, dialogue, encode, text_batch
 from schedule import cosine, save_rounded
 from torch import Tensor, nn
@@ -158,7 +159,7 @@ def text_quality(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *,
     rng, documents = Random("quality"), {}
     for task in VISUAL_TASKS:
         asked = [sample_question(rng, task, "validation") for _ in range(number)]
-        documents[task] = [dialogue([(f"{prose.describe(scene, rng)} {q}", a)]) for scene, q, a in asked]
+        documents[task] = [dialogue([(f"{describe(scene, rng)} {q}", a)]) for scene, q, a in asked]
     documents["facts"] = [dialogue([prose.fact(rng)]) for _ in range(number)]
     documents["arithmetic"] = [dialogue([prose.arithmetic(rng, "validation")]) for _ in range(number)]
     quality = {task: 100 * exact_share(model, tokenizer, some) for task, some in documents.items()}

@@ -1,4 +1,4 @@
-"""What only the making of the demo's models needs: labels of patches, signs that mean nothing, lists of belongings."""
+"""What only the making of the demo's models needs: labels of patches, signs that mean nothing, scenes in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from striate.studies.demo.lexicon import GROUNDS, NUMBERS, WORDS
+from striate.studies.demo.lexicon import GROUNDS, NUMBERS, PLACES, WORDS
 from striate.studies.demo.scene import CHARACTERS, GRID, Scene
 
 _KIND_INDEX = {word: index for index, word in enumerate(WORDS)}
@@ -58,3 +58,13 @@ def belongings(rng: Random, questions: int) -> tuple[str, list[tuple[str, str]]]
         owner, thing = rng.choice(pairs)
         asked.append((f"what has {owner} ?", thing) if rng.random() < 0.5 else (f"who has {thing} ?", owner))
     return " ".join(f"{owner} has {thing} ." for owner, thing in pairs), asked
+
+
+def describe(scene: Scene, rng: Random) -> str:
+    """The scene in words, one short sentence per place, in random order."""
+    things = zip(PLACES, scene.grounds, scene.things, strict=True)
+    sentences = [f"{place} {ground} {word or 'nothing'} ." for place, ground, word in things]
+    if scene.sign:
+        sentences.append(f"the sign says {scene.sign} .")
+    rng.shuffle(sentences)
+    return " ".join(sentences)

@@ -8,7 +8,7 @@ from functools import cache
 from random import Random
 
 import torch
-from lessons import belongings, random_text
+from lessons import belongings, describe, random_text
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -120,7 +120,7 @@ def scene_turns(rng: Random, split: str, signs: tuple[str, ...]) -> tuple[str, l
         scene = rendering.sample_scene(rng, split, signs=signs)
         tasks = rng.choices(list(TASKS), list(TASKS.values()), k=9)
         asked = [(question.text, question.answer) for task in tasks if (question := ask(scene, task, rng))]
-    return prose.describe(scene, rng), asked
+    return describe(scene, rng), asked
 
 
 def dialogue(turns: list[tuple[str, str]]) -> Document:

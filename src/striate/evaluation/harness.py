@@ -101,35 +101,6 @@ def is_task(name: str) -> bool:
     return name in SUITES or name.partition(":")[0] in PACKAGES
 
 
-def ask(
-    vlm: Vlm,
-    asked: Tasks,
-    *,
-    folder: Path,
-    task_path: Path | None = None,
-    samples: int | None = None,
-    batch: int = 16,
-    seed: int = SEED,
-) -> dict[str, Any]:
-    """The results of a model in memory, which is left in evaluation mode.
-
-    `folder` receives the submission files of tasks without public answers.
-
-    Returns:
-        `{"tasks": {name: {"metric", "modality", "value", "stderr", "n"}}, "visual", "text"}`, like
-        `prediction.summary`, with "seconds", "data" (the tasks), "missing" (see `Tasks`) and, by harness, all of its
-        metrics: `"harness": {name: {"version", "tasks": {name: {"version", "shots", "metrics"}}}}`.
-
-    The value of a task is the first metric in its own list that is from 0 to 1, higher is better; a task without such a
-    metric is listed under "harness" only. A group counts as one task where the harness averages it. A task of lmms-eval
-    is visual when any of its questions has an image.
-
-    Raises:
-        UserError: a harness is not installed or fails, or a task is unknown.
-    """
-    return ask_open(vlm, asked, open_tasks(asked, task_path), folder, samples=samples, batch=batch, seed=seed)
-
-
 def open_tasks(asked: Tasks, task_path: Path | None = None) -> dict[str, Any]:
     """The harnesses' task managers, by harness.
 
@@ -143,7 +114,7 @@ def _chosen(asked: Tasks) -> list[str]:
     return [prefix for prefix in PACKAGES if getattr(asked, prefix)]
 
 
-def ask_open(
+def ask(
     vlm: Vlm,
     asked: Tasks,
     managers: dict[str, Any],
@@ -151,16 +122,30 @@ def ask_open(
     *,
     samples: int | None,
     batch: int,
-    seed: int,
     rank: Rank = ALONE,
 ) -> dict[str, Any]:
-    """As `ask`, for tasks that are open already; with several processes each answers its share."""
+    """The results of a model in memory, which is left in evaluation mode; of several processes each asks its share.
+
+    `folder` receives the submission files of tasks without public answers.
+
+    Returns:
+        `{"tasks": {name: {"metric", "modality", "value", "stderr", "n"}}, "visual", "text"}`, like
+        `prediction.summary`, with "seconds", "data" (the tasks), "missing" (see `Tasks`) and, by harness, all of its
+        metrics: `"harness": {name: {"version", "tasks": {name: {"version", "shots", "metrics"}}}}`.
+
+    The value of a task is the first metric in its own list that is from 0 to 1, higher is better; a task without such a
+    metric is listed under "harness" only. A group counts as one task where the harness averages it. A task of lmms-eval
+    is visual when any of its questions has an image.
+
+    Raises:
+        UserError: a harness fails.
+    """
     vlm.model.eval()
     start, data, measured = time.monotonic(), [], {}
     results: dict[str, dict[str, Any]] = {}
     for prefix, manager in managers.items():
         names = list(getattr(asked, prefix))
-        options = {"task_manager": manager, "limit": samples, "fewshot_random_seed": seed}
+        options = {"task_manager": manager, "limit": samples, "fewshot_random_seed": SEED}
         with _running(prefix, names):
             output, visual = (_lm if prefix == "lm" else _lmms)(vlm, names, batch, folder, options, rank)
         results |= _results(output, visual)

@@ -136,16 +136,7 @@ def evaluate_tasks(
     managers = harness.open_tasks(requested, task_path)
     vlm = options.model(model)
     _ = vlm.processor  # whether it fits the model, before anything is written
-    ask = partial(
-        harness.ask_open,
-        vlm,
-        requested,
-        managers,
-        samples=options.samples,
-        batch=options.batch,
-        seed=harness.SEED,
-        rank=rank,
-    )
+    ask = partial(harness.ask, vlm, requested, managers, samples=options.samples, batch=options.batch, rank=rank)
     if not rank.first:
         with TemporaryDirectory() as folder:  # only the first process keeps its files
             return ask(folder=Path(folder))

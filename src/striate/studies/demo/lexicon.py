@@ -125,7 +125,6 @@ def _read_table() -> dict[str, Kind]:
 
 KINDS: dict[str, Kind] = _read_table()
 WORDS = tuple(KINDS)
-SORTS = tuple(dict.fromkeys(kind.sort for kind in KINDS.values()))
 SIGNS: dict[str, tuple[str, ...]] = {
     split: tuple(text for text in (*_SIGN_TABLE.split(), *NUMBERS) if split_of(text) == split) for split in SPLITS
 }

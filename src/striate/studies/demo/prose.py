@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from random import Random
 
-from striate.studies.demo.lexicon import KINDS, PLACES, WORDS, article, split_of
+from striate.studies.demo.lexicon import KINDS, WORDS, article, split_of
 from striate.studies.demo.questions import facts
-from striate.studies.demo.scene import Scene
 
 ANIMALS = tuple(word for word in WORDS if KINDS[word].sort in ("animal", "bird", "insect"))
 OBJECTS = tuple(word for word in WORDS if word not in ANIMALS)
@@ -58,13 +57,3 @@ def story(rng: Random, split: str) -> str:
         [f"then the {hero} took the {thing} back to the {home} .", f"in the end the {hero} went home ."],
     ]
     return " ".join(rng.choice(forms) for forms in sentences)
-
-
-def describe(scene: Scene, rng: Random) -> str:
-    """The scene in words, one short sentence per place, in random order."""
-    things = zip(PLACES, scene.grounds, scene.things, strict=True)
-    sentences = [f"{place} {ground} {word or 'nothing'} ." for place, ground, word in things]
-    if scene.sign:
-        sentences.append(f"the sign says {scene.sign} .")
-    rng.shuffle(sentences)
-    return " ".join(sentences)
