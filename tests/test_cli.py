@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 from pico import pico_llava
 from training import write_data
 
-from striate.runs.cli import VERBS, call_arguments, main, parser_of
+from striate.errors import UserError
+from striate.runs.cli import VERBS, call_arguments, main, parse_call, parser_of
 from striate.runs.options import options_of
 from striate.runs.scoring import score
-from striate.runs.training import tune
+from striate.runs.training import align, tune
+from striate.train import ALIGN
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +217,13 @@ def test_a_recipe_sets_options_and_the_command_line_wins(tmp_path: Path) -> None
     assert call["options"].learning_rate == 0.5
     assert call["options"].max_grad_norm == 0
     assert call["options"].batch == 128
+
+
+def test_a_verb_with_some_of_the_training_options_keeps_the_defaults_of_the_others() -> None:
+    words = ["m", "--data", "d.json", "--out", "run"]
+    assert parse_call("align", align, [*words, "--epochs", "2"])["options"] == replace(ALIGN, epochs=2)
+    with pytest.raises(UserError, match="no option '--packing'"):
+        parse_call("align", align, [*words, "--packing", "off"])
 
 
 def test_an_option_of_several_words_keeps_its_default() -> None:

@@ -93,33 +93,33 @@ def prune(
     Raises:
         UserError: bad input, or verification failed; names the layers and the reason, and nothing is written.
     """
-    arguments, began, settings = dict(locals()), time.monotonic(), options
+    arguments, began = dict(locals()), time.monotonic()
     request = PruneRequest(region, remove, layers)
     if not dry_run:
         _check_out(out)
-    read_from = partial(read, images=images, allow_urls=allow_urls, on_bad=settings.on_bad_record)
+    read_from = partial(read, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     if heal is not None:
         read_from(heal)
     source = _checkpoint(model)
-    criterion = Criterion(by, iterative, None if scores is None else Scores.load(scores), settings.seed)
+    criterion = Criterion(by, iterative, None if scores is None else Scores.load(scores), options.seed)
     if layers is None:
         criterion.check(data=data is not None)
-    sampling = _sampling(samples, settings)
+    sampling = Sampling(samples, options.micro_batch, options.max_length, options.seed, options.on_bad_record)
     sample = None if data is None else sampling.draw(read_from(data))
-    pruning = _choose(request, criterion, source, sampling, sample, progress, settings)
+    pruning = _choose(request, criterion, source, sampling, sample, progress, options)
     if dry_run:
         return pruning
     assert out is not None
     recorded = json.loads(json.dumps(flat(arguments), default=str))
-    run = Run.create(out, verb="prune", options=recorded, seed=settings.seed, parent=str(model))
+    run = Run.create(out, verb="prune", options=recorded, seed=options.seed, parent=str(model))
     run.update(seconds=round(time.monotonic() - began, 3))
     with all_or_nothing(run.path), run.recording():
-        _cut(run, source, pruning, sample, settings)
+        _cut(run, source, pruning, sample, options)
     if heal is not None:
         with run.recording():
             heal_checkpoint(
                 run, pruning, data=heal, images=images, allow_urls=allow_urls, layers=heal_layers, progress=progress,
-                options=settings,
+                options=options,
             )  # fmt: skip
     return pruning
 
@@ -137,10 +137,6 @@ def _cut(run: Run, source: Path, pruning: Pruning, sample: RecordSample | None, 
     os.replace(partial, run.checkpoint)
     run.write_region(pruning.region)
     run.update(prune=cut)
-
-
-def _sampling(samples: int, options: TrainOptions) -> Sampling:
-    return Sampling(samples, options.micro_batch, options.max_length, options.seed, options.on_bad_record)
 
 
 def _choose(
