@@ -200,7 +200,7 @@ def test_the_help_of_tune_is_in_groups(
     text = capsys.readouterr().out
     groups = re.findall(r"^(\w+):$", text, flags=re.MULTILINE)
     assert groups == ["data", "region", "optimization", "memory", "run", "distributed", "recipe"]
-    assert "  --resume [auto] " in text
+    assert "  --resume [auto|changed]" in text
     assert "  --batch INT           records per optimizer step" in text
     assert max(map(len, (short + text).splitlines())) <= width
 

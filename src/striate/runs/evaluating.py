@@ -54,7 +54,7 @@ def evaluate(
         task_path: a folder with your own YAML tasks for the harnesses.
         max_new_tokens: most tokens per answer.
         progress: show a progress bar.
-        options: how records and the model are read; `max_length` is that of a window of plain text, too.
+        options: how records and the model are read.
 
     Returns:
         The content of results.json: `summary`, "seconds" of inference, "data", number of records "skipped", the five

@@ -20,11 +20,12 @@ class Sampling:
     """How records are sampled and batched."""
 
     samples: int | None = 64
-    """most records to use, sampled at random from those with an answer (eval: of each task); null: all"""
+    """most records to use, sampled at random from those with an answer (eval: of each task, by default all)"""
     batch: int = 8
     """records per forward pass; the results do not depend on it"""
     max_length: int = 2048
-    """most tokens per record, image tokens included; longer text is truncated at its end"""
+    """most tokens per record, image tokens included; longer text is truncated at its end (eval: the record is left out;
+    of plain text, tokens per window)"""
     seed: int = 0
     """random seed of `samples`"""
     on_bad_record: Literal["stop", "skip"] = "stop"

@@ -34,8 +34,8 @@ class Outcome:
     @property
     def unfinished(self) -> tuple[Cell, ...]:
         """Cells that failed or were stopped."""
-        asked = self.forecast is None and self.commands is None
-        return tuple(cell for cell in self.cells if asked and cell.status != FINISHED)
+        ran = self.forecast is None and self.commands is None
+        return tuple(cell for cell in self.cells if ran and cell.status != FINISHED)
 
     def __rich__(self) -> Table | Forecast | str:
         """One row per run; or the forecast; or one command per line."""
