@@ -28,9 +28,10 @@ from striate.studies.assemble import assemble
 from striate.studies.assemble.parts import language_model
 from striate.studies.demo import MODELS
 from striate.studies.demo.lexicon import GROUNDS, WORDS
-from striate.studies.demo.scene import CHARACTERS, GRID, Scene, random_text
+from striate.studies.demo.scene import CHARACTERS, GRID, Scene
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "demo_models"))
+from lessons import random_text
 from projector import Projector, whiten
 from schedule import cosine
 from tower import labels_of, pixels_of
