@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         rank = environment_rank()  # every process prints its error: it may be the only one
-        process = "" if rank.first else f" (process {rank.number})"
+        process = "" if rank.first else f" (process {rank.rank})"
         errors.print(f"striate {words[0]}{process}: ", style="red", end="")
         errors.print(str(error))
         return 2

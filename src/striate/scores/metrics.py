@@ -84,7 +84,7 @@ def measure(
                 for batch in rank.share(stream):
                     measuring.add(batch)
         except KeyboardInterrupt:
-            if rank.of > 1:
+            if rank.world_size > 1:
                 raise
             yield [score for score in measuring.scores() if score.n]
             raise

@@ -272,7 +272,7 @@ def _plan_checkpointing(
     trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
     reserved = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradients and moments
     if options.shard:  # the weights are not on the device yet; each process holds its share of everything
-        reserved = (reserved + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.of
+        reserved = (reserved + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.world_size
     checkpointing = Checkpointing(
         vlm,
         kept=kept,
