@@ -229,7 +229,7 @@ def assert_equal_to_direct_computation(vlm: Vlm, batch: Batch) -> None:
     halves = zip(multimodal.parts["image"], multimodal.parts["text"], strict=True)
     assert multimodal.values == close([(image + text) / 2 for image, text in halves])
     for layer, attention in attention_of(vlm, batch).items():  # itself held against eager maps in test_trace
-        means = [float(attention.given[row][kinds["text"][row]].mean()) for row in range(len(batch)) if seen[row]]
+        means = [float(attention.by_query[row][kinds["text"][row]].mean()) for row in range(len(batch)) if seen[row]]
         assert [found["image_attention"].values[layer]] == close([sum(means) / len(means)])
 
 

@@ -328,7 +328,7 @@ def test_attention_maps_are_those_of_the_trace(model: Path, data: Path) -> None:
     masks = token_kinds(batch)
 
     def see(layer: int, attention: Any) -> None:
-        given[layer] = attention.given[masks["text"]].mean()
+        given[layer] = attention.by_query[masks["text"]].mean()
 
     with watch_attention(vlm, see, queries=masks["text"], keys=masks["image"]):
         forward(vlm, batch)
