@@ -108,13 +108,20 @@ def test_the_sections_of_errors_quote_the_messages() -> None:
     source = re.sub(r'"\n\s*f?"', "", source)  # strings over several lines
     page = (ROOT / "docs" / "errors.md").read_text()
     quoted = [
-        text for lines in re.findall(r"^## .+\n\n((?:`.+\n)+(?:.*`\n)*)", page, re.M) for text in lines.split("` · `")
+        text for lines in re.findall(r"^###? .+\n\n((?:`.+\n)+(?:.*`\n)*)", page, re.M) for text in lines.split("` · `")
     ]
     pieces = [
         max(re.split(r"\.\.\.|\d[\d,.]*%?|'\S+'|[`{}]", " ".join(text.split())), key=len).strip() for text in quoted
     ]
     assert len(pieces) > 40
     assert not [piece for piece in pieces if piece not in source]
+
+
+def test_every_section_of_errors_is_linked_by_an_error() -> None:
+    """The code at the end of an error's message is the heading of its section."""
+    source = "\n".join(file.read_text() for file in (ROOT / "src").rglob("*.py"))
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bsee ?= ?\"([a-z-]+)\"", source)) == {re.sub(r"\W+", "-", one.lower()) for one in headings}
 
 
 # What is written in backticks as a path of the source: `evaluate/metrics.py`, `train/loop.py`.

@@ -68,5 +68,5 @@ def test_without_it_one_line_says_what_to_install(
                   if extra != "dev" and name in map(package, listed)), None)  # fmt: skip
     wanted = f"'striate[{extra}]'" if extra else name
     assert re.fullmatch(rf"striate {words[0]}: .* needs {name}, which is not installed: pip install (.*)\n", error)
-    assert error.endswith(f"pip install {wanted}\n")
+    assert error.endswith(f"pip install {wanted} (docs/errors.md#package-not-installed)\n")
     assert sorted(tmp_path.rglob("*")) == before

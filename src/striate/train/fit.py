@@ -209,7 +209,7 @@ def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
     if not found:
         last = examples[with_images_first[-1]]
         assert isinstance(last, Skipped)
-        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
+        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}", see="bad-records")
     (first, one), (second, other) = found[0], found[-1]
     lengths = examples.lengths
     largest = sum(sorted(lengths)[-micro:])
@@ -250,7 +250,8 @@ def _freeze_unreachable(groups: dict[str, Group], reachable: set[nn.Parameter], 
             log.warn(f"{len(idle)} parameters of the {part} stay frozen: no answer depends on {', '.join(idle[:3])}")
     if not found:
         raise UserError(
-            "no parameter to train: the answers depend on none of the region and the projector; choose other layers"
+            "no parameter to train: the answers depend on none of the region and the projector; choose other layers",
+            see="parameters-without-gradient",
         )
     return found
 

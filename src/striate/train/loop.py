@@ -256,7 +256,8 @@ class Loop:
         if self.rank.world_size > 1 or not self.checkpointing.recompute_more():
             raise UserError(
                 f"out of memory ({reason}): set --micro-batch below {self.micro}, or --max-length, --method lora, "
-                "--checkpointing auto"
+                "--checkpointing auto",
+                see="out-of-memory",
             )
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -286,7 +287,10 @@ class Loop:
         text = f"non-finite loss or gradients in step {self.position.step + 1}; records: {listed}"
         self.position.nonfinite += 1
         if self.position.nonfinite > self.options.skip_nonfinite:
-            raise UserError(f"{text} (check these, lower --learning-rate, or skip a few steps: --skip-nonfinite 3)")
+            raise UserError(
+                f"{text} (check these, lower --learning-rate, or skip a few steps: --skip-nonfinite 3)",
+                see="non-finite-loss",
+            )
         self.log.warn(f"{text}: step skipped")
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -312,7 +316,10 @@ class Loop:
         found = [record for source, record in self.log.skipped.items() if source not in self.unread]
         check_skipped(found, len(self.examples), self.options)
         if len(found) == len(self.examples):
-            raise UserError(f"no record is left to train on; the last one, {found[-1].source}: {found[-1].reason}")
+            raise UserError(
+                f"no record is left to train on; the last one, {found[-1].source}: {found[-1].reason}",
+                see="bad-records",
+            )
 
     # Save and resume.
 
@@ -362,7 +369,10 @@ class Loop:
             return 0
         trained = load_file(saved / TRAINED)
         if trained.keys() != self.trained.keys():
-            raise UserError(f"{saved} holds other parameters than this run trains: resume with the same region")
+            raise UserError(
+                f"{saved} holds other parameters than this run trains: resume with the same region",
+                see="resume-refused",
+            )
         for name, parameter in self.trained.items():
             put(parameter, trained[name])
         state = torch.load(saved / STATE, map_location="cpu", weights_only=True, mmap=True)
@@ -389,7 +399,8 @@ def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions)
     if len(bad) > allowed * total:
         raise UserError(
             f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {allowed:.0%} allowed; "
-            "all are listed in skipped.jsonl)"
+            "all are listed in skipped.jsonl)",
+            see="bad-records",
         )
 
 
