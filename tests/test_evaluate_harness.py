@@ -68,17 +68,17 @@ dataset_path: json
 dataset_kwargs: {{data_files: {data}}}
 test_split: train
 output_type: generate_until
-doc_to_visual: !function see.pictures
+doc_to_visual: !function see.images
 doc_to_text: "{{{{question}}}}"
 doc_to_target: {target}
 generation_kwargs: {{max_new_tokens: 3, until: ["{until}"]}}
 metric_list:
   - {{metric: exact_match, aggregation: {aggregation}, higher_is_better: true}}
 """
-PICTURES = """
+IMAGES = """
 from PIL import Image
 
-def pictures(doc):
+def images(doc):
     return [Image.open(doc["image"])]
 
 def percent(items):
@@ -129,7 +129,7 @@ def data(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 def task_path(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = data["rows"]
-    (folder / "see.py").write_text(PICTURES)
+    (folder / "see.py").write_text(IMAGES)
     for name, text in {
         "choose": CHOOSE.format(task="pico_choose", data=rows),
         "again": CHOOSE.format(task="pico_again", data=rows),
@@ -243,7 +243,7 @@ def test_an_answer_stops_before_a_stop_string(asked: Callable[..., dict[str, Any
 
 
 @needs_lmms
-def test_what_is_no_share_is_kept_apart(asked: Callable[..., dict[str, Any]]) -> None:
+def test_metrics_outside_0_to_1_are_not_a_task(asked: Callable[..., dict[str, Any]]) -> None:
     share = asked("lmms:pico_see")["tasks"]["pico_see"]
     found = asked("lmms:pico_cut,pico_percent")
     assert list(found["tasks"]) == ["pico_cut"]

@@ -86,7 +86,7 @@ def ends(interval: Any) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def test_headline_says_what_the_best_region_kept(runs: list[Path], tmp_path: Path) -> None:
+def test_the_headline_has_the_retention_of_the_best_region(runs: list[Path], tmp_path: Path) -> None:
     words = text_of(report(runs, out=tmp_path / "report.html"))
     finding = (
         "uniform:25%, 3 of 12 layers, keeps 90.0 % of the visual accuracy of the reference all (all layers), in 0.70 of"
