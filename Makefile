@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
 
-quick: .venv/ready  ## the demo, smaller: under 90 s
+quick: .venv/ready  ## the demo, smaller
 	rm -rf runs/quick
 	$(BIN)/striate demo --out runs/quick --quick
 
