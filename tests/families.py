@@ -155,7 +155,7 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
   images run on over a batch: losses depend on the batch a little.
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of the result, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
-- **Prune**: layers are cut, and the result is verified. `protected`: layers of the default config that cannot be cut.
+- **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
 
 An empty cell was not tried. `tune` tries every fast path on the model before it uses it, and `prune` verifies every
 cut, so that a type which fails is refused before anything is saved.
