@@ -3,12 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick paper-mini thirty test faults lint format bench docs clean
+.PHONY: demo quick paper-mini thirty test faults lint format bench docs dist clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
 
-quick: .venv/ready  ## the demo, smaller: under 90 s
+quick: .venv/ready  ## the demo, smaller
 	rm -rf runs/quick
 	$(BIN)/striate demo --out runs/quick --quick
 
@@ -46,6 +46,11 @@ bench: .venv/ready  ## what training, scores and pruning cost, as ratios: bench/
 
 docs: .venv/docs  ## the documentation as static pages: dist/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+dist: .venv/ready  ## sdist and wheel, the wheel checked in an environment of its own: dist/*.whl
+	rm -f dist/striate-*
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python scripts/check_wheel.py dist/*.whl
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

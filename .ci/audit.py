@@ -26,7 +26,7 @@ def main() -> int:
         print("pip-audit: skipped, its data cannot be reached")
         return 0
     found = [
-        f"{package['name']} {package['version']}: {one['id']}, mended in {', '.join(one['fix_versions']) or 'none yet'}"
+        f"{package['name']} {package['version']}: {one['id']}, fixed in {', '.join(one['fix_versions']) or 'none yet'}"
         for package in looked_up
         for one in package["vulns"]
         if one["id"] not in ACCEPTED

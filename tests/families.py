@@ -141,7 +141,7 @@ def page() -> str:
 
 INTRODUCTION = """# Families
 
-Written by `python scripts/families.py`, kept true by `tests/test_families.py`.
+Written by `python scripts/families.py`, checked by `tests/test_families.py`.
 
 The {types} types behind `AutoModelForImageTextToText` of transformers {version}.
 
@@ -149,7 +149,7 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
   `striate inspect` does it: {found} of {types}. {completed} default configs lack values, which `COMPLETED` in
   `tests/families.py` adds.
 - **Processor**: records of one image, of two, of a conversation and of text alone are read with a tiny processor of the
-  type's own: the answers are learned to the letter, and each feature that the model makes has its image token. {read}
+  type's own: the label mask covers exactly the answers, and each image feature of the model has its image token. {read}
   types; `no` says why not, and the columns behind it are then tried with images laid out as the type has them. In
   transformers, Mllama's tokens before the first image look across to whatever pads the row, and HunYuan's numbers of
   images run on over a batch: losses depend on the batch a little.

@@ -112,7 +112,7 @@ def test_trained_projector(llm: Path, tmp_path: Path) -> None:
         assemble(**settings, projector=tmp_path / "other.safetensors", out=tmp_path / "c")
 
 
-def test_missing_parts_are_said(llm: Path, tmp_path: Path) -> None:
+def test_missing_parts_are_reported(llm: Path, tmp_path: Path) -> None:
     with pytest.raises(striate.UserError, match=r"no vision encoder at 'huge'.*tiny, small, base"):
         assemble(vision="huge", llm=str(llm), out=tmp_path / "a")
     with pytest.raises(striate.UserError, match=r"no language model at .*expected a folder, a hub id or a \.gguf file"):

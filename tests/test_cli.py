@@ -55,7 +55,7 @@ def test_a_pipeline_of_verbs(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "report.html").is_file()
 
 
-def test_errors_are_one_line_and_tell_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line_with_the_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", str(tmp_path), "--data", "x.json", "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -263,7 +263,7 @@ def test_the_program_starts_fast_without_its_heavy_libraries() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_a_line_is_all_that_is_said(tmp_path: Path) -> None:
+def test_nothing_but_one_line_is_printed(tmp_path: Path) -> None:
     # Libraries have notes of their own when they are imported, which only a new process shows.
     command = [sys.executable, "-m", "striate", "sweep", str(tmp_path / "nowhere.yaml")]
     said = subprocess.run(command, capture_output=True, text=True, check=False)

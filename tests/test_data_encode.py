@@ -119,7 +119,7 @@ def test_labels_are_the_answers_and_their_end_tokens(name: str, adds_bos: bool) 
 
 
 @pytest.mark.parametrize("name", sorted(set(ENDS) - {"mistral"}))
-def test_a_system_prompt_is_not_learnt(name: str) -> None:
+def test_a_system_prompt_has_no_labels(name: str) -> None:
     reader = llava(TEMPLATES[name])
     prompted = replace(LONG, messages=(turn("system", "Answer briefly."), *LONG.messages))
     example = encode(prompted, reader)
@@ -128,7 +128,7 @@ def test_a_system_prompt_is_not_learnt(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_an_answer_that_is_marked_is_not_learnt(name: str) -> None:
+def test_an_answer_with_a_loss_mark_has_no_labels(name: str) -> None:
     reader = llava(TEMPLATES[name])
     whole = encode(LONG, reader)
     for turns, expected in (([1], ENDS[name][1:]), ([3], ENDS[name][:1])):
@@ -258,7 +258,9 @@ ANSWERS = WORDS.filter(str.strip)
     name=st.sampled_from(["chatml", "llama-3", "vicuna", "phi-3", "idefics3", "gemma"]),
     exchanges=st.lists(st.tuples(WORDS, st.booleans(), ANSWERS), min_size=1, max_size=4),
 )
-def test_any_conversation_is_learnt_to_the_letter(name: str, exchanges: list[tuple[str, bool, str]]) -> None:
+def test_the_labels_of_any_conversation_decode_to_its_answers(
+    name: str, exchanges: list[tuple[str, bool, str]]
+) -> None:
     reader = READERS[name]
     messages, images = [], []
     for question, has_image, answer in exchanges:
@@ -272,14 +274,14 @@ def test_any_conversation_is_learnt_to_the_letter(name: str, exchanges: list[tup
     assert example.image_mask.sum() == 16 * len(images)
 
 
-def test_turns_behind_the_last_answer_are_left_out() -> None:
+def test_turns_after_the_last_answer_are_dropped() -> None:
     reader = llava()
     asked_again = replace(ONE, messages=(*ONE.messages, turn("user", "And", None)), images=(TALL, WIDE))
     assert torch.equal(encode(asked_again, reader).labels, encode(ONE, reader).labels)
     assert encode(asked_again, reader, generation=True).image_mask.sum() == 32
 
 
-def test_plain_text_is_learnt_whole() -> None:
+def test_all_of_a_plain_text_has_labels() -> None:
     reader = llava(adds_bos=True)
     example = encode(Record("1", (), text="two dogs"), reader)
     bos, eos = reader.tokenizer.bos_token_id, reader.tokenizer.eos_token_id
@@ -391,7 +393,7 @@ def num_features(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_learnt_and_every_feature_has_its_token(family: str) -> None:
+def test_answers_have_labels_and_every_image_feature_has_its_token(family: str) -> None:
     """One image, two of them cut up in other ways, a conversation, and text alone."""
     reader = processor(family)
     model = fitting(family, reader)
@@ -410,7 +412,7 @@ def test_answers_are_learnt_and_every_feature_has_its_token(family: str) -> None
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {*MIXED_UP}))
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_batch_says_what_its_records_say_alone(family: str, side: str) -> None:
+def test_a_batch_equals_its_examples_one_by_one(family: str, side: str) -> None:
     reader = processor(family)
     model = fitting(family, reader)
     records = [asked for asked, _ in taken(family).values()]
@@ -491,7 +493,7 @@ def test_images_that_are_looked_across_to_have_a_row_a_record(side: str) -> None
     assert not mixed.inputs["cross_attention_mask"][0].any()
 
 
-def test_a_record_is_learnt_alike_beside_others_that_look_across() -> None:
+def test_logits_do_not_depend_on_the_batch_with_cross_attention() -> None:
     reader = processor("mllama")
     model = filled(fitting("mllama", reader))
     records = [encode(one, reader) for one in (TEXT, ONE, LONG)]
@@ -524,7 +526,7 @@ def test_words_between_images_may_stand_in_what_images_grow_into(family: str) ->
     assert [text.strip() for text in labeled_texts(example, reader)] == ["image" + END[family], "_col_" + END[family]]
 
 
-def test_a_prompt_of_the_processor_is_not_learnt() -> None:
+def test_a_prompt_of_the_processor_has_no_labels() -> None:
     reader = processor("janus")
     prompt = "You are a helpful language and vision assistant."
     for asked in (LONG, Record("1", (), text="two dogs")):

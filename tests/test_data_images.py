@@ -210,7 +210,7 @@ def test_images_inside_the_folder(folder: Path, name: str) -> None:
     assert ImageFolder(folder).locate(str(folder / "flag.png"), "x").is_file()
 
 
-def test_an_image_that_becomes_a_link_is_found_out(folder: Path) -> None:
+def test_an_image_that_becomes_a_link_is_rejected(folder: Path) -> None:
     images = ImageFolder(folder)
     assert images.locate("deep/flag.png", "x") == (folder / "deep/flag.png").resolve()
     (folder / "deep/flag.png").unlink()

@@ -117,7 +117,7 @@ def test_a_folder_of_images_with_its_metadata(folder: Path) -> None:
         read(folder)
 
 
-def test_the_registry_of_llama_factory_is_no_data(folder: Path) -> None:
+def test_the_registry_of_llama_factory_is_not_a_data_file(folder: Path) -> None:
     write(folder / "mine.json")
     (folder / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "mine.json"}}))
     assert ids(folder) == ["0", "1", "2"]
@@ -135,7 +135,7 @@ def test_a_folder_of_the_cache_of_the_hub(folder: Path) -> None:
     ({"data": ROWS, "version": 1}, "train.json: one object with data, version; expected a list of records, or one"),
     ({"image": {"0": "a.png"}, "question": {"0": "What?"}}, "train.json: one object with image, question"),
 ])  # fmt: skip
-def test_one_object_that_is_no_record(folder: Path, whole: Any, message: str) -> None:
+def test_one_object_that_is_not_a_record(folder: Path, whole: Any, message: str) -> None:
     (folder / "train.json").write_text(json.dumps(whole, indent=2))
     with pytest.raises(UserError) as caught:
         read(folder / "train.json")

@@ -15,7 +15,6 @@ import pytest
 from pico import pico_llava
 from test_train import write_data
 
-import striate
 from striate.runs.cli import VERBS, main, parse_call
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +74,6 @@ def test_the_commands_of_the_guides_run(folder: Path) -> None:
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.skipif("read" not in striate.__all__, reason="the functions of objects are not public yet")
 @pytest.mark.filterwarnings("default")  # those of other trainers
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_examples_run(page: Path, folder: Path) -> None:
@@ -108,7 +106,7 @@ def test_the_sections_of_errors_quote_the_messages() -> None:
     source = re.sub(r'"\n\s*f?"', "", source)  # strings over several lines
     page = (ROOT / "docs" / "errors.md").read_text()
     quoted = [
-        text for lines in re.findall(r"^## .+\n\n((?:`.+\n)+(?:.*`\n)*)", page, re.M) for text in lines.split("` · `")
+        text for lines in re.findall(r"^###? .+\n\n((?:`.+\n)+(?:.*`\n)*)", page, re.M) for text in lines.split("` · `")
     ]
     pieces = [
         max(re.split(r"\.\.\.|\d[\d,.]*%?|'\S+'|[`{}]", " ".join(text.split())), key=len).strip() for text in quoted
@@ -117,9 +115,18 @@ def test_the_sections_of_errors_quote_the_messages() -> None:
     assert not [piece for piece in pieces if piece not in source]
 
 
-# What is written in backticks as a path of the source: `evaluate/metrics.py`, `train/loop.py`.
-@pytest.mark.skipif(not (ROOT / "src/striate/runs").is_dir(), reason="the three floors are not there yet")
-def test_paths_in_the_docs_exist() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", page.read_text()):
-            assert any((home / path).is_file() for home in (ROOT, ROOT / "src/striate")), f"{name_of(page)}: {path}"
+def test_every_section_of_errors_is_linked_by_an_error() -> None:
+    """The code at the end of an error's message is the heading of its section."""
+    source = "\n".join(file.read_text() for file in (ROOT / "src").rglob("*.py"))
+    headings = re.findall(r"^## (.+)$", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE)
+    assert set(re.findall(r"\bsee ?= ?\"([a-z-]+)\"", source)) == {re.sub(r"\W+", "-", one.lower()) for one in headings}
+
+
+# What is written in backticks as a path of the project: `evaluation/metrics.py`, `research/results.md`.
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+def test_paths_in_the_docs_exist(page: Path) -> None:
+    text = page.read_text()
+    for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py|(?:research|docs|examples|recipes|scripts)/[\w./-]+)`", text):
+        assert any((home / path).exists() for home in (ROOT, ROOT / "src/striate")), path
+    for path in re.findall(r"\]\((?!https?://)([^)#]+)", text):
+        assert (page.parent / path).exists(), path

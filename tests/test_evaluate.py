@@ -88,7 +88,7 @@ def log_prob_by_hand(vlm: Vlm, whole: Record) -> tuple[float, int]:
     return sum(log_probs), len(at)
 
 
-def test_an_answer_does_not_depend_on_its_neighbours(vlm: Vlm) -> None:
+def test_an_answer_does_not_depend_on_its_neighbors(vlm: Vlm) -> None:
     expected = {index: by_hand(vlm, asked, 6) for index, asked in enumerate(RECORDS)}
     assert len(set(expected.values())) > 3
     for batch in (1, 4):
@@ -401,7 +401,7 @@ def test_evaluate_a_run_in_place(folder: Path, data: list[Path], tmp_path: Path)
 
 def test_bad_records_stop_or_are_listed(folder: Path, data: list[Path], tmp_path: Path) -> None:
     rows = json.loads(data[0].read_text())
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     rows[1]["image"] = "broken.png"
     del rows[2]["answers"]
     data[0].write_text(json.dumps(rows))
@@ -418,7 +418,7 @@ def test_bad_records_stop_or_are_listed(folder: Path, data: list[Path], tmp_path
         evaluate(folder, data[0], out=tmp_path / "none", options=replace(CPU, on_bad_record="skip"))
 
 
-def test_what_is_left_out_is_counted_where_people_look(
+def test_skipped_records_are_counted_in_the_last_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["what is this ?", *["what is this ? " * 20] * 23]
@@ -495,7 +495,7 @@ def asked(folder: Path, data: list[Path]) -> dict[str, Any]:
         (4, KeyboardInterrupt, b"", "interrupted"),  # all were asked, nothing was summed up
     ],
 )
-def test_a_stopped_evaluation_goes_on_to_the_same_results(
+def test_a_resumed_evaluation_has_the_same_results(
     asked: dict[str, Any],
     tmp_path: Path,
     after: int,
@@ -553,7 +553,7 @@ def test_a_stopped_evaluation_in_place_leaves_the_earlier_results(
 
 def test_skipped_records_are_remembered(asked: dict[str, Any], data: list[Path], tmp_path: Path) -> None:
     rows = json.loads(data[0].read_text())
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     rows[1]["image"] = "broken.png"
     data[0].write_text(json.dumps(rows))
     asked |= {"out": tmp_path / "run", "options": replace(asked["options"], on_bad_record="skip")}

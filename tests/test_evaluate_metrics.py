@@ -189,7 +189,7 @@ def test_mmmu_choice(prediction: str, chosen: str | None) -> None:
         ("1.2e3", "1200", 1),
         ("x = 4, so y = 7", "7", 1),
         ("x = 4, so y = 7", "4", 0),  # "= 7" is the shortest ending
-        ("x = 4\nI do not know", "4", 1),  # "=" is no cue in the first line: all is taken, with the number in it
+        ("x = 4\nI do not know", "4", 1),  # "=" is not a cue in the first line: all is taken, with the number in it
         ("the result is 5\nthus 6", "5", 1),  # every line counts
         ("24/7", "7", 1),
         ("The capital is Paris", "paris", 1),

@@ -38,7 +38,7 @@ def test_every_possible_draw_of_two_records_by_hand() -> None:
     assert difference(scores, others, level=0.4) == Interval(0.5, 0.5, 0.5)  # 0.3 on either side lie in the half
 
 
-def test_records_are_drawn_for_both_runs_at_once() -> None:
+def test_records_are_sampled_for_both_runs_at_once() -> None:
     scores = {"a": [0.9, 0.1, 0.5, 0.3] * 10}
     shifted = {"a": [score + 0.05 for score in scores["a"]]}
     found = difference(shifted, scores)
@@ -59,7 +59,7 @@ def test_neither_order_nor_call_matters(graded: bool) -> None:
         assert statistic(scores, others) != statistic(scores, others, seed=1)
 
 
-@pytest.mark.parametrize("graded", [False, True])  # few distinct pairs are drawn by number, others one by one
+@pytest.mark.parametrize("graded", [False, True])  # few distinct pairs are sampled by number, others one by one
 @pytest.mark.parametrize("statistic", [difference, retention])
 def test_the_interval_is_scipys(statistic: Any, graded: bool) -> None:
     stats = pytest.importorskip("scipy.stats")
@@ -168,7 +168,7 @@ def test_graded_scores_count_by_the_sign_of_their_difference() -> None:
         ({"a": []}, {"a": []}, "task 'a' has 0 records"),
     ],
 )
-def test_runs_that_were_asked_other_things(scores: Any, others: Any, message: str) -> None:
+def test_runs_with_different_questions(scores: Any, others: Any, message: str) -> None:
     for statistic in (difference, retention, mcnemar):
         with pytest.raises(UserError, match=message):
             statistic(scores, others)

@@ -38,7 +38,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("best", [0.8, 0.0])
-def test_what_is_kept_is_the_share_of_all_layers(tmp_path: Path, best: float) -> None:
+def test_retention_is_the_share_of_all_layers(tmp_path: Path, best: float) -> None:
     runs = {}
     for number, name in enumerate(["backbone", *demos.REGIONS]):
         runs[name] = Run.create(tmp_path / name, verb="tune", options={})

@@ -301,7 +301,7 @@ def test_other_originals_are_refused(changes: dict[str, Any], match: str, tmp_pa
         assemble(import_=str(tiny.folder), out=tmp_path / "run")
 
 
-def test_missing_or_foreign_parts_are_said(tmp_path: Path) -> None:
+def test_missing_or_foreign_parts_are_reported(tmp_path: Path) -> None:
     tiny = Tiny(tmp_path / "original", "llava_llama")
     stage_1(tiny)
     tower = tiny.save_tower(tmp_path / "tower")

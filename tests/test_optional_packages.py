@@ -52,7 +52,7 @@ def test_every_optional_package_is_tried() -> None:
 
 
 @pytest.mark.parametrize(("name", "words"), [(name, words) for name, lines in NEEDED_BY.items() for words in lines])
-def test_without_it_one_line_says_what_to_install(
+def test_an_error_says_which_package_to_install(
     name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -68,5 +68,5 @@ def test_without_it_one_line_says_what_to_install(
                   if extra != "dev" and name in map(package, listed)), None)  # fmt: skip
     wanted = f"'striate[{extra}]'" if extra else name
     assert re.fullmatch(rf"striate {words[0]}: .* needs {name}, which is not installed: pip install (.*)\n", error)
-    assert error.endswith(f"pip install {wanted}\n")
+    assert error.endswith(f"pip install {wanted} (docs/errors.md#package-not-installed)\n")
     assert sorted(tmp_path.rglob("*")) == before

@@ -158,7 +158,7 @@ def test_what_was_reverted_is_read_from_results() -> None:
     assert math.isnan(found.groups["0"].stderr)
 
 
-def test_a_small_picture_for_each_layer() -> None:
+def test_a_small_image_for_each_layer() -> None:
     panels = overlay().axes
     assert len(panels) == 12
     assert [len(axes.images) for axes in panels] == [2] * 7 + [0] * 5
@@ -198,7 +198,7 @@ def test_ids_of_two_figures_differ() -> None:
     assert not ids(one) & ids(other)
 
 
-def test_a_run_is_drawn_the_same_in_every_figure_and_unlike_any_other() -> None:
+def test_a_run_is_plotted_the_same_in_every_figure_and_unlike_any_other() -> None:
     names = [f"run {i}" for i in range(42)]
     marks = plot.marks([*names, "all"], "all")
     assert marks["all"].color == INK
@@ -251,7 +251,7 @@ def test_a_curve_is_the_mean_over_seeds_with_a_band_and_single_lines() -> None:
     assert (band.min(), band.max()) == pytest.approx((20 - math.sqrt(200), 20 + math.sqrt(200)))
 
 
-def test_what_is_pointed_at_says_its_value() -> None:
+def test_hovering_shows_the_value() -> None:
     text = plot.svg(plot.curves([plot.Panel({"a<b": Curve([{1: 10.0}, {1: 30.0}])}, unit="%")], plot.marks(["a<b"]),
                                 across="layers"), "")  # fmt: skip
     titles = [element.text for element in ElementTree.fromstring(text).iter() if element.tag.endswith("title")]

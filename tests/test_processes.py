@@ -308,7 +308,7 @@ def test_two_processes_score_as_one(model: Path, data: Path, tmp_path: Path) -> 
     assert {file.name for file in (tmp_path / "two" / "score" / "figures").iterdir()} == figures
 
 
-def test_what_is_dealt_out_in_turn_comes_back_in_order() -> None:
+def test_shares_interleave_into_the_original_order() -> None:
     class Others(Rank):
         def gather(self, mine: Any) -> Any:
             return [list(Rank(number, 3).share(range(8))) for number in range(3)]
@@ -317,7 +317,7 @@ def test_what_is_dealt_out_in_turn_comes_back_in_order() -> None:
     assert Others(1, 3).interleave([1, 4, 7]) == list(range(8))
 
 
-def test_an_example_stands_in_without_an_answer(model: Path, data: Path) -> None:
+def test_a_dummy_example_has_no_labels(model: Path, data: Path) -> None:
     vlm = striate.load(model)
     examples = Examples(read(data).records, vlm.processor)
     batches = DummyCollator.of(examples, pad_id=0)

@@ -80,7 +80,7 @@ def test_old_and_new_numbers() -> None:
         numbering(0, 1, 2, 3)
 
 
-def test_everything_in_a_config_that_goes_by_layers() -> None:
+def test_every_field_of_a_config_with_one_value_per_layer() -> None:
     settings = {
         "n_layer": 6, "layer_types": list("abcdef"), "no_rope_layers": (1, 1, 1, 0, 1, 0), "moe_layers": [1, 3, 5],
         "kv_source_layers": [0, 0, 2, 2, 2, 5], "first_k_dense_replace": 2, "max_window_layers": 9,
@@ -128,7 +128,7 @@ def surgery(source: Path, *layers: int) -> Surgery:
     return Surgery.of(vlm, source, numbering(*layers, depth=vlm.depth))
 
 
-def test_all_but_weights_and_config_goes_along(model: Path, tmp_path: Path) -> None:
+def test_all_files_but_weights_and_config_are_copied(model: Path, tmp_path: Path) -> None:
     before = content(model)
     surgery(model, 1, 2).write(model, tmp_path / "cut")
     assert content(model) == before
@@ -230,7 +230,7 @@ def test_layers_above_the_last_stay_above_it(model: Path) -> None:
     assert operation.rename("model.vision_tower.encoder.layers.1.mlp") == "model.vision_tower.encoder.layers.1.mlp"
 
 
-def test_a_config_spelt_out_at_the_top(tmp_path: Path) -> None:
+def test_a_config_with_all_fields_at_the_top(tmp_path: Path) -> None:
     # Qwen2-VL as it is on the hub: no text_config.
     source = tmp_path / "source"
     pico("qwen2_vl").save_pretrained(source)
@@ -277,7 +277,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 # The proof.
 
 
-def test_a_careless_cut_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_cut_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["sliding_attention", "full_attention"] * 3
     vlm, prompts = Vlm.of(pico_more("llava_gemma2", depth=6, layer_types=kinds)), pico_prompts("llava_gemma2")
 
@@ -291,22 +291,22 @@ def test_a_careless_cut_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         verify_cut(vlm, numbering(0, depth=6), prompts)
 
 
-@pytest.mark.parametrize("spoil", ["weights", "config"])
+@pytest.mark.parametrize("corrupt", ["weights", "config"])
 def test_a_proof_that_fails_writes_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrupt: str
 ) -> None:
     write = Surgery.write
 
-    def spoilt(self: Surgery, source: Path, folder: Path) -> None:
-        if spoil == "config":
+    def corrupted(self: Surgery, source: Path, folder: Path) -> None:
+        if corrupt == "config":
             self = replace(self, settings={"num_hidden_layers": 4})  # layer 3 would come back random
         write(self, source, folder)
-        if spoil == "weights":
+        if corrupt == "weights":
             weights = load_file(folder / WEIGHTS)
             next(tensor for name, tensor in weights.items() if ".mlp." in name).view(-1)[0] += 1e-3
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
-    monkeypatch.setattr(Surgery, "write", spoilt)
+    monkeypatch.setattr(Surgery, "write", corrupted)
     with pytest.raises(UserError, match=r"layers 1 cannot be cut: .*; nothing was written"):
         pruned(model, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -314,7 +314,7 @@ def test_a_proof_that_fails_writes_nothing(
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize("moment", ["weights._copy_bytes", "prune.surgery.copy", "prune.verify_saved"])
-def test_what_goes_wrong_midway_leaves_nothing(
+def test_an_error_midway_leaves_no_files(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, moment: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -347,16 +347,16 @@ def test_a_pruned_run_is_an_ordinary_run(model: Path, data: Path, tmp_path: Path
     assert run.info["parent"] == str(model)
     assert run.region == Region((0, 2), 3)
     assert Region.load(run.checkpoint) == run.region
-    told = json.loads((run.checkpoint / "prune.json").read_text())
-    assert told["map"] == {"0": 0, "2": 1, "3": 2}
-    assert told == run.info["prune"]
+    saved = json.loads((run.checkpoint / "prune.json").read_text())
+    assert saved["map"] == {"0": 0, "2": 1, "3": 2}
+    assert saved == run.info["prune"]
     card = (run.checkpoint / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n\n# Pico\n")
     assert "□✂□□" in card
     assert {item.name for item in run.path.iterdir()} == {"run.json", "region.json", "checkpoint"}
     vlm, whole = load(run.path, device="cpu"), load(model, device="cpu")
     before, after = (sum(p.numel() for p in one.model.parameters()) for one in (whole, vlm))
-    assert told["parameters"] == {"before": before, "after": after}
+    assert saved["parameters"] == {"before": before, "after": after}
     assert vlm.depth == 3
     again = pruned(run.path, tmp_path / "again", region=None, layers=None, remove="1", by="random")
     assert again.region == Region((0, 1), 2)
@@ -423,7 +423,7 @@ def test_until_stops_in_time(model: Path, data: Path) -> None:
         prune(model, region="3", remove="until:0%", data=data, dry_run=True, options=OPTIONS)
 
 
-def test_blocks_are_runs_of_neighbours(model: Path, tmp_path: Path) -> None:
+def test_blocks_are_runs_of_neighbors(model: Path, tmp_path: Path) -> None:
     distance = [0.3, 0.2, 0.1, 0.5, 0.1, 0.2, 0.3]
     table = [[sum(distance[start : start + length]) if start + length <= 7 else float("nan") for length in range(1, 8)]
              for start in range(7)]  # fmt: skip
@@ -523,9 +523,7 @@ def test_a_folder_that_is_there_stays_as_it_is(model: Path, tmp_path: Path) -> N
     assert content(tmp_path) == {"mine": b"precious"}
 
 
-def test_a_disk_that_is_too_small_is_found_out_first(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_detected_first(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(UserError, match=r"not enough disk space for the checkpoint in .* 0\.0 GB are free"):
         pruned(model, tmp_path / "run")

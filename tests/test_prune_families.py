@@ -45,7 +45,7 @@ def with_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrain
 def cut_and_reload(
     model: PreTrainedModel, prompts: dict[str, Inputs], folder: Path, layers: tuple[int, ...], **save: Any
 ) -> Vlm:
-    """Save a model, cut layers from the checkpoint with every proof, load what came of it."""
+    """Save a model, cut layers from the checkpoint with every verification, load the result."""
     source, target = folder / "source", folder / "cut"
     model.save_pretrained(source, **save)
     vlm = load(source, dtype="float32", device="cpu")
@@ -74,7 +74,7 @@ def check(model: PreTrainedModel, prompts: dict[str, Inputs], folder: Path, laye
         assert torch.equal(cached, uncached)
 
 
-# The first layer keeps the cache's length, and what is left changes its neighbours and the order of its kinds.
+# The first layer keeps the cache's length, and what is left changes its neighbors and the order of its kinds.
 LAYERS = dict.fromkeys((*WITH_PROCESSOR, *pico.MORE), (0, 3, 5)) | {"qwen3_vl": (3, 5), "mllama": (0, 4)}
 
 

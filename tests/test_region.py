@@ -216,7 +216,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"layers": 3, "depth": 4}', '{"layers": ["a"], "depth": 4}', "\xff"])
-def test_a_file_that_holds_no_region(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_region(tmp_path: Path, content: str) -> None:
     file = tmp_path / "broken.json"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"broken\.json"):
@@ -291,7 +291,7 @@ def test_a_score_that_cannot_choose(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"depth": 4, "scores": []}', '{"scores": {}}', "\xff"])
-def test_a_file_that_holds_no_scores(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_scores(tmp_path: Path, content: str) -> None:
     file = tmp_path / "broken.json"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=r"broken\.json"):

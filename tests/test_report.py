@@ -86,7 +86,7 @@ def ends(interval: Any) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def test_headline_says_what_the_best_region_kept(runs: list[Path], tmp_path: Path) -> None:
+def test_the_headline_has_the_retention_of_the_best_region(runs: list[Path], tmp_path: Path) -> None:
     words = text_of(report(runs, out=tmp_path / "report.html"))
     finding = (
         "uniform:25%, 3 of 12 layers, keeps 90.0 % of the visual accuracy of the reference all (all layers), in 0.70 of"
@@ -779,7 +779,7 @@ def test_the_headline_names_the_reference_and_the_ties(tmp_path: Path) -> None:
         answer(make_run(tmp_path / "first", region="first:25%"), {"read": [1.0, 1.0, 0.0, 1.0] * 15 + [0.0] * 40}),
         answer(make_run(tmp_path / "last", region="last:25%"), {"read": [1.0] * 10 + [0.0] * 90}),
     ]
-    finding = "keeps 56.2 % of the visual accuracy of the reference all (all layers), in 1.00 of the time"
+    finding = "keeps 56.2 % of the visual accuracy of the reference all (all layers), in the same time"
     words = text_of(report(paths, out=tmp_path / "report.html"))
     assert f"uniform:25%, 3 of 12 layers, tied with first:25%, {finding}" in words
     words = text_of(report([paths[0], *paths[:0:-1]], out=tmp_path / "report.html"))

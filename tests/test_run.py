@@ -171,7 +171,7 @@ def test_a_folder_with_anything_is_refused(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b", "c", "d"]
 
 
-def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder.*run\.json"):
         Run.open(tmp_path)
 
@@ -221,7 +221,7 @@ def test_model_folder(run: Run, tmp_path: Path) -> None:
     ("error", "status"),
     [(None, "finished"), (KeyboardInterrupt, "interrupted"), (ZeroDivisionError, "failed")],
 )
-def test_recording_says_how_it_ended(
+def test_recording_writes_the_final_status(
     run: Run, error: type[BaseException] | None, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([100.0, 107.5])
@@ -261,9 +261,7 @@ def test_the_first_process_of_a_launch_writes(
     assert (tmp_path / "run" / "run.json").is_file() is writes
 
 
-def test_a_resume_asks_for_the_same_code_that_trains_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_compares_the_code_that_trains_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = Path(provenance.__file__).parents[1]
     shutil.copytree(sources, tmp_path / "striate", ignore=shutil.ignore_patterns("__pycache__", "models"))
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "striate" / "runs" / "provenance.py"))

@@ -140,7 +140,7 @@ def test_reruns_equal_full_passes_with_the_layer_replaced(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", templates.FAMILIES)
-def test_every_family_resumes_where_it_is_asked_to(name: str) -> None:
+def test_every_family_resumes_at_the_given_layer(name: str) -> None:
     vlm = loud(in_family(name))
     batch = family_batch(vlm, name)
     calls = [0] * vlm.depth
@@ -436,7 +436,7 @@ def test_a_plain_language_model_is_a_backbone_and_a_wrong_one_is_named(vlm: Vlm,
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "phi3"])
-def test_experts_and_fused_projections_are_put_back(kind: str, tmp_path: Path) -> None:
+def test_experts_and_fused_projections_are_reverted(kind: str, tmp_path: Path) -> None:
     experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     text = {**pico.FAMILIES["llava"]["text_config"], "model_type": kind}
     text |= experts if kind != "phi3" else {}

@@ -229,7 +229,7 @@ def assert_equal_to_direct_computation(vlm: Vlm, batch: Batch) -> None:
     halves = zip(multimodal.parts["image"], multimodal.parts["text"], strict=True)
     assert multimodal.values == close([(image + text) / 2 for image, text in halves])
     for layer, attention in attention_of(vlm, batch).items():  # itself held against eager maps in test_trace
-        means = [float(attention.given[row][kinds["text"][row]].mean()) for row in range(len(batch)) if seen[row]]
+        means = [float(attention.by_query[row][kinds["text"][row]].mean()) for row in range(len(batch)) if seen[row]]
         assert [found["image_attention"].values[layer]] == close([sum(means) / len(means)])
 
 
@@ -241,7 +241,7 @@ def test_scores_of_a_family(family: str) -> None:
 
 
 def test_layers_that_get_more_than_the_layer_before_gave() -> None:
-    """Qwen3-VL adds image features between its first layers: that is no layer's doing, and text tokens get none."""
+    """Qwen3-VL adds image features between its first layers: that is not due to a layer, and text tokens get none."""
     vlm = of_family("qwen3_vl")
     batch = batch_of(vlm, records())
     found, states, kinds = scores_of(vlm, batch), hidden_states(vlm, batch), token_kinds(batch)
@@ -384,16 +384,16 @@ def test_nan_names_the_first_layer(vlm: Vlm, part: str, message: str, value: flo
     assert states.scores()[0].n == 0
 
 
-def test_nan_in_padding_is_no_error(vlm: Vlm) -> None:
+def test_nan_in_padding_is_ignored(vlm: Vlm) -> None:
     asked: list[Record] = [*records(), *MORE]
     batch = batch_of(vlm, asked)
     expected = scores_of(vlm, batch)
     padding = batch.inputs["attention_mask"] == 0
 
-    def spoil(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+    def corrupt(module: nn.Module, inputs: Any, output: Any) -> Tensor:
         return output.masked_fill(padding[..., None], NAN)
 
-    handle = vlm.layers[-1].register_forward_hook(spoil, prepend=True)
+    handle = vlm.layers[-1].register_forward_hook(corrupt, prepend=True)
     assert_same(scores_of(vlm, batch), expected)
     handle.remove()
 

@@ -17,32 +17,32 @@ from striate.region import Region
 from striate.runs.run import Run
 from striate.scores.table import MOST_SAMPLES, Metric, Score, Scores, order, rank_correlation, shades
 
-METRIC = Metric("sight", needs=("records",), range="0 to 1", source="by hand", direction="low")
+METRIC = Metric("focus", needs=("records",), range="0 to 1", source="by hand", direction="low")
 NAN = math.nan
 
 
-def score(*values: float, name: str = "sight", **about: Any) -> Score:
+def score(*values: float, name: str = "focus", **about: Any) -> Score:
     return Score(name, tuple(float(value) for value in values), **about)
 
 
 def scores(**about: Any) -> Scores:
     samples = torch.tensor([[1.0, 2.0, NAN], [3.0, 2.0, NAN], [5.0, 5.0, 1 / 3]])
     parts = {"image": samples / 2, "prompt": samples * NAN}
-    sight = Score.of_samples(METRIC, samples, parts=parts, table=((1.0, 2.0, NAN), (3.0, NAN, NAN), (4.0, NAN, NAN)))
-    return Scores("a/model", 3, 3, {"sight": sight, "change": score(3, 2, 1, name="change")}, **about)
+    focus = Score.of_samples(METRIC, samples, parts=parts, table=((1.0, 2.0, NAN), (3.0, NAN, NAN), (4.0, NAN, NAN)))
+    return Scores("a/model", 3, 3, {"focus": focus, "change": score(3, 2, 1, name="change")}, **about)
 
 
 def test_mean_and_standard_error_by_hand() -> None:
-    sight = scores()["sight"]
-    assert sight.values == pytest.approx((3.0, 3.0, 1 / 3))
-    assert sight.stderr is not None
-    assert sight.stderr[:2] == pytest.approx((math.sqrt(4 / 3), math.sqrt(3 / 3)))  # variances 4 and 3, n = 3
-    assert math.isnan(sight.stderr[2])  # one sample has no spread
-    assert sight.parts["image"] == pytest.approx((1.5, 1.5, 1 / 6))
-    assert all(math.isnan(value) for value in sight.parts["prompt"])
-    assert (sight.n, sight.range, sight.source, sight.direction) == (3, "0 to 1", "by hand", "low")
-    assert sight.samples is not None
-    assert sight.samples[1][:2] == (3.0, 2.0)
+    focus = scores()["focus"]
+    assert focus.values == pytest.approx((3.0, 3.0, 1 / 3))
+    assert focus.stderr is not None
+    assert focus.stderr[:2] == pytest.approx((math.sqrt(4 / 3), math.sqrt(3 / 3)))  # variances 4 and 3, n = 3
+    assert math.isnan(focus.stderr[2])  # one sample has no spread
+    assert focus.parts["image"] == pytest.approx((1.5, 1.5, 1 / 6))
+    assert all(math.isnan(value) for value in focus.parts["prompt"])
+    assert (focus.n, focus.range, focus.source, focus.direction) == (3, "0 to 1", "by hand", "low")
+    assert focus.samples is not None
+    assert focus.samples[1][:2] == (3.0, 2.0)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -66,7 +66,7 @@ def test_a_file_reads_back(tmp_path: Path, partial: bool) -> None:
         for name, one in saved.scores.items():
             ours, theirs = ({**vars(value), "samples": None} for value in (one, found[name]))
             assert same(ours, theirs)
-    read, kept = Scores.load(tmp_path)["sight"].samples, saved["sight"].samples
+    read, kept = Scores.load(tmp_path)["focus"].samples, saved["focus"].samples
     assert read is not None
     assert kept is not None
     assert read[2] == pytest.approx(kept[2], rel=1e-5)  # six digits
@@ -81,7 +81,7 @@ def test_a_run_holds_scores_and_a_region_can_be_chosen_by_them(tmp_path: Path) -
     assert run.scores is not None
     assert Scores.from_json(run.scores)["change"].values == (3, 2, 1)
     assert Region.parse(f"top:1@{run.path}:change", 3).layers == (0,)
-    assert Region.parse(f"top:1@{run.path}:sight", 3).layers == (2,)  # low means important
+    assert Region.parse(f"top:1@{run.path}:focus", 3).layers == (2,)  # low means important
 
 
 def test_a_file_keeps_a_limited_number_of_samples() -> None:
@@ -100,18 +100,18 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         "[]",
         json.dumps(sound | {"depth": 4}),
         json.dumps(sound | {"depth": None}),
-        json.dumps(sound | {"scores": {"sight": {}}}),
-        json.dumps(sound | {"scores": {"sight": {"values": ["a", "b", "c"]}}}),
-        json.dumps(sound | {"scores": {"sight": 3}}),
+        json.dumps(sound | {"scores": {"focus": {}}}),
+        json.dumps(sound | {"scores": {"focus": {"values": ["a", "b", "c"]}}}),
+        json.dumps(sound | {"scores": {"focus": 3}}),
     ):
         file.write_text(broken)
         with pytest.raises(UserError, match=r"scores\.json") as caught:
             Scores.load(file)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="sight has 3 values for 4 decoder layers"):
-        Scores("m", 4, 1, {"sight": score(1, 2, 3)})
-    with pytest.raises(UserError, match="no score 'sihgt'; nearest: sight"):
-        scores()["sihgt"]
+    with pytest.raises(UserError, match="focus has 3 values for 4 decoder layers"):
+        Scores("m", 4, 1, {"focus": score(1, 2, 3)})
+    with pytest.raises(UserError, match="no score 'focsu'; nearest: focus"):
+        scores()["focsu"]
 
 
 def test_order() -> None:

@@ -173,7 +173,7 @@ def test_what_all_means() -> None:
     ("metrics", "lacking", "words"),
     [
         ("block_influense", (), "no score 'block_influense'; nearest: block_influence"),
-        ("sight", (), "no score 'sight'; there are: block_influence, "),
+        ("focus", (), "no score 'focus'; there are: block_influence, "),
         ("weight_angle", ("backbone",), "weight_angle needs the language model before visual training: --backbone"),
         ("revert_perplexity", ("backbone",), "revert_perplexity needs the language model"),
         ("gradient", ("data", "images"), "gradient needs records to be measured on: --data"),
@@ -182,7 +182,7 @@ def test_what_all_means() -> None:
         ("all", ("backbone", "data", "images"), "nothing can be measured"),
     ],
 )
-def test_a_score_that_cannot_be_had(metrics: str, lacking: tuple[str, ...], words: str) -> None:
+def test_a_score_that_is_not_available(metrics: str, lacking: tuple[str, ...], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         choose(metrics, **{given: given not in lacking for given in ("backbone", "data", "images")})
     assert "\n" not in str(caught.value)
@@ -255,7 +255,7 @@ def test_long_text_is_cut(model: Path, text: Path) -> None:
 
 def test_bad_records_stop_or_are_listed(model: Path, tmp_path: Path) -> None:
     data = write_data(tmp_path)
-    (tmp_path / "3.png").write_text("no picture")
+    (tmp_path / "3.png").write_text("not an image")
     skip = replace(CPU, on_bad_record="skip")
     with pytest.raises(UserError, match=r"train\.json:4"):
         measured(model, data, tmp_path / "stop", metrics="block_influence")
@@ -263,7 +263,7 @@ def test_bad_records_stop_or_are_listed(model: Path, tmp_path: Path) -> None:
     assert found["block_influence"].n == found["gradient"].n == 7
     assert [one["source"] for one in Run.open(tmp_path / "skip").skipped()] == ["train.json:4"]
     for name in range(8):
-        (tmp_path / f"{name}.png").write_text("no picture")
+        (tmp_path / f"{name}.png").write_text("not an image")
     with pytest.raises(UserError, match="none of the 8 records can be used"):
         measured(model, data, tmp_path / "none", metrics="block_influence", options=skip)
 
@@ -339,23 +339,23 @@ def test_attention_maps_are_those_of_the_trace(model: Path, data: Path) -> None:
     masks = token_kinds(batch)
 
     def see(layer: int, attention: Any) -> None:
-        given[layer] = attention.given[masks["text"]].mean()
+        given[layer] = attention.by_query[masks["text"]].mean()
 
     with watch_attention(vlm, see, queries=masks["text"], keys=masks["image"]):
         forward(vlm, batch)
     torch.testing.assert_close(maps.sum((1, 2)), given)
 
 
-def test_no_map_without_one_plain_picture(model: Path, data: Path, text: Path) -> None:
+def test_no_map_without_one_plain_image(model: Path, data: Path, text: Path) -> None:
     vlm = striate.load(model, device="cpu")
     assert attention_overlay(vlm, Sampling().draw(striate.data.read(text)).records) is None
     assert attention_overlay(vlm, Sampling().draw(striate.data.read(data)).records) is not None
-    picture = Image.new("RGB", (32, 32))
+    image = Image.new("RGB", (32, 32))
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "what is this ?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
     ]
-    (batch,) = Sampling().batches(vlm, RecordSample([striate.data.Record("0", tuple(turns), (picture, picture))]))
+    (batch,) = Sampling().batches(vlm, RecordSample([striate.data.Record("0", tuple(turns), (image, image))]))
     assert attention_maps(vlm, batch) is None
 
 

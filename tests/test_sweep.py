@@ -271,7 +271,7 @@ def test_one_method_for_all_cells(here: Path) -> None:
     assert [recipe.tune["method"] for recipe in read_plan(file).recipes] == ["lora", "lora"]
 
 
-def test_a_cell_that_fails_stops_no_other(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_cell_does_not_stop_the_others(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = {"schedule": ["nonsense", "linear"]}
     assert main(["sweep", str(sheet(grid=grid)), "--workers", "2"]) == 1
     shown = capsys.readouterr()
@@ -331,7 +331,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_killed_and_stopped_it_ends_as_if_nothing_had_been(here: Path, world: Path) -> None:
+def test_a_killed_and_resumed_sweep_equals_an_uninterrupted_one(here: Path, world: Path) -> None:
     grid = {"region": ["uniform:25%", "last:25%"]}
     settings = {"tune": tune(steps=40, save_steps=5), "prune": {"remove": 1, "by": "random", **CPU}, "grid": grid}
     whole = world / "whole"

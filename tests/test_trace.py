@@ -61,10 +61,10 @@ def assert_equal_to_eager(vlm: Vlm, batch: Batch) -> None:
     spread = 0.0
     for layer, whole in enumerate(maps):
         given = (whole * kinds["image"][:, None]).sum(dim=2).where(kinds["text"], 0)
-        torch.testing.assert_close(seen[layer].given, given, atol=1e-5, rtol=0)
+        torch.testing.assert_close(seen[layer].by_query, given, atol=1e-5, rtol=0)
         text = kinds["text"].unsqueeze(2)
         received = (whole * text).sum(dim=1) / text.sum(dim=1)
-        torch.testing.assert_close(seen[layer].received, received.where(kinds["image"], 0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(seen[layer].by_key, received.where(kinds["image"], 0), atol=1e-5, rtol=0)
         spread = max(spread, float(given.max() - given[kinds["text"]].median()))
     assert spread > 0.03  # else there is nothing to mix up
 
@@ -190,19 +190,19 @@ def test_pieces_make_no_difference(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) ->
     pieces = attention_of(vlm, batch)
     assert list(pieces) == list(whole) == list(range(vlm.depth))
     for layer, found in pieces.items():
-        torch.testing.assert_close(found.given, whole[layer].given)
-        torch.testing.assert_close(found.received, whole[layer].received)
+        torch.testing.assert_close(found.by_query, whole[layer].by_query)
+        torch.testing.assert_close(found.by_key, whole[layer].by_key)
 
 
-def test_what_is_given_is_received(vlm: Vlm) -> None:
+def test_attention_by_key_sums_to_attention_by_query(vlm: Vlm) -> None:
     batch = batch_of(vlm, records())
     text = token_kinds(batch)["text"]
     layers = attention_of(vlm, batch)
     assert len(layers) == vlm.depth
     for found in layers.values():
-        assert found.given.sum() > 0
-        torch.testing.assert_close(found.received.sum(dim=1), found.given.sum(dim=1) / text.sum(dim=1))
-        assert found.given[1].sum() == 0  # the record without an image
+        assert found.by_query.sum() > 0
+        torch.testing.assert_close(found.by_key.sum(dim=1), found.by_query.sum(dim=1) / text.sum(dim=1))
+        assert found.by_query[1].sum() == 0  # the record without an image
 
 
 def states_of(vlm: Vlm, batch: Batch) -> list[tuple[Tensor, Tensor]]:

@@ -175,7 +175,7 @@ def test_a_state_is_whole_or_not_there(model: Path, data: Path, tmp_path: Path) 
     assert changed(weights(whole.path), weights(resumed.path)) == set()
 
 
-def test_resume_auto_begins_goes_on_and_leaves_alone(model: Path, data: Path, tmp_path: Path) -> None:
+def test_resume_auto_starts_continues_or_does_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=5, save_steps=2)
     whole = tune(model, data, tmp_path / "whole", options)
 
@@ -256,7 +256,7 @@ def test_a_spike_is_far_above_the_losses_before_it() -> None:
     assert not SpikeDetector([1.0, 3.0] * 10).spike(7.0)  # the usual deviation is 1.48
 
 
-def test_a_draw_of_records_is_nested_and_goes_by_the_seed_alone(model: Path, tmp_path: Path) -> None:
+def test_samples_of_records_are_nested_and_depend_on_the_seed_alone(model: Path, tmp_path: Path) -> None:
     records = read(write_data(tmp_path, records=40))
     ids = {
         (samples, seed): [record.id for record in sample_records(records, samples, seed=seed)]
@@ -313,7 +313,7 @@ def test_interrupt_leaves_a_resumable_run(model: Path, data: Path, tmp_path: Pat
     assert changed(weights(whole.path), weights(resumed.path)) == set()
 
 
-def test_a_first_step_of_text_alone_is_no_fault(model: Path, tmp_path: Path) -> None:
+def test_a_first_step_of_text_alone_passes_the_audit(model: Path, tmp_path: Path) -> None:
     path = write_data(tmp_path, records=4)
     words = " ".join(["a red cat"] * 20)  # longer than any record with a image: they come first
     talk = [{"from": "human", "value": words}, {"from": "gpt", "value": words}]

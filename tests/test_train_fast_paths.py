@@ -71,7 +71,7 @@ def test_more_families_take_both_fast_paths(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "reason"), [("lfm2_vl", "a record sees the one before it"), ("mllama", "")])
-def test_a_family_that_mixes_records_in_a_row_is_found_out(name: str, reason: str) -> None:
+def test_a_family_that_mixes_packed_records_is_detected(name: str, reason: str) -> None:
     # LFM2 has convolutions over the row, Mllama attends across to the images of a whole row.
     vlm, probe = two_records(name)
     found, notes = verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
@@ -111,7 +111,7 @@ def test_a_module_that_was_frozen_in_evaluation_mode_stays_in_it() -> None:
     assert not any(module.training for module in vlm.tower.modules())
 
 
-def test_attention_goes_back_to_what_it_was() -> None:
+def test_the_attention_implementation_is_restored() -> None:
     vlm, batch = family("llava")
     config = vlm.model.config.text_config
     before = config._attn_implementation

@@ -86,7 +86,7 @@ def test_nothing_to_train_and_other_depths_are_refused() -> None:
         vlm.linear_modules(Region((0,), 32))
 
 
-def test_what_cannot_be_taken_apart_is_said() -> None:
+def test_a_model_without_known_parts_is_rejected() -> None:
     bart = BartForConditionalGeneration(
         BartConfig(
             d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=32,

@@ -99,6 +99,15 @@ def test_words(name: str) -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_words_in_the_names_of_tests() -> None:
+    found = [f"{file}:{line}: {word!r} -> {says}" for file, line, word, says in places("tests") if _is_name(file, line)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def _is_name(file: Path, line: int) -> bool:
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()[line - 1].startswith("def test_")
+
+
 @pytest.mark.parametrize(
     ("text", "is_found"),
     [

@@ -118,7 +118,7 @@ def test_images_show_what_the_patch_labels_say():
     assert labels.kind[labels.place != 2].sum() == 0
 
 
-def test_every_kind_has_its_own_look():
+def test_every_kind_has_its_own_style():
     looks = {draw(Scene((word, None, None, None), ("white",) * 4, STILL)).tobytes() for word in WORDS}
     assert len(looks) == len(WORDS) >= 139
 

@@ -13,27 +13,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rank:
-    """This process in its group: `number` is its rank, from 0; `of` is the world size."""
+    """This process in its group: its `rank`, from 0, and the group's `world_size`."""
 
-    number: int = 0
-    of: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0, the process that writes files."""
-        return self.number == 0
+        return self.rank == 0
 
     def gather(self, mine: T) -> list[T]:
         """The values of all processes, by rank, on every process. All processes must call this equally often."""
-        if self.of == 1:
+        if self.world_size == 1:
             return [mine]
         from accelerate.utils import gather_object  # slow to import, not needed by a single process
 
         return gather_object([mine])
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
-        """This process's share of the items: every `of`-th one, starting at `number`."""
-        return islice(items, self.number, None, self.of)
+        """This process's share of the items: every `world_size`-th one, starting at `rank`."""
+        return islice(items, self.rank, None, self.world_size)
 
     def interleave(self, mine: list[T]) -> list[T]:
         """The lists of all processes merged into one, on every process, in the order before `share` split them."""
@@ -42,7 +42,7 @@ class Rank:
 
     def wait(self) -> None:
         """Block until all processes have reached this point."""
-        if self.of > 1:
+        if self.world_size > 1:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
@@ -53,13 +53,13 @@ def environment_rank() -> Rank:
 
     RANK without WORLD_SIZE was set by something else, such as a scheduler, and is ignored.
     """
-    number, of = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    return Rank(number, of) if of > 1 else Rank()
+    rank, size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    return Rank(rank, size) if size > 1 else Rank()
 
 
 def init_distributed(device: str | None) -> Rank:
     """Initialize the process group and select this process's GPU."""
-    if environment_rank().of == 1:  # a single process: nothing to initialize
+    if environment_rank().world_size == 1:  # a single process: nothing to initialize
         return Rank()
     from accelerate import PartialState
 

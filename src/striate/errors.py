@@ -11,16 +11,32 @@ from typing import Any, Literal, get_args, get_origin
 class UserError(ValueError):
     """An error that the user can fix. Its message is one line: what was found, what was expected, the fix.
 
-    The command line prints only that line (with `--debug` also the traceback); library users can catch it as a
-    `ValueError`.
+    `see` is the section of docs/errors.md on this kind of error, with its cause and fix; empty if there is none. The
+    command line prints that line and the section (with `--debug` also the traceback); library users can catch the
+    error as a `ValueError`, and read the section in its traceback.
     """
+
+    see = ""
+
+    def __init__(self, message: str, see: str = ""):
+        super().__init__(message)
+        self.see = see or self.see
+        if self.see:
+            self.add_note(self.link)
+
+    @property
+    def link(self) -> str:
+        """Where the section is."""
+        return f"docs/errors.md#{self.see}" if self.see else ""
 
 
 def need(package: str, what: str, *, extra: str = "") -> None:
     """Raise `UserError` when an optional package is not installed. `package` is its name on PyPI, `what` needs it."""
     if find_spec(package.replace("-", "_")) is None:
         wanted = f"'striate[{extra}]'" if extra else package
-        raise UserError(f"{what} needs {package}, which is not installed: pip install {wanted}")
+        raise UserError(
+            f"{what} needs {package}, which is not installed: pip install {wanted}", see="package-not-installed"
+        )
 
 
 def at_least(least: int, **options: float | None) -> None:

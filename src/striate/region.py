@@ -192,9 +192,9 @@ class Region:
         try:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
         except UserError as error:
-            raise UserError(f"{file} is not a saved region: {error}") from None
+            raise UserError(f"{file} is not a saved region: {error}", see="region") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as a region ({error}); accepted: {FORMS}") from None
+            raise UserError(f"{file} cannot be read as a region ({error}); accepted: {FORMS}", see="region") from None
 
     def _check_same_depth(self, other: Region) -> Region:
         if other.depth != self.depth:
@@ -208,7 +208,7 @@ class Region:
 
 
 def _region_error(what: str, depth: int) -> UserError:
-    return UserError(f"{what}; this model's depth is {depth} (layers 0-{depth - 1}); accepted: {FORMS}")
+    return UserError(f"{what}; this model's depth is {depth} (layers 0-{depth - 1}); accepted: {FORMS}", see="region")
 
 
 def _choose(match: re.Match[str], depth: int) -> Sequence[int]:
@@ -241,14 +241,16 @@ def _choose_by_score(match: re.Match[str], depth: int) -> Sequence[int]:
     if saved["depth"] != depth:
         raise _region_error(f"{path} holds the scores of a model with {saved['depth']} layers", depth)
     if name not in saved["scores"]:
-        raise UserError(f"{path} has no score {nearest(name, saved['scores'])}")
+        raise UserError(f"{path} has no score {nearest(name, saved['scores'])}", see="scores")
     score = saved["scores"][name]
     values = score.get("values") if isinstance(score, dict) else None
     if not isinstance(values, list) or len(values) != depth:
-        raise UserError(f"{path}: {name} has no list of {depth} 'values'")
+        raise UserError(f"{path}: {name} has no list of {depth} 'values'", see="scores")
     for layer, value in enumerate(values):
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{path}: {name} has no value for layer {layer}, so its layers cannot be ranked")
+            raise UserError(
+                f"{path}: {name} has no value for layer {layer}, so its layers cannot be ranked", see="scores"
+            )
     return SCORED[form](k, rank_layers(values, score.get("direction", "high")))
 
 
@@ -285,10 +287,13 @@ def read_scores(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as layer scores ({error}); `striate score` writes them") from None
+        raise UserError(
+            f"{file} cannot be read as layer scores ({error}); `striate score` writes them", see="scores"
+        ) from None
     if not isinstance(data, dict) or not isinstance(data.get("scores"), dict) or "depth" not in data:
         raise UserError(
-            f"{file} does not hold layer scores; `striate score` writes an object with 'depth' and 'scores'"
+            f"{file} does not hold layer scores; `striate score` writes an object with 'depth' and 'scores'",
+            see="scores",
         )
     return data
 

@@ -82,7 +82,7 @@ def save(vlm: Vlm, folder: Path) -> None:
         UserError: the folder is not empty, or the checkpoint differs from the model; names the first difference.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: name a new folder")
+        raise UserError(f"{folder} is not empty: name a new folder", see="folder-in-use")
     vlm.model.save_pretrained(folder)
     vlm.processor.save_pretrained(folder)
     try:

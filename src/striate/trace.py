@@ -29,13 +29,13 @@ MAX_WEIGHTS = 1 << 24
 class Attention:
     """Attention of one layer from selected query tokens to selected key tokens, mean over heads.
 
-    `given` [B, T]: share of each query token's attention on the keys, in [0, 1].
-    `received` [B, T]: attention weight of each key token, mean over the query tokens of its example, in [0, 1].
-    Both are float32, and 0 at all other tokens. Per example, `received` sums to the mean of `given`.
+    `by_query` [B, T]: share of each query token's attention on the keys, in [0, 1].
+    `by_key` [B, T]: attention weight of each key token, mean over the query tokens of its example, in [0, 1].
+    Both are float32, and 0 at all other tokens. Per example, `by_key` sums to the mean of `by_query`.
     """
 
-    given: Tensor
-    received: Tensor
+    by_query: Tensor
+    by_key: Tensor
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -113,14 +113,14 @@ class _Tokens:
         return cls(queries, keys, order.split(max(1, MAX_WEIGHTS // (num_heads * queries.numel())), dim=1))
 
     def attention(self, rows_of: Rows) -> Attention:
-        given = torch.zeros_like(self.queries, dtype=torch.float32)
-        received = torch.zeros_like(given)
+        by_query = torch.zeros_like(self.queries, dtype=torch.float32)
+        by_key = torch.zeros_like(by_query)
         for rows in self.chunks:
             weights = rows_of(rows).mean(dim=1, dtype=torch.float32) * self.keys[:, None]  # B R T
             weights = weights.where(self.queries.gather(1, rows)[:, :, None], 0)
-            given.scatter_(1, rows, weights.sum(dim=2))
-            received += weights.sum(dim=1)
-        return Attention(given, received / self.queries.sum(dim=1, keepdim=True).clamp(min=1))
+            by_query.scatter_(1, rows, weights.sum(dim=2))
+            by_key += weights.sum(dim=1)
+        return Attention(by_query, by_key / self.queries.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 @contextmanager

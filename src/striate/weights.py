@@ -112,7 +112,8 @@ def _file_in_config(folder: Path) -> str:
         return ""
     if isinstance(named, str) and Path(named).name != named:
         raise UserError(
-            f"{folder / 'config.json'} points outside its folder, to {named!r}; use a file name without a path"
+            f"{folder / 'config.json'} points outside its folder, to {named!r}; use a file name without a path",
+            see="untrusted-checkpoint",
         )
     return named if isinstance(named, str) else ""
 
@@ -122,11 +123,18 @@ def _shard_files(index: Path) -> list[Path]:
         names: list[Any] = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read {index}: {type(error).__name__}; download it again") from error
+        raise UserError(
+            f"cannot read {index}: {type(error).__name__}; download it again", see="missing-weights"
+        ) from error
     if outside:
-        raise UserError(f"{index} points outside its folder, to {outside[0]!r}; use file names without a path")
+        raise UserError(
+            f"{index} points outside its folder, to {outside[0]!r}; use file names without a path",
+            see="untrusted-checkpoint",
+        )
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise UserError(f"{index.parent} lacks {missing[0]}, which {index.name} lists; download it again")
+        raise UserError(
+            f"{index.parent} lacks {missing[0]}, which {index.name} lists; download it again", see="missing-weights"
+        )
     return [index.parent / name for name in names]
 
 
@@ -155,7 +163,10 @@ def check_folder(folder: Path) -> None:
     root = _allowed_root(folder)
     for file in sorted(folder.iterdir()):
         if not file.resolve().is_relative_to(root):
-            raise UserError(f"{file} is a link that points outside its folder; replace it by the file itself")
+            raise UserError(
+                f"{file} is a link that points outside its folder; replace it by the file itself",
+                see="untrusted-checkpoint",
+            )
     for file in weight_files(folder):
         _check_header(file)
 
@@ -173,7 +184,7 @@ def _check_header(file: Path) -> None:
         with safe_open(file, framework="pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {first_line(error)}; download it again") from error
+        raise UserError(f"cannot read {file}: {first_line(error)}; download it again", see="missing-weights") from error
 
 
 # Reading
@@ -250,7 +261,8 @@ def _unpickle_cached(file: Path, _changed: int, _size: int) -> dict[str, Tensor]
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file} holds more than tensors and would run code when it is read; use a safetensors version of the model"
+            f"{file} holds more than tensors and would run code when it is read; use a safetensors version",
+            see="untrusted-checkpoint",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"cannot read {file}: {first_line(error)}") from error

@@ -369,7 +369,7 @@ CORRUPTIONS = {
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_saved_checkpoint_that_is_another_model_is_found(
+def test_a_saved_checkpoint_that_differs_is_rejected(
     tmp_path: Path, name: str, note_fault: Callable[..., None]
 ) -> None:
     vlm = load(pico_llava(tmp_path / "llava"), device="cpu")
@@ -422,7 +422,7 @@ def test_where_memory_does_not_suffice_weights_are_compared_all_the_same(
                 verify(vlm, tmp_path / name)
 
 
-def test_a_model_is_held_against_the_memory_of_its_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_compared_with_the_memory_of_its_device(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = check_config(str(model))
     monkeypatch.setattr(reading, "_total_bytes", lambda device: 10**3 if device.type == "cuda" else 10**12)
     reading.check_size(config, str(model), device=torch.device("cpu"))

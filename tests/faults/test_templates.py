@@ -62,7 +62,7 @@ def test_answers_their_ends_and_the_prompt(name: str, note_fault: Callable[..., 
             assert found[:-1] == [chat.middle + text + chat.end for text in others]
             assert found[-1] == chat.lead + final + last
             assert is_prefix(encode(asked, processor, generation=True), example)
-    note_fault("chat templates: another prompt than was learnt", 2, 2, "0")
+    note_fault("chat templates: another prompt than was learned", 2, 2, "0")
 
 
 REASONING = [name for name in CHATS if CHATS[name].reasoned]
@@ -70,7 +70,7 @@ REASONING = [name for name in CHATS if CHATS[name].reasoned]
 
 @pytest.mark.parametrize("name", REASONING)
 @pytest.mark.parametrize("way", ["apart", "inline"])
-def test_reasoning_is_learnt(name: str, way: str, note_fault: Callable[..., None]) -> None:
+def test_reasoning_is_learned(name: str, way: str, note_fault: Callable[..., None]) -> None:
     chat, processor = CHATS[name], reader(CHATS[name].template)
     inline = turn("assistant", f"<think>\n{REASON}\n</think>\n\nred")
     reasoned = inline if way == "inline" else turn("assistant", "red") | {"reasoning_content": REASON}
@@ -79,7 +79,7 @@ def test_reasoning_is_learnt(name: str, way: str, note_fault: Callable[..., None
         assert labeled_texts(example, processor.tokenizer)[-1] == chat.reasoned + "red" + (chat.last or chat.end)
         assert is_prefix(encode(asked, processor, generation=True), example)
         assert resolve(asked).answers == ("red",)
-    note_fault("reasoning dropped, or learnt behind another prompt", 2, 2, "0")
+    note_fault("reasoning dropped, or learned behind another prompt", 2, 2, "0")
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -134,7 +134,7 @@ def parrot(chat: Chat, reasoning: str = "") -> tuple[Vlm, Record]:
 def test_an_end_stops_and_reasoning_is_not_scored(name: str, reasoning: str, note_fault: Callable[..., None]) -> None:
     vlm, asked = parrot(CHATS[name], reasoning)
     assert dict(answer(vlm, [asked], max_new_tokens=40)) == {0: "red"}
-    note_fault("what was learnt as the end does not end", 1, 1, "0")
+    note_fault("what was learned as the end does not end", 1, 1, "0")
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -149,7 +149,7 @@ def test_the_generation_config_names_the_ends(name: str) -> None:
     assert config.pad_token_id == processor.tokenizer.pad_token_id
 
 
-def test_reasoning_that_does_not_end_is_no_answer() -> None:
+def test_unfinished_reasoning_is_not_an_answer() -> None:
     for name in ("qwen3-vl-thinking", "minicpm-v-4.5", "deepseek-r1"):
         vlm, asked = parrot(CHATS[name], "red " * 20)
         assert dict(answer(vlm, [asked], max_new_tokens=8)) == {0: ""}
@@ -183,7 +183,7 @@ def test_choices_are_compared_behind_the_end_of_reasoning() -> None:
     ]  # fmt: skip
 
 
-def test_an_answer_that_begins_with_a_line_break_is_asked_as_it_was_learnt() -> None:
+def test_an_answer_with_a_leading_line_break_has_the_prompt_it_was_trained_with() -> None:
     processor = reader(CHATS["qwen2.5-vl"].template)
     asked = record(ASKED, turn("assistant", "\nred"))
     example = encode(asked, processor)

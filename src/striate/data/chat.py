@@ -43,7 +43,9 @@ def render(processor: Any, messages: list[Message], source: str, *, prompt: bool
     Line breaks between a text and an image are kept, unless the template writes them itself.
     """
     if processor.chat_template is None:
-        raise UserError("the model's processor has no chat template; set processor.chat_template and save it")
+        raise UserError(
+            "the model's processor has no chat template; set processor.chat_template and save it", see="chat-template"
+        )
     own = _own_breaks(processor, processor.chat_template)
     try:
         return apply_template(processor, [_without_breaks(message, *own) for message in messages], prompt=prompt)
@@ -94,7 +96,9 @@ def render_answers(processor: Any, messages: list[Message], source: str) -> tupl
     """
     check_template(processor)
     if processor.tokenizer.eos_token is None:
-        raise UserError("the model's tokenizer has no end token; set tokenizer.eos_token and save it")
+        raise UserError(
+            "the model's tokenizer has no end token; set tokenizer.eos_token and save it", see="chat-template"
+        )
     messages = _with_reasoning(processor, messages)
     reasoning = messages[-1].get(REASONING_KEYS[0]) or ""
     text = render(processor, messages, source)

@@ -241,7 +241,9 @@ def _write(processor: Any, text: str, images: tuple[ImageSource, ...], source: s
     pieces = _pieces(text.split(mark), len(mark), listener.texts)
     if pieces is None:
         name = type(processor).__name__
-        raise UserError(f"{name} changes the text of a conversation: striate cannot locate the answers")
+        raise UserError(
+            f"{name} changes the text of a conversation: striate cannot locate the answers", see="chat-template"
+        )
     offsets = output.pop("offset_mapping")[0]
     return _Written(*_split(output), offsets, pieces)
 
@@ -279,7 +281,9 @@ def _process(processor: Any, source: str, **inputs: Any) -> dict[str, Any]:
     try:
         return dict(processor(**inputs, return_tensors="pt"))
     except NotImplementedError:
-        raise UserError("the model's tokenizer has no offsets; a fast tokenizer (tokenizer.json) is required") from None
+        raise UserError(
+            "the model's tokenizer has no offsets; a fast tokenizer (tokenizer.json) is required", see="chat-template"
+        ) from None
     except (ValueError, ArithmeticError, RuntimeError, LookupError) as error:
         reason = str(error).split("\n")[0]
         raise RecordError(source, f"the model's processor rejects the record ({reason})") from error

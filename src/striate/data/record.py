@@ -64,6 +64,8 @@ class Skipped:
 class RecordError(UserError):
     """An invalid record; `source` says which, `reason` what is wrong and the fix."""
 
+    see = "bad-records"
+
     def __init__(self, source: str, reason: str, *, too_long: bool = False):
         super().__init__(f"{source}: {reason}" if source else reason)
         self.source, self.reason, self.too_long = source, reason, too_long

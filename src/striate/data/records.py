@@ -123,7 +123,7 @@ def read(
             entries.append(record)
     if not entries:
         why = f"none of its {len(skipped)} records can be used: {skipped[0].reason}" if skipped else "it is empty"
-        raise UserError(f"{path}: {why}")
+        raise UserError(f"{path}: {why}", see="bad-records")
     if unknown:
         notes.append(f"{path}: ignored keys: {', '.join(sorted(unknown)[:20])}")
     return Records(LazyRecords(entries), skipped, notes)

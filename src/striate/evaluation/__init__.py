@@ -109,7 +109,7 @@ def evaluate(
     skipped = tuple(one for _, one in sorted(by_index.items()) if isinstance(one, Skipped))
     if not predictions:
         reason = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"none of the {len(skipped)} records can be used{reason}")
+        raise UserError(f"none of the {len(skipped)} records can be used{reason}", see="bad-records")
     return Results(predictions, skipped, time.monotonic() - start, max_length)
 
 

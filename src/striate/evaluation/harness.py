@@ -185,7 +185,9 @@ def _running(prefix: str, names: Sequence[str]) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{_title(prefix)} lacks a package: {first_line(error)}; pip install it") from error
+        raise UserError(
+            f"{_title(prefix)} lacks a package: {first_line(error)}; pip install it", see="package-not-installed"
+        ) from error
     except Exception as error:  # the code and data of tasks are third-party
         # lmms-eval retries downloads, and its RetryError does not name the cause.
         cause = error.__cause__ or error if type(error).__name__ == "RetryError" else error

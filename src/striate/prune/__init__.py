@@ -76,7 +76,7 @@ def drop_layers(vlm: Vlm, layers: Iterable[int], *, verify: Iterable[Record] = (
     removed = Region(tuple(sorted(set(layers))), vlm.depth)
     protected = protected_layers(vlm)
     if bad := next((layer for layer in removed if layer in protected), None):
-        raise UserError(f"layer {bad} cannot be removed: {protected[bad]}")
+        raise UserError(f"layer {bad} cannot be removed: {protected[bad]}", see="layers-cannot-be-removed")
     numbers = Numbering(removed)
     verify_cut(vlm, numbers, probes(vlm, verify))
     return Pruned(vlm, numbers)
@@ -110,7 +110,7 @@ def cut_checkpoint(
         UserError: the verification failed (names the layers and the reason), or the folder cannot be written.
     """
     if folder.exists():
-        raise UserError(f"{folder} exists already: name a new folder")
+        raise UserError(f"{folder} exists already: name a new folder", see="folder-in-use")
     _check_space(source, folder)
     dtype = "auto" if quantization(check_config(str(source))) else "float32"  # packed weights have no other type
     with _enough_memory(dtype):
@@ -143,7 +143,7 @@ def _check_space(source: Path, folder: Path) -> None:
     needed, free = sum(file.stat().st_size for file in weight_files(source)), shutil.disk_usage(parent).free
     if needed > free:
         sizes = f"up to {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
-        raise UserError(f"not enough disk space for the checkpoint in {parent}: {sizes}")
+        raise UserError(f"not enough disk space for the checkpoint in {parent}: {sizes}", see="disk-full")
 
 
 @contextmanager

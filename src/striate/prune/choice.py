@@ -116,9 +116,13 @@ class Criterion:
         if self.saved is not None and name != RANDOM:
             self.saved[name]  # raises an error with the nearest name
         elif name not in (*MEASURABLE, RANDOM):
-            raise UserError(f"--by: no score {nearest(self.by, (*MEASURABLE, BLOCK, RANDOM))} (others: with --scores)")
+            raise UserError(
+                f"--by: no score {nearest(self.by, (*MEASURABLE, BLOCK, RANDOM))} (others: with --scores)", see="scores"
+            )
         elif not data and name != RANDOM:
-            raise UserError(f"{self.by} is measured on records: give them with --data, or scores with --scores")
+            raise UserError(
+                f"{self.by} is measured on records: give them with --data, or scores with --scores", see="scores"
+            )
         if self.iterative and (self.by in (BLOCK, RANDOM) or self.saved is not None):
             what = "saved scores" if self.saved is not None else self.by
             raise UserError(f"--iterative measures a score again after every cut, which {what} cannot be")
@@ -170,7 +174,9 @@ def least_important(score: Score, candidates: Collection[int]) -> list[int]:
         UserError: a candidate has no value.
     """
     if unknown := [layer for layer in candidates if not math.isfinite(score.values[layer])]:
-        raise UserError(f"{score.name} has no value for layer {unknown[0]}, so layers cannot be chosen by it")
+        raise UserError(
+            f"{score.name} has no value for layer {unknown[0]}, so layers cannot be chosen by it", see="scores"
+        )
     return [layer for layer in reversed(order(score)) if layer in candidates]
 
 

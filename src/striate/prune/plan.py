@@ -140,7 +140,9 @@ class PruneRequest:
         if overlap := chosen & keep:
             raise UserError(f"--layers {self.layers}: {overlap} in the region {keep}, which is never cut")
         if bad := next((layer for layer in chosen if layer in protected), None):
-            raise UserError(f"--layers {self.layers}: layer {bad} cannot be cut: {protected[bad]}")
+            raise UserError(
+                f"--layers {self.layers}: layer {bad} cannot be cut: {protected[bad]}", see="layers-cannot-be-removed"
+            )
         return chosen.layers
 
 

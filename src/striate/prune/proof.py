@@ -96,7 +96,8 @@ def verify_saved(
     if difference:
         raise UserError(
             f"layers {numbers.removed} cannot be cut: {difference} in the {kind} model when it is reloaded: its config "
-            "cannot describe the model without them; nothing was written"
+            "cannot describe the model without them; nothing was written",
+            see="layers-cannot-be-removed",
         )
 
 
@@ -112,4 +113,7 @@ def _difference(expected: Outputs, outputs: Outputs) -> str:
 
 def _refusal(vlm: Vlm, numbers: Numbering, reason: str) -> UserError:
     kind = vlm.model.config.model_type
-    return UserError(f"layers {numbers.removed} cannot be cut from this {kind} model: {reason}; nothing was written")
+    return UserError(
+        f"layers {numbers.removed} cannot be cut from this {kind} model: {reason}; nothing was written",
+        see="layers-cannot-be-removed",
+    )

@@ -93,9 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         rank = environment_rank()  # every process prints its error: it may be the only one
-        process = "" if rank.first else f" (process {rank.number})"
+        process = "" if rank.first else f" (process {rank.rank})"
         errors.print(f"striate {words[0]}{process}: ", style="red", end="")
-        errors.print(str(error))
+        errors.print(f"{error} ({error.link})" if error.see else str(error))
         return 2
     except KeyboardInterrupt as stop:
         errors.print(f"\nstriate {words[0]}: {stop or 'interrupted'}")
@@ -117,7 +117,7 @@ def run_verb(name: str, words: list[str], *, debug: bool) -> int:
     if name not in VERBS:
         near = get_close_matches(name, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
-        raise UserError(f"no such verb: {hint}")
+        raise UserError(f"no such verb: {hint}", see="unknown-name")
     module, _, attribute = VERBS[name][0].partition(":")
     if not debug:
         _quiet()
@@ -153,7 +153,7 @@ class Parser(ArgumentParser):
         if unknown and (unknown[2] or unknown[1].startswith("-")):
             word = unknown[2] or unknown[1].partition("=")[0]
             known = options if unknown[2] else map(flag, options)
-            raise UserError(f"no option {nearest(word, known)}") from None
+            raise UserError(f"no option {nearest(word, known)}", see="unknown-name") from None
         if unknown:
             raise UserError(f"{unknown[1]!r} is in no option's place: options are --NAME VALUE") from None
         if required := re.match(r"the following arguments are required: (.+)", message):

@@ -93,7 +93,7 @@ def evaluate(
         predictions = [one for one in answers if isinstance(one, Prediction)]
         if not predictions:
             why = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-            raise UserError(f"none of the {len(skipped)} records can be used{why}")
+            raise UserError(f"none of the {len(skipped)} records can be used{why}", see="bad-records")
         results = Results(tuple(predictions), tuple(skipped), seconds, options.max_length).to_json()
         results |= {"data": ", ".join(map(str, files))}
         if run:
@@ -163,7 +163,7 @@ def _check(model: str | Path, out: Path | None, evaluation: Mapping[str, Any] | 
     if evaluation and before != evaluation:
         names = [name.replace("_", "-") for name in evaluation if before.get(name) != evaluation[name]]
         other = f"{run.path} holds an unfinished evaluation with other {', '.join(names)}"
-        raise UserError(f"{other}: give the same again to resume it, or choose another folder")
+        raise UserError(f"{other}: give the same again to resume it, or choose another folder", see="resume-refused")
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def complete(
     saved = run.begin_predictions(dict(evaluation)) if run else []
     known = gather_answers(rank, {index: one for batch in saved for index, one in _from_json(batch)})
     seconds, began = sum(batch["seconds"] for batch in saved), time.monotonic()
-    share = (rank.number, rank.of)
+    share = (rank.rank, rank.world_size)
     with Progress(console=console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("eval", total=len(records), completed=len(known))
         try:

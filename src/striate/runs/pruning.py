@@ -183,7 +183,10 @@ def _checkpoint(model: str | Path) -> Path:
             ) from error
     config = _config(source)
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-        raise UserError(f"{source} is a model with custom code, which striate never runs: it cannot be pruned")
+        raise UserError(
+            f"{source} is a model with custom code, which striate never runs: it cannot be pruned",
+            see="untrusted-checkpoint",
+        )
     check_config(str(source))
     return source
 

@@ -104,17 +104,23 @@ class Run:
         with _writing(run.path):
             held = sorted(item.name for item in run.path.iterdir()) if run.path.exists() else []
         if held:
-            raise UserError(f"{run.path} {run._content(held)}; choose another folder or remove this one")
+            raise UserError(
+                f"{run.path} {run._content(held)}; choose another folder or remove this one", see="folder-in-use"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """An existing run. Raises `UserError` when the path is not a run folder."""
         run = cls(Path(path))
         if not (run.path / INFO).is_file():
-            raise UserError(f"{run.path} is not a run folder: a folder with a {INFO} in it was expected")
+            raise UserError(
+                f"{run.path} is not a run folder: a folder with a {INFO} in it was expected", see="not-a-run-folder"
+            )
         info = run._read(INFO)
         if not isinstance(info, dict) or not {"verb", "status"} <= info.keys():
-            raise UserError(f"{run.path / INFO} is not that of a run: it has no verb and status")
+            raise UserError(
+                f"{run.path / INFO} is not that of a run: it has no verb and status", see="not-a-run-folder"
+            )
         return run
 
     @contextmanager
@@ -321,7 +327,9 @@ def check_place(model: str | Path, out: str | Path | None) -> None:
     try:
         Run.open(model)
     except UserError:
-        raise UserError(f"{model} is not a run folder to write results into: name a new one with --out") from None
+        raise UserError(
+            f"{model} is not a run folder to write results into: name a new one with --out", see="not-a-run-folder"
+        ) from None
 
 
 @contextmanager
@@ -393,7 +401,7 @@ def _writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left to write {target}: free some, then resume") from None
+            raise UserError(f"no space left to write {target}: free some, then resume", see="disk-full") from None
         raise UserError(f"{target} cannot be written: {error.strerror}") from None
 
 

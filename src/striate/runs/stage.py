@@ -51,11 +51,12 @@ class Stage:
         run = Run.open(self.out)
         finished = run.info["status"] == "finished"
         if finished and resume != "auto":
-            raise UserError(f"{self.out} is finished: there is nothing to resume")
+            raise UserError(f"{self.out} is finished: there is nothing to resume", see="folder-in-use")
         changed = list(differences(_inputs(run.info), _inputs(self._description)))
         if changed and resume != "changed":
             raise UserError(
-                f"{self.out} cannot be resumed with the same result: {'; '.join(changed)} (--resume changed does)"
+                f"{self.out} cannot be resumed with the same result: {'; '.join(changed)} (--resume changed does)",
+                see="resume-refused",
             )
         for change in changed if not finished else ():
             run.warn(f"resumed although {change}")

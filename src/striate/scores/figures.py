@@ -74,7 +74,7 @@ def attention_maps(vlm: Vlm, batch: Batch) -> Tensor | None:
     maps = torch.zeros(vlm.depth, num_tokens)
 
     def record(layer: int, attention: Attention) -> None:
-        maps[layer] = attention.received[batch.image_mask].cpu()
+        maps[layer] = attention.by_key[batch.image_mask].cpu()
 
     with eval_mode(vlm.model), watch_attention(vlm, record, queries=token_kinds(batch)["text"], keys=batch.image_mask):
         forward(vlm, batch)

@@ -49,13 +49,13 @@ def choose(metrics: str | Sequence[str], *, backbone: bool, data: bool, images: 
     if requested == ["all"]:
         chosen = [name for name in METRICS if not _missing(name, backbone=backbone, data=data, images=images)]
         if not chosen:
-            raise UserError("nothing can be measured without records (--data) or a backbone (--backbone)")
+            raise UserError("nothing can be measured without records (--data) or a backbone (--backbone)", see="scores")
         return chosen
     for name in requested:
         if name not in METRICS:
-            raise UserError(f"no score {nearest(name, METRICS)}")
+            raise UserError(f"no score {nearest(name, METRICS)}", see="scores")
         if missing := _missing(name, backbone=backbone, data=data, images=images):
-            raise UserError(f"{name} needs {missing}")
+            raise UserError(f"{name} needs {missing}", see="scores")
     if not requested:
         raise UserError(f"no score is named; there are: {', '.join(METRICS)}, or all")
     return [name for name in METRICS if name in requested]
@@ -84,7 +84,7 @@ def measure(
                 for batch in rank.share(stream):
                     measuring.add(batch)
         except KeyboardInterrupt:
-            if rank.of > 1:
+            if rank.world_size > 1:
                 raise
             yield [score for score in measuring.scores() if score.n]
             raise

@@ -47,7 +47,7 @@ class Sampling:
         without = [Skipped(record.source, "has no answer") for record in records if not _with_answer(record)]
         indices = [index for index, record in enumerate(records) if _with_answer(record)]
         if not indices:
-            raise UserError(f"none of the {len(records)} records has an answer to measure layers on")
+            raise UserError(f"none of the {len(records)} records has an answer to measure layers on", see="bad-records")
         if self.samples is not None and self.samples < len(indices):
             indices = sorted(random.Random(self.seed).sample(indices, self.samples))
         chosen = map(_with_answer, records.records.take(indices))
@@ -79,7 +79,9 @@ class Sampling:
                 yield batch.to(vlm.device, vlm.model.dtype)
         if not usable:
             bad = sample.skipped[-1]
-            raise UserError(f"none of the {len(order)} records can be used: {bad.source}: {bad.reason}")
+            raise UserError(
+                f"none of the {len(order)} records can be used: {bad.source}: {bad.reason}", see="bad-records"
+            )
 
     def show_batches(
         self, vlm: Vlm, sample: RecordSample, title: str, *, progress: bool

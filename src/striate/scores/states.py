@@ -100,16 +100,16 @@ def angular_distance(states: Tensor) -> Tensor:
     return blocks.masked_fill(ends > depth, math.nan)
 
 
-def image_attention(given: Tensor, tokens: Tensor, image: Tensor) -> Tensor:
+def image_attention(attention: Tensor, tokens: Tensor, image: Tensor) -> Tensor:
     """Mean over query tokens of their attention on image tokens, itself a mean over heads.
 
-    `given` [..., B, T]: that attention, as in `Attention`; `tokens` [B, T] true at the query tokens that count, `image`
-    [B, T] at image tokens -> [..., B], in [0, 1], NaN for samples that lack either. Text before the image counts, with
-    its 0 in a causal model. High: important.
+    `attention` [..., B, T]: that attention, `Attention.by_query`; `tokens` [B, T] true at the query tokens that count,
+    `image` [B, T] at image tokens -> [..., B], in [0, 1], NaN for samples that lack either. Text before the image
+    counts, with its 0 in a causal model. High: important.
 
     Wang et al. 2025 (arXiv 2412.12785), figure 5 (no released code).
     """
-    return mean(given, tokens).masked_fill(~image.any(dim=1), math.nan)
+    return mean(attention, tokens).masked_fill(~image.any(dim=1), math.nan)
 
 
 def mean(values: Tensor, tokens: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class _Recording:
         self.attended = self.kinds["image"] | self.kinds["text"]  # B T
         shape, device = (depth, *self.attended.shape), self.attended.device
         self.cosines = torch.ones(shape, dtype=torch.float64, device=device)
-        self.given = torch.full(shape, math.nan, device=device)
+        self.to_images = torch.full(shape, math.nan, device=device)
         self.embedded = self.last_states = torch.empty(0, device=device)
         self.has_attention = False
         last = (self.attended * torch.arange(shape[2], device=device)).argmax(dim=1)
@@ -194,7 +194,7 @@ class _Recording:
 
     def attention(self, layer: int, attention: Attention) -> None:
         self.has_attention = True
-        self.given[layer] = attention.given
+        self.to_images[layer] = attention.by_query
 
     def non_finite(self) -> Tensor:
         """Whether the embeddings and each layer's output have NaN or Inf [L+1]."""
@@ -227,7 +227,7 @@ def _by_sample(recording: _Recording, blocks: Tensor) -> SampleValues:
     influence = {kind: block_influence(cosines, tokens) for kind, tokens in kinds.items()}  # L B
     both = multimodal_block_influence(cosines, kinds["image"], kinds["text"])
     text, prompt, answer = (
-        image_attention(recording.given, kinds[kind], kinds["image"]) for kind in ("text", "prompt", "answer")
+        image_attention(recording.to_images, kinds[kind], kinds["image"]) for kind in ("text", "prompt", "answer")
     )
     by_layer = {
         "block_influence": {"all": block_influence(cosines, recording.attended), **influence},

@@ -133,7 +133,7 @@ class Scores:
     def __getitem__(self, name: str) -> Score:
         """A score by name. Raises `UserError` with the nearest name when it does not exist."""
         if name not in self.scores:
-            raise UserError(f"no score {nearest(name, self.scores)}")
+            raise UserError(f"no score {nearest(name, self.scores)}", see="scores")
         return self.scores[name]
 
     def top(self, name: str, size: int | str, *, form: Literal["top", "bottom", "spread"] = "top") -> Region:
@@ -173,7 +173,7 @@ class Scores:
         try:
             return cls.from_json(read_scores(path))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{path}: {error}", see=error.see) from None
 
 
 def order(score: Score) -> tuple[int, ...]:

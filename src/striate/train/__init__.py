@@ -229,7 +229,7 @@ def check_images(records: Records) -> None:
 
 def _full_tuning_fits(plan: Selection, options: TrainOptions, rank: Rank) -> bool:
     """Whether full fine-tuning fits on the device of every process: all processes train by one method."""
-    own = plan.trainable // (rank.of if options.shard else 1)
+    own = plan.trainable // (rank.world_size if options.shard else 1)
     return all(rank.gather(full_tuning_fits(own, _device(options), options.optimizer)))
 
 

@@ -206,7 +206,7 @@ def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
     if not found:
         last = examples[with_images_first[-1]]
         assert isinstance(last, Skipped)
-        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}")
+        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}", see="bad-records")
     (first, one), (second, other) = found[0], found[-1]
     lengths = examples.lengths
     largest = sum(sorted(lengths)[-micro:])
@@ -247,7 +247,8 @@ def _freeze_unreachable(groups: dict[str, Group], reachable: set[nn.Parameter], 
             log.warn(f"{len(idle)} parameters of the {part} stay frozen: no answer depends on {', '.join(idle[:3])}")
     if not found:
         raise UserError(
-            "no parameter to train: the answers depend on none of the region and the projector; choose other layers"
+            "no parameter to train: the answers depend on none of the region and the projector; choose other layers",
+            see="parameters-without-gradient",
         )
     return found
 
@@ -269,7 +270,7 @@ def _plan_checkpointing(
     trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
     reserved = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradients and moments
     if options.shard:  # the weights are not on the device yet; each process holds its share of everything
-        reserved = (reserved + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.of
+        reserved = (reserved + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.world_size
     checkpointing = Checkpointing(
         vlm,
         kept=kept,

@@ -127,14 +127,16 @@ class Loop:
         self.trained = {name: p for group in groups.values() for name, p in group.parameters.items()}
         self.unread = frozenset(log.skipped)  # sources of records that were skipped on reading
         self.micro = micro_batch(options, rank)
-        self.accumulation = options.batch // (self.micro * rank.of)
-        self.dataset = EvenExamples(examples, step=self.micro * rank.of) if rank.of > 1 else examples
-        self.collate = DummyCollator.of(examples, pad_id=pad_id) if rank.of > 1 else partial(collate, pad_id=pad_id)
-        self.total = total_steps(options, len(self.dataset), self.micro * rank.of)
+        self.accumulation = options.batch // (self.micro * rank.world_size)
+        self.dataset = EvenExamples(examples, step=self.micro * rank.world_size) if rank.world_size > 1 else examples
+        self.collate = (
+            DummyCollator.of(examples, pad_id=pad_id) if rank.world_size > 1 else partial(collate, pad_id=pad_id)
+        )
+        self.total = total_steps(options, len(self.dataset), self.micro * rank.world_size)
         self.optimizer = build_optimizer(groups, options)
         self.schedule = build_schedule(options, self.optimizer, self.total)
         self.wrapped: nn.Module = network
-        if rank.of > 1 and not options.shard:
+        if rank.world_size > 1 and not options.shard:
             self.wrapped = DistributedDataParallel(network)
         (enable_full_determinism if options.deterministic else set_seed)(options.seed)
 
@@ -175,7 +177,7 @@ class Loop:
         order = length_grouped(self.examples.lengths, self.options.batch, self.options.seed + epoch)
         order += range(len(self.examples), len(self.dataset))  # empty slots: every process gets equally many
         batches = [order[start : start + self.micro] for start in range(0, len(order), self.micro)]
-        return batches[self.rank.number :: self.rank.of]
+        return batches[self.rank.rank :: self.rank.world_size]
 
     def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
         return DataLoader(
@@ -198,7 +200,7 @@ class Loop:
         if bad := self._nonfinite(batches, losses, norm):
             self._skip_step(bad)
             marks["nonfinite"] = bad
-        elif self.rank.of > 1:
+        elif self.rank.world_size > 1:
             self._drop_dummy_gradients(any_record=bool(ids), has_image=has_image)
         self.audit.check_gradients(has_image=has_image)
         self.optimizer.step()
@@ -242,7 +244,7 @@ class Loop:
             with self.autocast():
                 losses = self.losses(model, batch.to(self.device))
             # DDP averages gradients over processes; the mean is over the answer tokens of all of them.
-            (losses.sum() / answers * self.rank.of).backward()
+            (losses.sum() / answers * self.rank.world_size).backward()
         return losses.detach()
 
     def _free_memory(self, reason: str) -> None:
@@ -251,10 +253,11 @@ class Loop:
         Raises:
             UserError: all layers are recomputed already, or there are other processes, which would wait for this one.
         """
-        if self.rank.of > 1 or not self.checkpointing.recompute_more():
+        if self.rank.world_size > 1 or not self.checkpointing.recompute_more():
             raise UserError(
                 f"out of memory ({reason}): set --micro-batch below {self.micro}, or --max-length, --method lora, "
-                "--checkpointing auto"
+                "--checkpointing auto",
+                see="out-of-memory",
             )
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -284,7 +287,10 @@ class Loop:
         text = f"non-finite loss or gradients in step {self.position.step + 1}; records: {listed}"
         self.position.nonfinite += 1
         if self.position.nonfinite > self.options.skip_nonfinite:
-            raise UserError(f"{text} (check these, lower --learning-rate, or skip a few steps: --skip-nonfinite 3)")
+            raise UserError(
+                f"{text} (check these, lower --learning-rate, or skip a few steps: --skip-nonfinite 3)",
+                see="non-finite-loss",
+            )
         self.log.warn(f"{text}: step skipped")
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -310,7 +316,10 @@ class Loop:
         found = [record for source, record in self.log.skipped.items() if source not in self.unread]
         check_skipped(found, len(self.examples), self.options)
         if len(found) == len(self.examples):
-            raise UserError(f"no record is left to train on; the last one, {found[-1].source}: {found[-1].reason}")
+            raise UserError(
+                f"no record is left to train on; the last one, {found[-1].source}: {found[-1].reason}",
+                see="bad-records",
+            )
 
     # Save and resume.
 
@@ -360,7 +369,10 @@ class Loop:
             return 0
         trained = load_file(saved / TRAINED)
         if trained.keys() != self.trained.keys():
-            raise UserError(f"{saved} holds other parameters than this run trains: resume with the same region")
+            raise UserError(
+                f"{saved} holds other parameters than this run trains: resume with the same region",
+                see="resume-refused",
+            )
         for name, parameter in self.trained.items():
             put(parameter, trained[name])
         state = torch.load(saved / STATE, map_location="cpu", weights_only=True, mmap=True)
@@ -370,8 +382,8 @@ class Loop:
             self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.position = Position(**state["position"])
-        if len(state["random"]) == self.rank.of:
-            _set_random_state(state["random"][self.rank.number], self.device)
+        if len(state["random"]) == self.rank.world_size:
+            _set_random_state(state["random"][self.rank.rank], self.device)
         return self.position.step
 
     def _state_bytes(self) -> int:
@@ -387,7 +399,8 @@ def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions)
     if len(bad) > allowed * total:
         raise UserError(
             f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {allowed:.0%} allowed; "
-            "all are listed in skipped.jsonl)"
+            "all are listed in skipped.jsonl)",
+            see="bad-records",
         )
 
 

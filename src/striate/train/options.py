@@ -113,12 +113,20 @@ def check_launch(options: TrainOptions, rank: Rank) -> None:
         if options.report_to not in TRACKERS:
             raise UserError(f"--report-to {nearest(options.report_to, ('none', *TRACKERS))}")
         need(options.report_to, f"--report-to {options.report_to}")
-    if options.shard and rank.of == 1:
-        raise UserError("--shard needs several processes, and there is one: start them with torchrun")
+    if options.shard and rank.world_size == 1:
+        raise UserError(
+            "--shard needs several processes, and there is one: start them with torchrun", see="several-processes"
+        )
     if options.shard and (options.optimizer != "adamw" or options.frozen_layers != "as_saved"):
-        raise UserError("--shard does not support --optimizer adamw_8bit or --frozen-layers nf4: leave one out")
+        raise UserError(
+            "--shard does not support --optimizer adamw_8bit or --frozen-layers nf4: leave one out",
+            see="several-processes",
+        )
     if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
-        raise UserError("FSDP and DeepSpeed settings of accelerate are not supported: remove them and use --shard")
+        raise UserError(
+            "FSDP and DeepSpeed settings of accelerate are not supported: remove them and use --shard",
+            see="several-processes",
+        )
     micro_batch(options, rank)
 
 
@@ -128,11 +136,12 @@ def micro_batch(options: TrainOptions, rank: Rank) -> int:
     Raises:
         UserError: the batch is not a multiple of the micro-batch times the number of devices.
     """
-    micro = min(options.micro_batch, options.batch // rank.of)
-    if not micro or options.batch % (micro * rank.of):
+    micro = min(options.micro_batch, options.batch // rank.world_size)
+    if not micro or options.batch % (micro * rank.world_size):
         raise UserError(
-            f"--batch {options.batch} is not a multiple of --micro-batch {micro or options.micro_batch} x {rank.of} "
-            f"device{'s' * (rank.of > 1)}"
+            f"--batch {options.batch} is not a multiple of --micro-batch {micro or options.micro_batch} x "
+            f"{rank.world_size} device{'s' * (rank.world_size > 1)}",
+            see="several-processes",
         )
     return micro
 

@@ -38,7 +38,9 @@ def check_room(folder: Path, needed: int) -> None:
     """Raise `UserError` when a model of `needed` bytes does not fit on the disk, before hours of training."""
     if missing_bytes(folder, needed):
         free = shutil.disk_usage(folder).free
-        raise UserError(f"the trained model takes {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free")
+        raise UserError(
+            f"the trained model takes {needed / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free", see="disk-full"
+        )
 
 
 def _step(saved: Path) -> int:

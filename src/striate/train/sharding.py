@@ -26,7 +26,7 @@ from striate.vlm import Vlm
 
 def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank) -> dict[str, nn.Parameter]:
     """Shard `network` (the model, or its adapted form) over the processes' devices; its new parameters, by name."""
-    mesh = init_device_mesh(device.type, (rank.of,))
+    mesh = init_device_mesh(device.type, (rank.world_size,))
     for layer in vlm.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)

@@ -48,7 +48,9 @@ class Audit:
         if self.images and not has_image and all(name in self.visual for name in idle):
             self.complete = False
             return
-        raise UserError(f"{len(idle)} trainable parameters got no gradient, {idle[0]} among them")
+        raise UserError(
+            f"{len(idle)} trainable parameters got no gradient, {idle[0]} among them", see="parameters-without-gradient"
+        )
 
     def check_frozen(self) -> None:
         """Check once, after a step, that no frozen weight changed."""
@@ -57,7 +59,10 @@ class Audit:
         changed = [name for name, p in self.frozen.items() if checksum(p) != self.before[name]]
         self.before = None
         if changed:
-            raise UserError(f"{len(changed)} frozen parameters changed in the first step, {changed[0]} among them")
+            raise UserError(
+                f"{len(changed)} frozen parameters changed in the first step, {changed[0]} among them",
+                see="frozen-parameters-changed",
+            )
 
 
 def checksum(parameter: torch.Tensor) -> int:

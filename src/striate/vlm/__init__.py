@@ -197,7 +197,8 @@ class Vlm:
         if region.depth != self.depth:
             raise UserError(
                 f"region {region} is for {region.depth} decoder layers, this model has {self.depth}: "
-                "choose it again for this depth"
+                "choose it again for this depth",
+                see="region",
             )
 
     @contextmanager
@@ -265,7 +266,8 @@ class Vlm:
             expected = "no image token" if self.image_token_id is None else f"image token {self.image_token_id}"
             raise UserError(
                 f"{self.source}: the model expects {expected}, its processor writes {written} "
-                f"({processor.image_token}): set {next(iter(named))} to {written} in config.json"
+                f"({processor.image_token}): set {next(iter(named))} to {written} in config.json",
+                see="processor-and-model-differ",
             )
 
     def names_below(self, *prefixes: str) -> tuple[str, ...]:

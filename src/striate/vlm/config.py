@@ -27,7 +27,10 @@ def check_config(source: str) -> PreTrainedConfig:
     check_folder(Path(source))
     if (adapter := Path(source) / ADAPTER).is_file():
         how = _how_to_merge(adapter)
-        raise UserError(f"{source} holds adapters that are not merged: merge them into the model first ({how})")
+        raise UserError(
+            f"{source} holds adapters that are not merged: merge them into the model first ({how})",
+            see="unmerged-adapters",
+        )
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise UserError(f"{source} is not a model folder: it has no config.json")
     try:
@@ -40,10 +43,13 @@ def check_config(source: str) -> PreTrainedConfig:
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"{source} holds a {config.model_type} model, which is not an image-text-to-text model; "
-            "give a vision-language model, or make one with `striate assemble`"
+            "give a vision-language model, or make one with `striate assemble`",
+            see="not-a-vision-language-model",
         )
     if odd:
-        raise UserError(f"{source}: its config has {odd}, which is out of range for any model")
+        raise UserError(
+            f"{source}: its config has {odd}, which is out of range for any model", see="untrusted-checkpoint"
+        )
     return config
 
 

@@ -45,12 +45,16 @@ def check_match(model: PreTrainedModel, processor: Any, image_token: int, source
         return
     num_tokens, features = int((inputs["input_ids"] == image_token).sum()), _num_features(model, inputs, source)
     if features is None and (settings := _different_settings(model, processor)):
-        raise UserError(f"{source}: the processor and the model divide images differently: {_advice(settings)}")
+        raise UserError(
+            f"{source}: the processor and the model divide images differently: {_advice(settings)}",
+            see="processor-and-model-differ",
+        )
     if features is not None and num_tokens != features:
         settings = _different_settings(model, processor, unset=True)
         raise UserError(
             f"{source}: the processor writes {num_tokens:,} image tokens for an image, the model computes {features:,} "
-            f"features for it: {_advice(settings)}"
+            f"features for it: {_advice(settings)}",
+            see="processor-and-model-differ",
         )
 
 
@@ -73,7 +77,8 @@ def _check_vocabulary(model: PreTrainedModel, processor: Any, image_token: int, 
         raise UserError(
             f"{source}: the tokenizer has {len(tokenizer):,} tokens, the model {len(table):,} embeddings, and "
             f"{tokenizer.convert_ids_to_tokens(lacking[0])!r} ({lacking[0]}) has none: call "
-            f"model.resize_token_embeddings({len(tokenizer)}) and save it, or remove the token"
+            f"model.resize_token_embeddings({len(tokenizer)}) and save it, or remove the token",
+            see="processor-and-model-differ",
         )
 
 
@@ -91,7 +96,10 @@ def _process_test_image(model: PreTrainedModel, processor: Any, source: str) -> 
         return dict(processor(text=[text], images=images, return_tensors="pt"))
     except Exception as error:  # the processor's files are untrusted
         advice = _advice(_different_settings(model, processor, unset=True))
-        raise UserError(f"{source}: the processor cannot read an image ({first_line(error)}): {advice}") from error
+        raise UserError(
+            f"{source}: the processor cannot read an image ({first_line(error)}): {advice}",
+            see="processor-and-model-differ",
+        ) from error
 
 
 @torch.no_grad()
@@ -120,7 +128,8 @@ def _num_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor], sourc
         if abstract:
             return None
         raise UserError(
-            f"{source}: the model cannot process the image of its processor ({first_line(error)})"
+            f"{source}: the model cannot process the image of its processor ({first_line(error)})",
+            see="processor-and-model-differ",
         ) from error
     features = getattr(found, "pooler_output", found)
     listed = features if isinstance(features, list | tuple) else [features]

@@ -48,22 +48,30 @@ def find_parts(model: PreTrainedModel) -> Parts:
     """
     kind = model.config.model_type
     if model.config.is_encoder_decoder:
-        raise UserError(f"{kind} is an encoder-decoder model: striate works on decoder-only vision-language models")
+        raise UserError(
+            f"{kind} is an encoder-decoder model: striate works on decoder-only vision-language models",
+            see="not-a-vision-language-model",
+        )
     names = {id(module): name for name, module in model.named_modules()}
     decoder, layers = _decoder_layers(model)
     # Nemotron's head is inside the language model.
     head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
     if id(head) not in names:
-        raise UserError(f"{kind} has no language-model head")
+        raise UserError(f"{kind} has no language-model head", see="not-a-vision-language-model")
     if kind in _EXCEPTIONS:
         tower, projector = _find_exception(model, names)
     else:
         tower = names.get(id(model.get_encoder(modality="image")), "")
         if tower in ("", names[id(decoder)]):
-            raise UserError(f"{kind} has no vision tower of its own; found only: {_children(model)}")
+            raise UserError(
+                f"{kind} has no vision tower of its own; found only: {_children(model)}",
+                see="not-a-vision-language-model",
+            )
         projector = _projector(model, tower, names[id(decoder)], names[id(head)])
     if not projector:
-        raise UserError(f"{kind}: no projector found between the tower ({tower}) and the decoder")
+        raise UserError(
+            f"{kind}: no projector found between the tower ({tower}) and the decoder", see="not-a-vision-language-model"
+        )
     return Parts(tower, projector, names[id(layers)], names[id(head)])
 
 
@@ -74,7 +82,10 @@ def _find_exception(model: PreTrainedModel, names: dict[int, str]) -> tuple[str,
     tower, projector = _EXCEPTIONS[model.config.model_type]
     existing = set(names.values())
     if prefix + tower not in existing:
-        raise UserError(f"{model.config.model_type}: no module {tower}; found only: {_children(model)}")
+        raise UserError(
+            f"{model.config.model_type}: no module {tower}; found only: {_children(model)}",
+            see="not-a-vision-language-model",
+        )
     return prefix + tower, tuple(prefix + name for name in projector if prefix + name in existing)
 
 
@@ -95,7 +106,10 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         decoder = inner if inner is not decoder else below
     found = ", ".join(f"{name} ({type(child).__name__})" for name, child in decoder.named_children())
     kind = model.config.model_type
-    raise UserError(f"{kind}: no list of {depth} decoder layers in {type(decoder).__name__}; found: {found}")
+    raise UserError(
+        f"{kind}: no list of {depth} decoder layers in {type(decoder).__name__}; found: {found}",
+        see="not-a-vision-language-model",
+    )
 
 
 def _projector(model: PreTrainedModel, tower: str, decoder: str, head: str) -> tuple[str, ...]:

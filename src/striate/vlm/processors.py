@@ -23,12 +23,16 @@ def load_processor(source: str) -> Any:
     except ImportError as error:
         raise UserError(
             f"the processor of {source} needs a package that is not installed: {first_line(error)} "
-            "(several families need torchvision for their video processor: pip install torchvision)"
+            "(several families need torchvision for their video processor: pip install torchvision)",
+            see="package-not-installed",
         ) from error
     except Exception as error:  # the files are untrusted
         raise UserError(f"cannot load a processor from {source or 'nowhere'}: {first_line(error)}") from error
     if not hasattr(processor, "tokenizer"):
-        raise UserError(f"{source} has no processor for images and text, only a {type(processor).__name__}")
+        raise UserError(
+            f"{source} has no processor for images and text, only a {type(processor).__name__}",
+            see="not-a-vision-language-model",
+        )
     return processor
 
 
@@ -46,5 +50,8 @@ def image_token_id(processor: Any) -> int:
     if found is None and getattr(processor, "image_token", None):  # Janus' processor has the token, but not its id
         found = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if found is None:
-        raise UserError(f"{type(processor).__name__} has no image token: striate cannot locate images in the prompt")
+        raise UserError(
+            f"{type(processor).__name__} has no image token: striate cannot locate images in the prompt",
+            see="not-a-vision-language-model",
+        )
     return int(found)

@@ -40,7 +40,8 @@ def model_folder(model: str | Path) -> str | Path:
     if not checkpoint.is_dir():
         run = json.loads(info.read_bytes())
         raise UserError(
-            f"{model} has no checkpoint/ ({run.get('verb')}, {run.get('status')}): choose a run that has saved a model"
+            f"{model} has no checkpoint/ ({run.get('verb')}, {run.get('status')}): choose a run that has saved a model",
+            see="not-a-run-folder",
         )
     return checkpoint
 
@@ -75,7 +76,10 @@ def check_size(
     total = _total_bytes(device or torch.device("cpu"))
     if needed > total:
         holder = "this machine" if device is None or device.type == "cpu" else device
-        raise UserError(f"{source}: its weights take {needed / 1e9:,.0f} GB, and {holder} has {total / 1e9:.0f} GB")
+        raise UserError(
+            f"{source}: its weights take {needed / 1e9:,.0f} GB, and {holder} has {total / 1e9:.0f} GB",
+            see="out-of-memory",
+        )
 
 
 def _total_bytes(device: torch.device) -> int:
@@ -184,7 +188,10 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str, *
     if missing := report["missing_keys"]:
         adapted = any("lora_" in name for name in report["unexpected_keys"])
         why = ", and has LoRA adapters that are not merged: save the model after merge_and_unload()" if adapted else ""
-        raise UserError(f"{source} lacks {len(missing)} weights of a {kind} model, such as {min(missing)}{why}")
+        raise UserError(
+            f"{source} lacks {len(missing)} weights of a {kind} model, such as {min(missing)}{why}",
+            see="missing-weights",
+        )
     if not (unexpected := sorted(report["unexpected_keys"])):
         return ""
     packed = next((name for name in unexpected if _QUANTIZED.search(name)), None)
@@ -194,7 +201,9 @@ def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str, *
     ahead = {_surplus_layer(name, lists) for name in unexpected if _MULTI_TOKEN.search(name)}
     if surplus := next((one for name in unexpected if (one := _surplus_layer(name, lists)) and one not in ahead), None):
         depth = lists[surplus.rpartition(".")[0]]
-        raise UserError(f"{source} holds weights of {surplus}, but its config.json has only {depth} layers")
+        raise UserError(
+            f"{source} holds weights of {surplus}, but its config.json has only {depth} layers", see="missing-weights"
+        )
     return f"{source} has {len(unexpected)} weights that a {kind} model does not use, such as {unexpected[0]}"
 
 

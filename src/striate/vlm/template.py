@@ -154,16 +154,21 @@ def _check_template(processor: Any, _: str) -> None:
     except (TemplateError, TypeError, ValueError):  # it does not accept a question without an image
         return
     if mark not in image_prompt:
-        raise UserError(f"the model's chat template writes nothing for an image: it must write {mark} there")
+        raise UserError(
+            f"the model's chat template writes nothing for an image: it must write {mark} there", see="chat-template"
+        )
     lead = lead_of(prompt, before)
     if prompt == alone and lead.strip() and not lead.lstrip().startswith(tuple(mark for mark, _ in THINKING)):
         fix = f"{{% if add_generation_prompt %}}{{{{ {lead!r} }}}}{{% endif %}}"
-        raise UserError(f"the model's chat template writes no generation prompt: add {fix} to its end")
+        raise UserError(
+            f"the model's chat template writes no generation prompt: add {fix} to its end", see="chat-template"
+        )
     if suffix.strip() and not end_token(suffix, processor):
         end = suffix.strip().split()[0]
         raise UserError(
             f"the model's chat template ends answers with {end!r}, which is not a token of its tokenizer: "
-            "add it to the tokenizer and resize the embeddings, or use a template that ends answers with eos_token"
+            "add it to the tokenizer and resize the embeddings, or use a template that ends answers with eos_token",
+            see="chat-template",
         )
 
 
@@ -189,7 +194,8 @@ def lead_of(prompt: str, before: str, reasoning: str = "") -> str:
         return ""
     raise UserError(
         f"the generation prompt of the model's chat template ends with {prompt[-40:]!r}, but conversations have "
-        f"{before[-40:]!r} before an answer: both must be the same"
+        f"{before[-40:]!r} before an answer: both must be the same",
+        see="chat-template",
     )
 
 

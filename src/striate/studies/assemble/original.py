@@ -121,7 +121,7 @@ class Original:
             return tensors(self.folder, pickles=True)
         file = self.folder / (BESIDE_LORA if (self.folder / "adapter_config.json").is_file() else PROJECTOR)
         if not file.is_file():
-            raise UserError(f"{self.folder} lacks {file.name}; download it again")
+            raise UserError(f"{self.folder} lacks {file.name}; download it again", see="missing-weights")
         return file_tensors(file)
 
     def adapter(self) -> Adapter | None:

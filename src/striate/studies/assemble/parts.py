@@ -92,7 +92,7 @@ def language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             model = dequantize_model(model).float()
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **named)
     except ImportError as error:
-        raise UserError(f"reading {llm} needs a package: {first_line(error)}") from error
+        raise UserError(f"reading {llm} needs a package: {first_line(error)}", see="package-not-installed") from error
     except UserError:
         raise
     except (OSError, ValueError) as error:

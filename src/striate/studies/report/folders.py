@@ -33,7 +33,10 @@ def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
     for folder in map(Path, folders):
         inside = list(_inside(folder))
         if not inside:
-            raise UserError(f"{folder} is not a run folder and has none in it: a folder with {INFO} was expected")
+            raise UserError(
+                f"{folder} is not a run folder and has none in it: a folder with {INFO} was expected",
+                see="not-a-run-folder",
+            )
         for one in inside:
             runs.setdefault(one.path.resolve(), one)
     return list(runs.values())

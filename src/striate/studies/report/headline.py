@@ -32,7 +32,8 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
     whole = f"the reference {reference.name}{' (all layers)' * (str(reference.first.region) == 'all')}"
     whole += ", with which it is tied" * within_noise(best, reference)
     time, whole_time = (arm.mean(of_training("seconds")) for arm in (best, reference))
-    spent = f", in {time.value / whole_time.value:.2f} of the time" if time and whole_time and whole_time.value else ""
+    ratio = f"{time.value / whole_time.value:.2f}" if time and whole_time and whole_time.value else ""
+    spent = ratio and (", in the same time" if ratio == "1.00" else f", in {ratio} of the time")
     trained = f"{_label(best)}, {len(region)} of {region.depth} layers,{ties}"
     sentence = f"{trained} keeps {100 * _share(best):.1f} % of the visual accuracy of {whole}{spent}"
     return sentence, [*_certainty(best), *_beside(best, reference, len(alike))]

@@ -142,7 +142,7 @@ def cells(folder: str | Path) -> tuple[Cell, ...]:
             for cell in found
         )  # fmt: skip
     except FileNotFoundError:
-        raise UserError(f"{out} is not a sweep: a folder with {FILE} was expected") from None
+        raise UserError(f"{out} is not a sweep: a folder with {FILE} was expected", see="not-a-run-folder") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{out / FILE} cannot be read: {error!r}") from None
 

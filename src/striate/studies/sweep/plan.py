@@ -122,7 +122,9 @@ class SweepPlan:
             if not folder.exists():
                 continue
             if name not in noted:
-                raise UserError(f"{folder} was not made by this sweep: choose another `out` or remove it")
+                raise UserError(
+                    f"{folder} was not made by this sweep: choose another `out` or remove it", see="folder-in-use"
+                )
             if found := difference(noted[name], now):
                 yield folder, found
 
@@ -136,7 +138,10 @@ class SweepPlan:
         if found and not redo:
             (folder, why), more = found[0], len(found) - 1
             others = f" (and {more} more folder{'s' * (more > 1)})" if more else ""
-            raise UserError(f"{folder} holds another run: {why}{others}; --redo replaces it, another `out` keeps it")
+            raise UserError(
+                f"{folder} holds another run: {why}{others}; --redo replaces it, another `out` keeps it",
+                see="folder-in-use",
+            )
 
 
 def read_plan(file: Path, *, workers: int = 1) -> SweepPlan:

@@ -85,7 +85,7 @@ def at(place: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        raise UserError(f"{place}: {error}", see=error.see) from None
 
 
 def _yaml(file: Path) -> dict[Any, Any]:

@@ -32,7 +32,7 @@ def work(plan: SweepPlan, recipe: Recipe, *, redo: bool = False, progress: bool 
     with FileLock(cell.lock):
         for folder, why in list(plan.foreign(recipe)):
             if not redo:
-                raise UserError(f"{folder} holds another run: {why}; --redo replaces it")
+                raise UserError(f"{folder} holds another run: {why}; --redo replaces it", see="folder-in-use")
             shutil.rmtree(folder)
         cell.update(status=RUNNING, error="", made_from=plan.made_from(recipe))
         with _record_status(cell):
