@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in three lines: the library, the runs, the studies.
 LIBRARY = [
-    "errors", "console", "distributed", "region", "weights", "vlm", "data", "trace", "route", "plot", "scores",
+    "errors", "console", "distributed", "region", "weights", "vlm", "data", "routing", "trace", "plot", "scores",
     "roundtrip", "train", "prune", "evaluation",
 ]  # fmt: skip
 ORDER = [*LIBRARY, "runs", "studies", "__main__"]
@@ -32,7 +32,7 @@ def test_public_names() -> None:
     assert striate.__all__ == [
         "Collator", "Pruned", "Record", "Records", "Region", "Results", "Scores", "Selection", "TrainOptions",
         "Trained", "UserError", "Vlm", "align", "bypass", "drop_layers", "evaluate", "load", "lora_config", "read",
-        "report", "revert", "score", "select", "tune",
+        "report", "revert", "route", "score", "select", "tune",
     ]  # fmt: skip
     for _ in range(2):  # a module of the same name must not take a function's place once it is imported
         for name in striate.__all__:

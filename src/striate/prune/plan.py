@@ -15,6 +15,7 @@ from striate.prune.numbering import Numbering
 from striate.prune.protected import protected_layers
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
+from striate.routing import read_route
 from striate.scores.table import Score
 from striate.vlm import Vlm
 
@@ -153,6 +154,8 @@ def plan_pruning(
         UserError: the request cannot be fulfilled, or the data cannot be used.
     """
     keep, protected = request.keep(source, vlm.depth), protected_layers(vlm)
+    if request.region is None and (route := read_route(vlm.model.config)):
+        keep |= route
     if request.layers is not None:
         order, by = request.named_layers(keep, protected), ""
     else:

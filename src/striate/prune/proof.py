@@ -18,7 +18,8 @@ from striate.errors import UserError, first_line
 from striate.prune.bypass import bypass, cut
 from striate.prune.numbering import Numbering
 from striate.roundtrip import Inputs, logits
-from striate.vlm import Vlm, load
+from striate.routing import load
+from striate.vlm import Vlm
 from striate.vlm.modes import eval_mode
 
 Outputs = dict[str, Tensor]

@@ -13,9 +13,9 @@ from striate.data import Record, RecordError, Skipped, read
 from striate.distributed import init_distributed
 from striate.errors import UserError, at_least
 from striate.evaluation import Prediction, Results, harness, resolve, sample_tasks
+from striate.routing import load
 from striate.runs.evaluating_progress import complete, identity
 from striate.runs.run import Run, check_place, place
-from striate.vlm import load
 
 
 def evaluate(

@@ -13,13 +13,13 @@ from striate import plot
 from striate.data import read
 from striate.distributed import Rank, init_distributed
 from striate.errors import UserError, at_least
+from striate.routing import load
 from striate.runs.run import Run, check_place, place
 from striate.scores import assemble_scores, choose, measure, parse_groups, revert_samples, weights
 from striate.scores.figures import attention_overlay, figures
 from striate.scores.revert import Perplexity, Reversion
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Score
-from striate.vlm import load
 from striate.vlm.devices import check_device
 
 
