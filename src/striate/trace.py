@@ -92,7 +92,7 @@ def watch_attention(
         routed = running_tokens(vlm.model)
         if shape[0] == shape[1]:
             on_attention(layer_of[module], tokens.attention(rows_of))
-        elif routed and shape == (routed.count, routed.length):  # image tokens are no queries in this layer
+        elif routed and shape == (routed.count, routed.length):  # image tokens do not attend in this layer
             on_attention(layer_of[module], tokens.attention(lambda rows: rows_of(routed.place(rows))))
         # else cross-attention
 
