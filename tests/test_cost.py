@@ -331,7 +331,8 @@ def test_bad_input_is_one_line(change: dict[str, Any], message: str, tmp_path: P
 
 def test_the_multiply_adds_of_a_route_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     SMALL["llama"].save_pretrained(tmp_path)
-    words = ["--region", "3,5", "--route", "same", "--image-tokens", "36", "--text-tokens", "20", "--answer-tokens", "8", "--gpu", "h100"]
+    words = ["--region", "3,5", "--route", "same", "--image-tokens", "36", "--text-tokens", "20"]
+    words += ["--answer-tokens", "8", "--gpu", "h100"]
     assert main(["cost", str(tmp_path), *words]) == 0
     keys, every = 2 * 128 * 64, 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352  # matrices of a layer: k and v; all
     whole, unrouted = 64 * every + 2 * 64 * 64 * 128, 28 * every + 36 * keys + 2 * 28 * 64 * 128
