@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from asking import loud
 from pico import pico_llava
 from test_route import reverted
 from training import OPTIONS, changed, weights, write_data
@@ -52,10 +53,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def routed(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with a route; loud, so that a wrong route shows."""
-    run = tmp_path_factory.mktemp("routed") / "run"
-    options = replace(OPTIONS, steps=6, learning_rate=0.05, projector_learning_rate=0.1)
-    return training.tune(model, data=data, out=run, region="2,3", route="same", method="full", options=options)
+    """A run with a route, of a model with large weights, so that a wrong route shows."""
+    folder, vlm = tmp_path_factory.mktemp("routed"), loud(load(model, device="cpu"))
+    vlm.model.save_pretrained(folder / "loud")
+    vlm.processor.save_pretrained(folder / "loud")
+    options = replace(OPTIONS, steps=1)
+    return training.tune(
+        folder / "loud", data=data, out=folder / "run", region="2,3", route="same", method="full", options=options
+    )
 
 
 @contextmanager
@@ -174,9 +179,12 @@ def test_scores_are_those_of_the_slow_way(routed: Run, data: Path) -> None:
     with slow_way(vlm, "0,2,3"):
         slow = striate.score(vlm, read(data), batch=3)
     found = striate.score(striate.load(routed.path, device="cpu"), read(data), batch=3)
+    plain = striate.score(load(routed.path, device="cpu"), read(data), metrics="image_attention", batch=3)
     assert found.scores.keys() == slow.scores.keys() >= {"image_attention", "layer_contribution", "gradient"}
     for name, score in slow.scores.items():
         assert found.scores[name].values == pytest.approx(score.values, rel=1e-4, abs=1e-6, nan_ok=True), name
+        if name in plain.scores:
+            assert score.values[1:] != pytest.approx(plain.scores[name].values[1:], rel=1e-3)
     assert found.scores["layer_contribution"].values[1] == pytest.approx(0, abs=1e-9)
 
 
