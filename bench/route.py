@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python bench/route.py --out bench/results/route.json               # SmolLM2-135M's shape
     python bench/route.py --shape 7b --device cuda --out bench/results/route-gpu.json    # a 7B shape, on a GPU
+    python bench/route.py --quick                                                        # does it run?
 
-Random weights; every record has 576 image tokens and 128 of text, half of which are an answer. Plain and routed take
-turns in one process; a figure is the median of its turns. Beside each ratio stands that of the arithmetic (FLOPs of
-all matrix products), which a machine that did nothing else would reach.
+Random weights; every record has 576 image tokens and 128 of text, half of which are an answer (about as many where the
+Trainer takes part: bench/train.py). Plain and routed take turns in one process, the recipe of LoRA on all layers and
+striate's in processes of their own; a figure is the median of its turns. Beside each ratio stands that of the
+arithmetic (FLOPs of all matmuls), which a machine that did nothing else would reach.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,8 +30,10 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from striate.data import IGNORED, Batch
+from striate.prune.bypassing import cut
+from striate.prune.numbering import Numbering
 from striate.region import Region
-from striate.route import multiply_adds, route
+from striate.routing import multiply_adds, route
 from striate.studies.cost.tally import FORMULAS
 from striate.train import trainable_parameters
 from striate.train.loss import FastPaths, answer_losses
@@ -38,7 +42,6 @@ from striate.vlm import Vlm, select
 
 IMAGE, TEXT, ANSWER = 576, 128, 64
 BEFORE = 32  # text tokens in front of the image
-TOWER = {"135m": {"image_size": 192, "patch_size": 8}, "7b": {"image_size": 336, "patch_size": 14}}  # 24 x 24 patches
 REGION = "uniform:25%"
 CPU = {operation: partial(formula) for operation, formula in FORMULAS.items() if operation not in flop_registry}
 for formula in CPU.values():
@@ -47,8 +50,7 @@ for formula in CPU.values():
 
 def model(shape: str, device: torch.device, dtype: torch.dtype, depth: int | None) -> Vlm:
     """A LLaVA of that shape with random weights, whose tower gives 576 features."""
-    chosen = shapes.SHAPES[shape]
-    return shapes.build(replace(chosen, tower={**chosen.tower, **TOWER[shape]}), device, dtype, depth=depth)
+    return shapes.build(shapes.SHAPES[shape], device, dtype, depth=depth)
 
 
 def batch_for(vlm: Vlm, records: int) -> Batch:
@@ -121,25 +123,33 @@ def kept(vlm: Vlm, work: Callable[[], None]) -> int:
     return sum(sizes.values())
 
 
-def compare(
-    work: Callable[[], None], first: Callable[[], None], routed: Callable[[], Any], device: torch.device, turns: int
-) -> dict[str, Any]:
-    """Plain and routed, turn by turn, behind one of each that does not count; `first` is what a route learns from."""
-    found: dict[str, list[float]] = {"plain": [], "routed": []}
+@dataclass(frozen=True)
+class Variant:
+    """One of two ways to the same: `work` is timed within `context`, behind `first`, from which a route learns."""
+
+    work: Callable[[], None]
+    first: Callable[[], None]
+    context: Callable[[], Any] = nullcontext
+
+
+def compare(plain: Variant, routed: Variant, device: torch.device, turns: int) -> dict[str, Any]:
+    """Both, turn by turn, behind one of each that does not count."""
+    variants = {"plain": plain, "routed": routed}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(turns + 1):
-        for name, context in (("plain", nullcontext), ("routed", routed)):
-            with context():
-                first()
-                took = seconds(work, device)
+        for name, one in variants.items():
+            with one.context():
+                one.first()
+                took = seconds(one.work, device)
             if turn:
                 found[name].append(took)
     arithmetic = {}
-    for name, context in (("plain", nullcontext), ("routed", routed)):
-        with context():
-            arithmetic[name] = flops(work)
+    for name, one in variants.items():
+        with one.context():
+            arithmetic[name] = flops(one.work)
     return {
         "seconds": {name: median(times) for name, times in found.items()},
-        "speedup": median(plain / short for plain, short in zip(*found.values(), strict=True)),
+        "speedup": median(before / after for before, after in zip(*found.values(), strict=True)),
         "flops": arithmetic,
         "arithmetic": arithmetic["plain"] / arithmetic["routed"],
         "all_seconds": found,
@@ -147,49 +157,110 @@ def compare(
 
 
 def measure(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
-    """Prefill and training step in one precision."""
+    """Prefill, first token and training step in one precision, in this process."""
     device = torch.device(options.device)
     vlm = model(options.shape, device, dtype, options.depth)
     region = Region.parse(REGION, vlm.depth)
+    batch, one = batch_for(vlm, options.batch), batch_for(vlm, 1)
+    first = partial(prefill, vlm, one)
+    plain = Variant(partial(prefill, vlm, batch), first)
     routed = partial(route, vlm, region)
-    batch = batch_for(vlm, options.batch)
-    first = partial(prefill, vlm, batch_for(vlm, 1))
-    found = {"prefill": compare(partial(prefill, vlm, batch), first, routed, device, options.turns)}
+    found = {"prefill": compare(plain, replace(plain, context=routed), device, options.turns)}
+    small, left = pruned(options, dtype, region)
+    routed_small = Variant(partial(prefill, small, batch), partial(prefill, small, one), partial(route, small, left))
+    found["first token"] = compare(plain, routed_small, device, options.turns)
+    del small, routed_small
     trainable_parameters(vlm, select(vlm, region))
     cast = partial(torch.autocast, device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    training = partial(step, vlm, batch, cast)
-    found["step"] = compare(training, partial(first, cast), routed, device, options.turns)
-    plain = kept(vlm, training)
+    training = Variant(partial(step, vlm, batch, cast), partial(first, cast))
+    found["step"] = compare(training, replace(training, context=routed), device, options.turns)
+    kept_plain = kept(vlm, training.work)
     with routed():
-        found["step"]["kept_gb"] = {"plain": plain / 1e9, "routed": kept(vlm, training) / 1e9}
+        found["step"]["kept_gb"] = {"plain": kept_plain / 1e9, "routed": kept(vlm, training.work) / 1e9}
     forward = [multiply_adds(vlm, one, image=IMAGE, text=TEXT) for one in (Region.parse("all", vlm.depth), region)]
     found["multiply_adds_a_record"] = dict(zip(("plain", "routed"), forward, strict=True))
     return found
+
+
+def pruned(options: argparse.Namespace, dtype: torch.dtype, region: Region) -> tuple[Vlm, Region]:
+    """The model without 4 of its 30 layers, or as large a share, and the route in what is left."""
+    small = model(options.shape, torch.device(options.device), dtype, options.depth)
+    numbers = Numbering(Region(region.complement.layers[-max(1, round(4 / 30 * small.depth)) :], small.depth))
+    cut(small, numbers)
+    return small, numbers.of(region)
+
+
+def against_lora(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """A step of the Trainer with LoRA r 128 on all layers, with and without recomputation, and striate's without and
+    with a route, each in processes of its own, turn by turn."""
+    about = shapes.About(
+        options.shape, options.device, dtype, options.steps, options.batch, "", depth=options.depth
+    )  # fmt: skip
+    found = shapes.take_turns(["all", "all-recomputed", "striate", "striate-routed"], about, options.turns)
+    shapes.compare(found)
+    return found
+
+
+def lora_flops(options: argparse.Namespace, dtype: torch.dtype) -> int:
+    """Of a step with LoRA on all layers."""
+    device = torch.device(options.device)
+    vlm = model(options.shape, device, dtype, options.depth)
+    network, batch = shapes.add_adapters(vlm, "all"), batch_for(vlm, options.batch)
+
+    def work() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            network(**batch.inputs, labels=batch.labels).loss.backward()
+
+    return flops(work)
+
+
+def rows(found: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The table: each figure, its target, and what the arithmetic alone would give."""
+    lora = found["against lora"]
+    best = min((lora[name] for name in ("all", "all-recomputed")), key=lambda one: one["seconds_per_step"])
+    ours, first = lora["striate-routed"], found["first token"]
+    values = {
+        "prefill, times as fast": (found["prefill"]["speedup"], 2.0, found["prefill"]["arithmetic"]),
+        "training step, times as fast": (found["step"]["speedup"], 1.8, found["step"]["arithmetic"]),
+        "step against LoRA on all layers, times as fast": (
+            best["seconds_per_step"] / ours["seconds_per_step"], 7.0,
+            found["lora flops"] / found["step"]["flops"]["routed"],
+        ),
+        "peak memory of training against the same": (ours["peak_gb"] / best["peak_gb"], 0.3, None),
+        "time to first token, pruned and routed": (1 / first["speedup"], 0.45, 1 / first["arithmetic"]),
+    }  # fmt: skip
+    return {name: dict(zip(("measured", "target", "arithmetic"), row, strict=True)) for name, row in values.items()}
 
 
 def main() -> None:
     """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--shape", choices=shapes.SHAPES, default="135m")
+    parser.add_argument("--shape", choices=["135m-576", "7b"], default="135m-576")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="against LoRA, per turn; the first does not count")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--depth", type=int, help="decoder layers; default: the shape's")
+    parser.add_argument("--quick", action="store_true", help="four layers, one record, one turn: does it run?")
     options = parser.parse_args()
+    if options.quick:
+        options.depth, options.batch, options.turns, options.steps = 4, 1, 1, 2
     report: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+                    "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "settings": {"region": REGION, "image": IMAGE, "text": TEXT, "answer": ANSWER, "batch": options.batch,
-                     "turns": options.turns, "shape": options.shape},
+                     "turns": options.turns, "shape": options.shape, "depth": options.depth},
     }  # fmt: skip
     for dtype in options.dtypes:
         report[dtype] = found = measure(options, getattr(torch, dtype))
-        for name in ("prefill", "step"):
-            one = found[name]
-            print(f"{dtype} {name:8} {one['seconds']}: {one['speedup']:.2f} x, arithmetic {one['arithmetic']:.2f} x, "
-                  f"kept {one.get('kept_gb', '')}", flush=True)  # fmt: skip
+        found["lora flops"] = lora_flops(options, getattr(torch, dtype))
+        found["against lora"] = against_lora(options, dtype)
+        found["rows"] = rows(found)
+        for name, row in found["rows"].items():
+            print(f"{dtype} {name:48}", *(f"{key} {value:.2f}" for key, value in row.items() if value), flush=True)
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 

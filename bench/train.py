@@ -51,6 +51,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import striate
 from striate.data import IGNORED, Batch, Examples, Records, collate, read
+from striate.routing import resolve
 from striate.studies.cost import Counts, Setup, this_machine
 from striate.studies.cost.fake_model import fake_model_of
 from striate.train import TUNE, trainable_parameters
@@ -88,6 +89,13 @@ SHAPES = {
         tower={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
                "image_size": 64, "patch_size": 8},
         question=32, answer=16, batch=16,
+    ),
+    "135m-576": Shape(  # the same with LLaVA's number of image tokens
+        text={"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+              "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
+        tower={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "image_size": 192, "patch_size": 8},
+        question=64, answer=64, batch=4,
     ),
     "7b": Shape(
         text={"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -242,6 +250,7 @@ def by_striate(
     region: str = "uniform:25%",
     projector: bool = True,
     lora: bool = False,
+    route: str | None = None,
     **changes: Any,
 ) -> Measured:
     """striate's own training loop, as `tune` calls it."""
@@ -258,7 +267,10 @@ def by_striate(
         network, named = vlm.model, trainable_parameters(vlm, select(vlm, chosen, projector=projector))
     groups = {part: Group(parameters, 2e-5) for part, parameters in named.items()}
     trained: list[Trained] = []
-    found = measure(lambda: trained.append(fit(vlm, network, chosen, records, groups, options)), None, vlm, about)
+    routed = resolve(route, chosen)
+    found = measure(
+        lambda: trained.append(fit(vlm, network, chosen, records, groups, options, route=routed)), None, vlm, about
+    )  # fmt: skip
     ends = [entry["seconds"] for entry in trained[0].log.history]
     summary = {name: trained[0].to_json()[name] for name in ("data_wait", "packing", "recomputed_layers")}
     return replace(found, seconds=[b - a for a, b in itertools.pairwise(ends)], training=summary)
@@ -274,6 +286,7 @@ class About:
     steps: int
     batch: int
     folder: str
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -304,6 +317,7 @@ CONTESTANTS: dict[str, Callable[[Vlm, Records, About], Measured]] = {
     "all-trl": by_trl,
     "region": partial(by_trainer, region="uniform:25%"),
     "striate": by_striate,
+    "striate-routed": partial(by_striate, route="same"),
     "striate-lora": partial(by_striate, lora=True),
     "striate-padded": partial(by_striate, packing="off"),
     "striate-recomputed": partial(by_striate, checkpointing="all"),
@@ -313,13 +327,13 @@ CONTESTANTS: dict[str, Callable[[Vlm, Records, About], Measured]] = {
 }
 
 
-def one(name: str, about: About, depth: int | None) -> None:
+def one(name: str, about: About) -> None:
     """Measure one contestant in this process, and print what was found as the last line."""
     shape, device = SHAPES[about.shape], torch.device(about.device)
     number = about.batch * (about.steps + 1)
     data = write_records(Path(about.folder), shape, number)
     transformers.utils.logging.set_verbosity_error()
-    vlm = build(shape, device, getattr(torch, about.dtype), depth=depth)
+    vlm = build(shape, device, getattr(torch, about.dtype), depth=about.depth)
     found = CONTESTANTS[name](vlm, read(data), about)
     print(json.dumps(vars(found)))
 
@@ -327,7 +341,7 @@ def one(name: str, about: About, depth: int | None) -> None:
 def step_of(about: About, folder: str) -> tuple[Vlm, Batch]:
     """The model and one step's records as one batch."""
     shape, device = SHAPES[about.shape], torch.device(about.device)
-    vlm = build(shape, device, getattr(torch, about.dtype))
+    vlm = build(shape, device, getattr(torch, about.dtype), depth=about.depth)
     examples = Examples(read(write_records(Path(folder), shape, about.batch)).records, vlm.processor)
     batch = collate([examples[index] for index in range(len(examples))], pad_id=vlm.pad_token_id)
     return vlm, batch.to(device)
@@ -383,7 +397,8 @@ def take_turns(names: list[str], about: About, turns: int) -> dict[str, dict[str
             if name == "all-trl" and turn:
                 continue
             line = [sys.executable, __file__, "--one", name, "--shape", about.shape, "--device", about.device,
-                    "--dtype", about.dtype, "--steps", str(about.steps), "--batch", str(about.batch)]  # fmt: skip
+                    "--dtype", about.dtype, "--steps", str(about.steps), "--batch", str(about.batch),
+                    *(["--depth", str(about.depth)] if about.depth else [])]  # fmt: skip
             done = subprocess.run(line, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
@@ -432,10 +447,11 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     dtype = options.dtype or ("bfloat16" if has_native_bfloat16(device) else "float32")
-    about = About(options.shape, options.device, dtype, options.steps, options.batch or SHAPES[options.shape].batch, "")
+    batch = options.batch or SHAPES[options.shape].batch
+    about = About(options.shape, options.device, dtype, options.steps, batch, "", options.depth)
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            one(options.one, replace(about, folder=folder), options.depth)
+            one(options.one, replace(about, folder=folder))
         return
     report: dict[str, Any] = {
         "machine": {

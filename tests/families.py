@@ -75,6 +75,17 @@ UNREAD: dict[str, str] = {
 CUT = {*templates.FAMILIES, *(settings.get("family", name) for name, settings in pico.MORE.items()), "llama4"}
 
 
+# Types that tests/test_route.py sends images through two of four layers of.
+ROUTED = {*templates.FAMILIES, *OWN, *(settings.get("family", name) for name, settings in pico.MORE.items())}
+NOT_ROUTED = {
+    "lfm2_vl": "",
+    "lfm3_vl": "yes, with its convolutions in the route",
+    "mllama": "no: its cross-attention has no keys and values of each token",
+    "qwen3_5": "yes, with its linear attention in the route",
+    "qwen3_5_moe": "yes, with its linear attention in the route",
+}
+
+
 def config_of(kind: str) -> Any:
     """The default config of a type, completed."""
     return AutoConfig.for_model(kind, **COMPLETED.get(kind, {}))
@@ -119,10 +130,11 @@ def row(kind: str) -> list[str]:
     """The cells of a type."""
     found = parts(kind)
     if found != "yes":
-        return [f"`{kind}`", found, *[""] * (len(STEPS) + 2)]
+        return [f"`{kind}`", found, *[""] * (len(STEPS) + 3)]
     tried = kind in {*OWN, *READ} - {*ALIKE}
     steps = ["yes" if tried else "" for _ in STEPS]
-    return [f"`{kind}`", found, processor(kind), *steps, prune(kind)]
+    routed = NOT_ROUTED.get(kind, "yes" if kind in ROUTED else "")
+    return [f"`{kind}`", found, processor(kind), *steps, prune(kind), routed]
 
 
 def page() -> str:
@@ -132,7 +144,7 @@ def page() -> str:
     found = sum(cells[1] == "yes" for cells in rows)
     read = sum(cells[2] == "yes" for cells in rows)
     whole = sum(cells[3:7] == ["yes"] * 4 for cells in rows)
-    header = ["type", "parts", "processor", *STEPS, "prune"]
+    header = ["type", "parts", "processor", *STEPS, "prune", "route"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return INTRODUCTION.format(
         types=len(rows), version=transformers.__version__, found=found, read=read, whole=whole, completed=len(COMPLETED)
@@ -156,6 +168,7 @@ The {types} types behind `AutoModelForImageTextToText` of transformers {version}
 - **The columns behind it** are tried on tiny models of the real classes: two steps of `tune` on the CPU, full and with
   LoRA, a score of the result, and the saved checkpoint loaded again with equal logits. All four: {whole} types.
 - **Prune**: layers are cut with every proof. `protected`: layers of the default config that cannot be cut.
+- **Route**: images pass through some of the layers, and losses equal those of the slow way ([Route](route.md)).
 
 An empty cell was not tried. `tune` tries every fast path on the model before it uses it, and `prune` verifies every
 cut, so that a type which fails is refused before anything is saved.

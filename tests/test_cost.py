@@ -328,6 +328,17 @@ def test_bad_input_is_one_line(change: dict[str, Any], message: str, tmp_path: P
     assert "\n" not in str(refused.value)
 
 
+def test_the_multiply_adds_of_a_route_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SMALL["llama"].save_pretrained(tmp_path)
+    words = ["--region", "3,5", "--route", "same", "--image-tokens", "36", "--text-tokens", "20"]
+    words += ["--answer-tokens", "8", "--gpu", "h100"]
+    assert main(["cost", str(tmp_path), *words]) == 0
+    keys, every = 2 * 128 * 64, 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352  # matrices of a layer: k and v; all
+    whole, unrouted = 64 * every + 2 * 64 * 64 * 128, 28 * every + 36 * keys + 2 * 28 * 64 * 128
+    row = next(line for line in capsys.readouterr().out.splitlines() if "multiply-adds, routed 0,3,5" in line)
+    assert row.split()[-3:-1] == [f"{3 * whole + 5 * unrouted:,}", f"{8 * whole:,}"]
+
+
 def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
     AutoConfig.for_model("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds a llama model, which is not an image-text-to-text model"):

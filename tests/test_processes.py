@@ -86,6 +86,11 @@ def test_two_processes_train_as_one(
     assert (info["status"], info["training"]["samples"]) == ("finished", 20)
 
 
+@pytest.mark.parametrize("ways", [{}, {"shard": True}])
+def test_two_processes_train_as_one_with_a_route(model: Path, data: Path, tmp_path: Path, ways: dict[str, Any]) -> None:
+    test_two_processes_train_as_one(model, data, tmp_path, {"method": "full", "route": "0,2"}, ways)
+
+
 def train_and_count(sent: Path, *arguments: Any) -> None:
     """Train, and note the bytes of gradients that each step brings to the other processes."""
     init = DistributedDataParallel.__init__

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText
 import striate
 from striate.data import Batch
 from striate.region import Region
-from striate.route import ENTRY, multiply_adds, read_route, resolve, route, verify, write_route
+from striate.routing import ENTRY, multiply_adds, read_route, resolve, route, verify, write_route
 from striate.studies.cost.tally import FORMULAS
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record
@@ -388,21 +388,21 @@ def test_forms_of_a_route() -> None:
     assert resolve("none", trained) is None
     assert str(resolve("same", trained)) == "0,1,3"
     assert str(resolve("2,5", trained)) == "2,5"
-    values = [0.0, 0.5, 0.1, 0.9, 0.2, 0.8, 0.3, 0.4]
-    assert str(resolve("auto:50%", trained, contribution=lambda: values)) == "0,1,3,5"
-    assert str(resolve("auto:1", trained, contribution=lambda: values)) == "0"
+    assert resolve("all", trained) is None
+    assert resolve(trained, trained) == trained
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0-9", "layer 9 does not exist; this model's depth is 8"),
-        ("auto:25%", "the route 'auto:25%' needs records with images to score the layers: name the layers instead"),
-        ("auto:", "unknown region form"),
+        ("0-9", "--route 0-9: layer 9 does not exist; this model's depth is 8"),
+        ("auto", "unknown region form 'auto'.*; or none, or same"),
         ("first:0", "asks for 0"),
+        (Region((0, 2), 6), "the route 0,2 is for 6 decoder layers, this model has 8"),
+        (Region((), 8), "the route has no layer"),
     ],
 )
-def test_a_bad_form_of_a_route(text: str, message: str) -> None:
+def test_a_bad_form_of_a_route(text: Region | str, message: str) -> None:
     with pytest.raises(striate.UserError, match=message):
         resolve(text, Region.parse("1,3", 8))
 

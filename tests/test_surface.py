@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in three lines: the library, the runs, the studies.
 LIBRARY = [
-    "errors", "console", "distributed", "region", "weights", "vlm", "data", "trace", "route", "plot", "scores",
+    "errors", "console", "distributed", "region", "weights", "vlm", "data", "routing", "trace", "plot", "scores",
     "roundtrip", "train", "prune", "evaluation",
 ]  # fmt: skip
 ORDER = [*LIBRARY, "runs", "studies", "__main__"]
@@ -26,7 +26,7 @@ ORDER = [*LIBRARY, "runs", "studies", "__main__"]
 OPTIONS = {
     "inspect": "model data images region record",
     "cost": (
-        "model region method projector rank batch micro_batch checkpointing image_tokens text_tokens "
+        "model region route method projector rank batch micro_batch checkpointing image_tokens text_tokens "
         "answer_tokens gpu devices shard link fit plot"
     ),
     "assemble": (
@@ -34,12 +34,12 @@ OPTIONS = {
         "patch_size dtype seed"
     ),
     "align": (
-        "model data out images allow_urls tower resume epochs steps batch micro_batch learning_rate "
+        "model data out images allow_urls tower route resume epochs steps batch micro_batch learning_rate "
         "max_length on_bad_record checkpointing frozen_layers shard workers seed device dtype attn "
         "report_to"
     ),
     "tune": (
-        "model data out images allow_urls region samples method projector rank alpha dropout resume "
+        "model data out images allow_urls region route samples method projector rank alpha dropout resume "
         "epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
         "weight_decay max_grad_norm max_length truncate_text on_bad_record packing checkpointing "
         "frozen_layers skip_nonfinite shard save_steps workers seed deterministic device dtype attn "
@@ -83,7 +83,7 @@ def test_public_names() -> None:
     assert striate.__all__ == [
         "Collator", "Pruned", "Record", "Records", "Region", "Results", "Scores", "Selection", "TrainOptions",
         "Trained", "UserError", "Vlm", "align", "bypass", "drop_layers", "evaluate", "load", "lora_config", "read",
-        "report", "revert", "score", "select", "tune",
+        "report", "revert", "route", "score", "select", "tune",
     ]  # fmt: skip
     for _ in range(2):  # a module of the same name must not take a function's place once it is imported
         for name in striate.__all__:

@@ -13,6 +13,7 @@ RESULTS = Path(__file__).parents[2] / "research" / "results" / "thirty_layers.js
 CELLS = "cells"  # the folder of the sweeps that share cells
 KEPT = (
     "region",
+    "route",
     "seed",
     "samples",
     "method",

@@ -58,6 +58,8 @@ SHEETS: dict[str, dict[str, Any]] = {
         },
         "prune": {"samples": 64, "region": "uniform:25%", "steps": 40},
     },
+    # Image tokens pass through a quarter of the layers; for the region it is `same`, as layer 0 is in it.
+    "route": {"grid": {"region": ["all", "uniform:25%"], "route": ["uniform:25%"]}},
     "lora": {
         "grid": {"region": ["all", "uniform:25%"]},
         "out": "lora",

@@ -31,7 +31,7 @@ def tuned(runs: Iterable[Run], folder: str = "cells", **wanted: Any) -> dict[str
     for run in runs:
         options = run["options"]
         here = run["verb"] == "tune" and run["run"].split("/")[0] == folder
-        if here and all(options.get(key) == wanted.get(key) for key in ("samples",)):
+        if here and all(options.get(key) == wanted.get(key) for key in ("samples", "route")):
             found[options["region"]][options["seed"]] = run
     return found
 

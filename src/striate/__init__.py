@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from striate.evaluation import Results, evaluate
     from striate.prune import Pruned, bypass, drop_layers
     from striate.region import Region
+    from striate.routing import load, route
     from striate.scores import Scores, revert, score
     from striate.studies.report import report
     from striate.train import Trained, TrainOptions, align, lora_config, tune
     from striate.train.collator import Collator
-    from striate.vlm import Selection, Vlm, load, select
+    from striate.vlm import Selection, Vlm, select
 
 __version__ = "0.2.0"
 
@@ -37,11 +38,12 @@ _HOMES = {
     "bypass": "striate.prune",
     "drop_layers": "striate.prune",
     "evaluate": "striate.evaluation",
-    "load": "striate.vlm",
+    "load": "striate.routing",
     "lora_config": "striate.train",
     "read": "striate.data",
     "report": "striate.studies.report",
     "revert": "striate.scores",
+    "route": "striate.routing",
     "score": "striate.scores",
     "select": "striate.vlm",
     "tune": "striate.train",
@@ -69,6 +71,7 @@ __all__ = [
     "read",
     "report",
     "revert",
+    "route",
     "score",
     "select",
     "tune",

@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from striate.data import Record, RecordError, collate, encode
 from striate.errors import UserError, first_line
+from striate.routing import open_route
 from striate.vlm import Vlm
 from striate.vlm.devices import align_memory
 from striate.vlm.modes import eval_mode
@@ -65,7 +66,7 @@ def verify(vlm: Vlm, folder: Path, *, attn: str | None = None, sharded: bool = F
         device = vlm.device
         vlm.model.to_empty(device="meta")
         free_memory()
-        reopened = Vlm.of(align_memory(torch.nn.Module.to(saved, device)), source=str(folder))
+        reopened = open_route(Vlm.of(align_memory(torch.nn.Module.to(saved, device)), source=str(folder)))
         for name, before in expected.items():
             _compare_logits(name, before, reopened, prompts[name])
     except (torch.OutOfMemoryError, MemoryError):

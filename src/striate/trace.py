@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from striate.data import Batch
 from striate.errors import UserError
+from striate.routing import running_tokens
 from striate.vlm import Vlm
 
 MAX_WEIGHTS = 1 << 24
@@ -86,14 +87,21 @@ def watch_attention(
     layer_of = {part: layer for layer, module in enumerate(vlm.layers) for part in module.modules() if part != module}
     tokens = _Tokens.of(queries, keys, num_heads=config.num_attention_heads)
 
-    def report(module: nn.Module, rows_of: Rows) -> None:
-        on_attention(layer_of[module], tokens.attention(rows_of))
+    def report(module: nn.Module, rows_of: Rows, shape: tuple[int, int]) -> None:
+        """`shape`: numbers of queries and of keys."""
+        routed = running_tokens(vlm.model)
+        if shape[0] == shape[1]:
+            on_attention(layer_of[module], tokens.attention(rows_of))
+        elif routed and shape == (routed.count, routed.length):  # image tokens do not attend in this layer
+            on_attention(layer_of[module], tokens.attention(lambda rows: rows_of(routed.place(rows))))
+        # else cross-attention
 
     with _hook_maps(layer_of, report) if name == "eager" else _recompute_rows(name, layer_of, report):
         yield
 
 
 Rows = Callable[[Tensor], Tensor]  # from row numbers [B, R] to attention weights [B, H, R, T]
+Report = Callable[[nn.Module, Rows, tuple[int, int]], None]
 
 
 @dataclass(frozen=True)
@@ -124,12 +132,11 @@ class _Tokens:
 
 
 @contextmanager
-def _hook_maps(modules: Iterable[nn.Module], report: Callable[[nn.Module, Rows], None]) -> Iterator[None]:
+def _hook_maps(modules: Iterable[nn.Module], report: Report) -> Iterator[None]:
     def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        # Routers of experts return tuples, too; maps of cross-attention are not square.
-        if isinstance(maps, Tensor) and maps.dim() == 4 and maps.shape[2] == maps.shape[3]:
-            report(module, partial(_select_rows, maps))
+        if isinstance(maps, Tensor) and maps.dim() == 4:  # routers of experts return tuples, too
+            report(module, partial(_select_rows, maps), (maps.shape[2], maps.shape[3]))
 
     with ExitStack() as hooks:
         for module in modules:
@@ -138,9 +145,7 @@ def _hook_maps(modules: Iterable[nn.Module], report: Callable[[nn.Module, Rows],
 
 
 @contextmanager
-def _recompute_rows(
-    name: str, modules: Container[nn.Module], report: Callable[[nn.Module, Rows], None]
-) -> Iterator[None]:
+def _recompute_rows(name: str, modules: Container[nn.Module], report: Report) -> Iterator[None]:
     own = ALL_ATTENTION_FUNCTIONS.get(name)
     if own is None or "flex" in name or name.startswith("paged"):
         raise UserError(
@@ -150,12 +155,13 @@ def _recompute_rows(
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> Any:
-        if module in modules and key.shape[2] == query.shape[2]:  # else cross-attention
+        if module in modules:
             causal = options.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
             report(
                 module,
                 partial(attention_rows, query, key, mask=attention_mask, causal=causal, **_weight_options(options)),
+                (query.shape[2], key.shape[2]),
             )
         return own(module, query, key, value, attention_mask, **options)
 

@@ -16,7 +16,7 @@ import torch
 
 from striate.data import Record
 from striate.errors import UserError
-from striate.prune.bypass import bypass, cut
+from striate.prune.bypassing import bypass, cut, route_after
 from striate.prune.choice import Amount, Criterion
 from striate.prune.numbering import Numbering
 from striate.prune.plan import Pruning
@@ -25,8 +25,9 @@ from striate.prune.protected import protected_layers
 from striate.prune.surgery import Surgery
 from striate.region import Region
 from striate.roundtrip import Inputs, free_memory, probes, save
+from striate.routing import load
 from striate.train import TUNE, TrainOptions
-from striate.vlm import Vlm, load
+from striate.vlm import Vlm
 from striate.vlm.config import check_config
 from striate.vlm.reading import quantization
 from striate.vlm.template import write_stop_tokens
@@ -78,6 +79,7 @@ def drop_layers(vlm: Vlm, layers: Iterable[int], *, verify: Iterable[Record] = (
     if bad := next((layer for layer in removed if layer in protected), None):
         raise UserError(f"layer {bad} cannot be removed: {protected[bad]}", see="layers-cannot-be-removed")
     numbers = Numbering(removed)
+    route_after(vlm.model.config, numbers)  # refuses to cut all of it
     verify_cut(vlm, numbers, probes(vlm, verify))
     return Pruned(vlm, numbers)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from striate.errors import UserError
-from striate.prune.bypass import bypass
+from striate.prune.bypassing import bypass
 from striate.prune.choice import Amount, Calibration, Criterion, choose
 from striate.prune.numbering import Numbering
 from striate.prune.protected import protected_layers
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
+from striate.routing import read_route
 from striate.scores.table import Score
 from striate.vlm import Vlm
 
@@ -155,6 +156,8 @@ def plan_pruning(
         UserError: the request cannot be fulfilled, or the data cannot be used.
     """
     keep, protected = request.keep(source, vlm.depth), protected_layers(vlm)
+    if request.region is None and (route := read_route(vlm.model.config)):
+        keep |= route
     if request.layers is not None:
         order, by = request.named_layers(keep, protected), ""
     else:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from striate.errors import UserError, first_line
-from striate.prune.bypass import bypass, cut
+from striate.prune.bypassing import bypass, cut
 from striate.prune.numbering import Numbering
 from striate.roundtrip import Inputs, logits
-from striate.vlm import Vlm, load
+from striate.routing import load
+from striate.vlm import Vlm
 from striate.vlm.modes import eval_mode
 
 Outputs = dict[str, Tensor]

@@ -18,9 +18,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from striate.errors import UserError
-from striate.prune.bypass import depth_name
+from striate.prune.bypassing import depth_name, route_after
 from striate.prune.numbering import Numbering
 from striate.region import FILE as REGION_FILE
+from striate.region import Region
+from striate.routing import ENTRY
 from striate.vlm import Vlm
 from striate.weights import copy, tensors
 
@@ -39,7 +41,8 @@ class Surgery:
 
     `stem` is the name of the layers' tensors on disk, up to the number ("language_model.model.layers."), `modules` the
     same in memory; `settings` are the changed settings of the decoder's config, `path` the keys that lead to it within
-    config.json, `aliases` other names of its settings, `depth_name` its name for the depth.
+    config.json, `aliases` other names of its settings, `depth_name` its name for the depth; `route` is
+    the new route, if there is one.
     """
 
     numbers: Numbering
@@ -49,13 +52,14 @@ class Surgery:
     path: tuple[str, ...]
     aliases: Mapping[str, str]
     depth_name: str
+    route: Region | None
 
     @classmethod
     def of(cls, vlm: Vlm, source: Path, numbers: Numbering) -> Surgery:
         """Derive the surgery from the whole model and the names of tensors on disk.
 
         Raises:
-            UserError: no tensors on disk match the decoder's layers.
+            UserError: no tensors on disk match the decoder's layers, or no layer of the route is left.
         """
         text = vlm.model.config.get_text_config(decoder=True)
         name = depth_name(text)
@@ -67,6 +71,7 @@ class Surgery:
             path=_config_path(vlm.model.config, text),
             aliases=dict(text.attribute_map),
             depth_name=name,
+            route=route_after(vlm.model.config, numbers),
         )
 
     def write(self, source: Path, folder: Path) -> None:
@@ -96,7 +101,9 @@ class Surgery:
 
         They are in the decoder's own config, at the top level (older Qwen2-VL), or in both.
         """
-        config = dict(config)
+        config = {key: value for key, value in config.items() if key != ENTRY}
+        if self.route is not None and len(self.route) < self.numbers.depth:
+            config[ENTRY] = self.route.to_json()
         if "quantization_config" in config:
             config["quantization_config"] = self._rename_modules(config["quantization_config"])
         nested = self._nested(config)

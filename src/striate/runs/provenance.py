@@ -15,7 +15,7 @@ WHOLE, BLOCKS, BLOCK = 64 * 2**20, 1024, 4096
 # Files that a model or a folder of records is read from; cards and figures beside them do not matter.
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".safetensors", ".jinja", ".model", ".txt")
 # The part of striate's own source that trained weights depend on.
-TRAINING = ("data/**/*.py", "region.py", "route/tokens.py", "train/**/*.py", "vlm/**/*.py", "weights.py")
+TRAINING = ("data/**/*.py", "region.py", "routing/**/*.py", "train/**/*.py", "vlm/**/*.py", "weights.py")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from striate.prune.surgery import CONFIG, MAP
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import free_memory
+from striate.routing import load, read_route
 from striate.runs.healing import CARD, HealLayers, heal_checkpoint
 from striate.runs.options import Only, flat
 from striate.runs.pruning_card import pruned_card
@@ -28,7 +29,6 @@ from striate.runs.run import Run
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Scores
 from striate.train import TUNE, TrainOptions
-from striate.vlm import load
 from striate.vlm.config import check_config
 from striate.vlm.reading import model_folder
 
@@ -65,7 +65,8 @@ def prune(
     Args:
         model: a model folder, a run folder or a hub id.
         out: the run folder to write; the pruned model is in its checkpoint.
-        region: the layers to keep, in any form of a region; default: the region.json in the model's folder.
+        region: the layers to keep, in any form of a region; default: the region.json in the model's folder, and its
+            route.
         remove: how many layers to remove: 4, 10% (of all), until:1% (as many as raise perplexity on the data by at most
             1 %).
         by: the criterion, the least important layers are removed first: any score, block (consecutive layers, by
@@ -132,10 +133,10 @@ def _cut(run: Run, source: Path, pruning: Pruning, sample: RecordSample | None, 
     records = sample.records if sample else ()
     for note in cut_checkpoint(source, partial, pruning.numbers, records=records, options=options):
         run.warn(note)
-    cut = pruning.to_json(parent)
-    _describe(partial, pruning.region, cut, name=run.info["name"], parent=parent)
+    cut, route = pruning.to_json(parent), read_route(check_config(str(partial)))
+    _describe(partial, pruning.region, route, cut, name=run.info["name"], parent=parent)
     os.replace(partial, run.checkpoint)
-    run.write_region(pruning.region)
+    run.write_region(pruning.region, route)
     run.update(prune=cut)
 
 
@@ -152,9 +153,11 @@ def _choose(
     return pruning
 
 
-def _describe(folder: Path, region: Region, cut: dict[str, Any], *, name: str, parent: str) -> None:
-    """Write region, layer map and model card beside the weights."""
-    region.save(folder / REGION_FILE)
+def _describe(
+    folder: Path, region: Region, route: Region | None, cut: dict[str, Any], *, name: str, parent: str
+) -> None:
+    """Write region, route, layer map and model card beside the weights."""
+    region.save(folder / REGION_FILE, route)
     (folder / MAP).write_text(json.dumps(cut, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     card = folder / CARD
     before = card.read_text(encoding="utf-8") if card.is_file() else ""

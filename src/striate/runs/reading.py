@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from striate.data import Records, read
+from striate.routing import load
 from striate.scores.sampling import Sampling
-from striate.vlm import Vlm, load
+from striate.vlm import Vlm
 
 
 @dataclass(frozen=True)

@@ -180,9 +180,9 @@ class Run:
         data = self._read(REGION)
         return None if data is None else Region.from_json(data)
 
-    def write_region(self, region: Region) -> None:
-        """Save the region; `Region.parse` accepts the run folder afterwards."""
-        self._write(REGION, region.to_json())
+    def write_region(self, region: Region, route: Region | None = None) -> None:
+        """Save the region, and the route if there is one; `Region.parse` accepts the run folder afterwards."""
+        self._write(REGION, region.to_json(route))
 
     @property
     def scores(self) -> dict[str, Any] | None:

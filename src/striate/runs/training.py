@@ -11,6 +11,7 @@ from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import verify
+from striate.routing import resolve
 from striate.runs.options import Only
 from striate.runs.run import Run
 from striate.runs.stage import Resume, Stage
@@ -46,6 +47,7 @@ def align(
     images: Path | None = None,
     allow_urls: bool = False,
     tower: bool = False,
+    route: str | None = None,
     resume: Resume = False,
     progress: bool = False,
     options: Annotated[TrainOptions, PROJECTOR_OPTIONS] = ALIGN,
@@ -59,6 +61,7 @@ def align(
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: download images given as URLs.
         tower: train the vision encoder too, for one with fresh weights.
+        route: the layers that image tokens pass through, in any form of a region; default: all layers.
         resume: resume the interrupted run in `out`; auto: resume if there is one, else start; changed: resume although
             data, model, code or options have changed.
         progress: show a progress bar.
@@ -67,7 +70,8 @@ def align(
     Raises:
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
-    arguments = {"model": model, "data": data, "images": images, "allow_urls": allow_urls, "tower": tower}
+    arguments = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
+    arguments |= {"tower": tower, "route": route}
     stage = Stage("align", out, arguments, options, init_distributed(options.device))
     previous = stage.previous(resume)
     if previous and previous.info["status"] == "finished":
@@ -75,9 +79,11 @@ def align(
     vlm = _open_model(model, options)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     check_images(records)
+    resolve(route, Region((), vlm.depth))
     with stage.recording(previous) as run:
         log = _begin(run, vlm, stage, progress=progress)
-        _end(run, align_model(vlm, records, tower=tower, options=options, log=log, state=run.state), stage)
+        trained = align_model(vlm, records, tower=tower, route=route, options=options, log=log, state=run.state)
+        _end(run, trained, stage)
     return run
 
 
@@ -89,6 +95,7 @@ def tune(
     images: Path | None = None,
     allow_urls: bool = False,
     region: str = "uniform:25%",
+    route: str | None = None,
     samples: int | str | None = None,
     method: Literal["auto", "full", "lora"] = "auto",
     projector: Literal["train", "freeze"] = "train",
@@ -108,6 +115,8 @@ def tune(
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: download images given as URLs.
         region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
+        route: the layers that image tokens pass through, in any form of a region; same: the region and layer 0;
+            default: all layers.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
             are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
@@ -124,8 +133,8 @@ def tune(
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
     arguments: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
-    arguments |= {"region": region, "samples": samples and str(samples), "method": method, "projector": projector}
-    arguments |= {"rank": rank, "alpha": alpha, "dropout": dropout}
+    arguments |= {"region": region, "route": route, "samples": samples and str(samples), "method": method}
+    arguments |= {"projector": projector, "rank": rank, "alpha": alpha, "dropout": dropout}
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     stage = Stage("tune", out, arguments, options, init_distributed(options.device))
     previous = stage.previous(resume)
@@ -133,15 +142,16 @@ def tune(
         return previous
     vlm = _open_model(model, options)
     chosen = Region.parse(region, vlm.depth)
+    chosen_route = resolve(route, chosen)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     if samples is not None:
         num_samples(samples, len(records))
     with stage.recording(previous) as run:
-        run.write_region(chosen)
+        run.write_region(chosen, chosen_route)
         log = _begin(run, vlm, stage, progress=progress)
         trained = tune_model(
-            vlm, records, region=chosen, samples=samples, method=method, projector=projector, rank=rank, alpha=alpha,
-            dropout=dropout, options=options, log=log, state=run.state,
+            vlm, records, region=chosen, route=chosen_route, samples=samples, method=method, projector=projector,
+            rank=rank, alpha=alpha, dropout=dropout, options=options, log=log, state=run.state,
         )  # fmt: skip
         _end(run, trained, stage)
     return run
@@ -173,8 +183,8 @@ def _end(run: Run, trained: Trained, stage: Stage) -> None:
         return
     trained.vlm.model.save_pretrained(run.checkpoint)
     trained.vlm.processor.save_pretrained(run.checkpoint)
-    trained.region.save(run.checkpoint / REGION_FILE)
-    (run.checkpoint / "README.md").write_text(model_card(run.info, trained.region), encoding="utf-8")
+    trained.region.save(run.checkpoint / REGION_FILE, trained.route)
+    (run.checkpoint / "README.md").write_text(model_card(run.info, trained.region, trained.route), encoding="utf-8")
     if note := verify(trained.vlm, run.checkpoint, attn=stage.options.attn, sharded=stage.options.shard):
         run.warn(note)
     shutil.rmtree(run.state, ignore_errors=True)

@@ -21,7 +21,7 @@ tags: [striate, visual-region]
 Region, {count} of {depth} decoder layers ({fraction:.0%}): `{region}`{origin}
 
 {diagram}
-
+{routed}
 | | |
 |---|---|
 | parameters trained | {trainable:,} of {total:,} |
@@ -45,8 +45,14 @@ The recipe, as it ran:
 """
 
 
-def model_card(info: dict[str, Any], region: Region) -> str:
-    """Markdown from the content of run.json and the region that was trained."""
+ROUTED = """
+Route: image tokens pass only through layers `{route}`, in training and when it is turned on:
+`striate.load("path/to/this/folder")`, or `striate.route(model)` on the model below, which is plain until then.
+"""
+
+
+def model_card(info: dict[str, Any], region: Region, route: Region | None = None) -> str:
+    """Markdown from the content of run.json, the region that was trained, and the route."""
     training = info["training"]
     parts = [f"{len(region)} decoder layers"] * bool(region.layers)
     parts += [name for name in ("projector", "tower") if training["groups"].get(name)]
@@ -61,6 +67,7 @@ def model_card(info: dict[str, Any], region: Region) -> str:
         region=region,
         origin=f" ({region.origin})" if region.origin and region.origin != str(region) else "",
         diagram="".join("■" if layer in region else "□" for layer in range(region.depth)),
+        routed=ROUTED.format(route=route) if route else "",
         trainable=training["trainable_parameters"],
         total=training["total_parameters"],
         steps=training["steps"],

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from transformers import set_seed
 
+from striate import routing
 from striate.data import Records
 from striate.distributed import Rank, init_distributed
 from striate.errors import UserError, check_choices
@@ -57,6 +58,7 @@ def align(
     records: Records,
     *,
     tower: bool = False,
+    route: Region | str | None = None,
     options: TrainOptions = ALIGN,
     log: Log | None = None,
     state: Path | None = None,
@@ -67,27 +69,31 @@ def align(
         vlm: the model, which is trained in place.
         records: the training records.
         tower: train the vision encoder too, for one with fresh weights.
+        route: the layers that image tokens pass through: a region in any form; default: all layers.
         options: how to train.
         log: receives every step; default: a new one, in the result.
         state: the folder for saved states, the last of which is resumed; default: no states are saved.
 
     Raises:
-        UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
+        UserError: bad input; the model cannot be routed; the step-1 audit failed; more than 1 % of the records are bad.
     """
     rank = init_distributed(options.device)
     check_launch(options, rank)
     check_images(records)
     log = _list_skipped(records, options, log or Log())
     region = Region((), vlm.depth, "none")
+    chosen_route = _resolve_route(vlm, route, region, log)
     saved_as = _prepare(vlm, region, options)
     named = trainable_parameters(vlm, select(vlm, region, tower=tower))
     _cast_frozen(vlm, options)
     rate = _or_default(options.learning_rate, 1e-3)
     rates = {"projector": _or_default(options.projector_learning_rate, rate), "tower": rate}
     groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(vlm, vlm.model, region, records, groups, options, rank=rank, log=log, state=state)
+    trained = fit(
+        vlm, vlm.model, region, records, groups, options, route=chosen_route, rank=rank, log=log, state=state
+    )  # fmt: skip
     if not (trained.stopped and state):
-        _finish(vlm, vlm.model, region, saved_as, options)
+        _finish(vlm, vlm.model, trained, saved_as, options)
     return trained
 
 
@@ -96,6 +102,7 @@ def tune(
     records: Records,
     *,
     region: Region | str = "uniform:25%",
+    route: Region | str | None = None,
     samples: int | str | None = None,
     method: Method = "auto",
     projector: Projector = "train",
@@ -112,6 +119,8 @@ def tune(
         vlm: the model, which is trained in place.
         records: the training records.
         region: the layers to train, in any form of a region.
+        route: the layers that image tokens pass through: a region in any form, or `same` (the trained layers and layer
+            0); default: all layers. See `striate.route`.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
             are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
@@ -124,7 +133,7 @@ def tune(
         state: the folder for saved states, the last of which is resumed; default: no states are saved.
 
     Raises:
-        UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
+        UserError: bad input; the model cannot be routed; the step-1 audit failed; more than 1 % of the records are bad.
     """
     process = init_distributed(options.device)
     check_launch(options, process)
@@ -133,6 +142,7 @@ def tune(
     subset = sample_records(records, samples, seed=options.seed)
     log = _list_skipped(records, options, log or Log())
     plan = select(vlm, chosen, projector=projector == "train")
+    chosen_route = _resolve_route(vlm, route, chosen, log)
     saved_as = _prepare(vlm, chosen, options)
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
     network: Any = vlm.model
@@ -147,9 +157,9 @@ def tune(
         "projector": _or_default(options.projector_learning_rate, 2e-5),
     }
     groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(vlm, network, chosen, subset, groups, options, rank=process, log=log, state=state)
+    trained = fit(vlm, network, chosen, subset, groups, options, route=chosen_route, rank=process, log=log, state=state)
     if not (trained.stopped and state):
-        _finish(vlm, network, chosen, saved_as, options)
+        _finish(vlm, network, trained, saved_as, options)
     return trained
 
 
@@ -165,6 +175,21 @@ def _list_skipped(records: Records, options: TrainOptions, log: Log) -> Log:
         log.warn(note)
     check_skipped(records.skipped, len(records) + len(records.skipped), options)
     return log
+
+
+def _resolve_route(vlm: Vlm, route: Region | str | None, region: Region, log: Log) -> Region | None:
+    """The route to train with, if any; that of the model's checkpoint is turned off.
+
+    Raises:
+        UserError: it is not a route of this model.
+    """
+    found, before = routing.resolve(route, region), routing.read_route(vlm.model.config)
+    routing.unroute(vlm.model)
+    if before and not found:
+        log.warn(f"the checkpoint was routed through {before} and is not any more: --route {before} keeps its route")
+    if found and 0 not in found:
+        log.warn(f"layer 0, which images need most, is not in the route {found}")
+    return found
 
 
 def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Dtypes:
@@ -192,13 +217,15 @@ def _cast_frozen(vlm: Vlm, options: TrainOptions) -> None:
         float16_to_bfloat16(vlm.model)
 
 
-def _finish(vlm: Vlm, network: Any, region: Region, saved_as: Dtypes, options: TrainOptions) -> None:
-    """Merge adapters, restore frozen weights bit for bit and all dtypes to those of the checkpoint."""
-    restore(vlm, region, saved_as, nf4=options.frozen_layers == "nf4")
+def _finish(vlm: Vlm, network: Any, trained: Trained, saved_as: Dtypes, options: TrainOptions) -> None:
+    """Merge adapters, restore frozen weights bit for bit and all dtypes to those of the checkpoint, set its route."""
+    restore(vlm, trained.region, saved_as, nf4=options.frozen_layers == "nf4")
     if network is not vlm.model:
         network.merge_and_unload()
     cast(vlm.model, saved_as)
     vlm.model.eval()
+    routing.write_route(vlm.model.config, trained.route)
+    routing.open_route(vlm)
 
 
 def _device(options: TrainOptions) -> torch.device:

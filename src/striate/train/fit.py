@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from striate import routing
 from striate.data import Batch, Example, Examples, Records, Skipped, collate
 from striate.distributed import Rank
 from striate.errors import UserError
@@ -37,14 +38,15 @@ from striate.vlm.devices import default_device, has_native_bfloat16
 class Trained:
     """A trained model, and how it was trained.
 
-    `vlm` is the model, trained in place; `log` has one entry per step. `seconds` and `seen` (records trained on, over
-    all epochs) count from the first start, also when the training was resumed; `left_out` of the `records` were
-    skipped. `groups` has the number of trained parameters of each part. `stopped`: by a signal, before the last step;
-    if the state was saved, adapters are not merged then.
+    `vlm` is the model, trained in place, and routed if there was a `route`; `log` has one entry per step. `seconds`
+    and `seen` (records trained on, over all epochs) count from the first start, also when the training was resumed;
+    `left_out` of the `records` were skipped. `groups` has the number of trained parameters of each part. `stopped`:
+    by a signal, before the last step; if the state was saved, adapters are not merged then.
     """
 
     vlm: Vlm
     region: Region
+    route: Region | None
     log: Log
     method: str
     dtype: str
@@ -65,7 +67,7 @@ class Trained:
     def save(self, folder: str | Path) -> None:
         """Write a plain checkpoint into a new folder and read it back. Raises `UserError` where it differs."""
         save(self.vlm, Path(folder))
-        self.region.save(Path(folder) / FILE)
+        self.region.save(Path(folder) / FILE, self.route)
 
     def to_json(self) -> dict[str, Any]:
         """The entry `training` of run.json."""
@@ -96,13 +98,15 @@ def fit(
     groups: dict[str, Group],
     options: TrainOptions,
     *,
+    route: Region | None = None,
     rank: Rank = Rank(),  # noqa: B008 (frozen)
     log: Log | None = None,
     state: Path | None = None,
 ) -> Trained:
     """Train `network` (the model, or its adapted form) in place.
 
-    `state` is the folder for saved states, the last of which is resumed; without it nothing is saved.
+    `route`: the layers that image tokens pass through meanwhile; default: all. `state` is the folder for saved
+    states, the last of which is resumed; without it nothing is saved.
 
     Raises:
         UserError: the step-1 audit failed, too many records are bad, memory ran out, the model does not support an
@@ -119,6 +123,10 @@ def fit(
     with ExitStack() as stack:
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         probe = _probe(examples, vlm, micro_batch(options, rank))
+        if route is not None:
+            with autocast():
+                routing.verify(vlm, route, probe.batch.to(vlm.device))
+            stack.enter_context(routing.route(vlm, route))
         fast_paths, notes = verify_fast_paths(
             vlm, probe.batch, packing=options.packing, sharded=options.shard, autocast=autocast
         )
@@ -144,6 +152,7 @@ def fit(
     return Trained(
         vlm,
         region,
+        route,
         log,
         method="full" if network is vlm.model else "lora",
         dtype="bfloat16" if bf16 else "float32",

@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from striate.data import TOKEN_KEYS, Batch
-from striate.route.tokens import Tokens
+from striate.routing.tokens import Tokens
 from striate.vlm import Vlm
 
 ATTENTION = "striate_record_by_record"

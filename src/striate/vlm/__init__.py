@@ -284,21 +284,12 @@ def load(
     attn: str | None = None,
     dequantize: bool = False,
 ) -> Vlm:
-    """Load any LVLM and find its parts.
-
-    Args:
-        path: a model folder, a run folder (its checkpoint is loaded) or a hub id.
-        dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`.
-        device: `cpu`, `cuda`, ...; default: a GPU when there is one.
-        attn: attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`); default: its choice.
-        dequantize: convert FP8 and bitsandbytes weights to the model's dtype, to train and save them unquantized.
+    """Load any LVLM and find its parts; `striate.routing.load` does, and turns on the route of its checkpoint.
 
     Raises:
         UserError: the model does not exist, is not a vision-language model, has parts that are not found, or is too
             large; `check_folder` rejects the folder; weights are missing, are quantized without an entry in
             config.json, or belong to layers beyond those of the config.
-
-    Remote code is never run; weights are read from safetensors only.
     """
     source = str(model_folder(path))
     place = check_device(device) if device else default_device()

@@ -16,6 +16,7 @@ from rich.console import Group
 from striate.errors import UserError, at_least
 from striate.plot import save
 from striate.region import Region
+from striate.routing import resolve
 from striate.studies.cost.display import Cost
 from striate.studies.cost.fake_model import Dtype, FakeModel, fake_model
 from striate.studies.cost.figure import cost_figure
@@ -59,6 +60,7 @@ def cost(
     model: Sequence[str],
     *,
     region: str = "uniform:25%",
+    route: str | None = None,
     method: Literal["full", "lora"] = "full",
     projector: Literal["train", "freeze"] = "train",
     rank: int = 128,
@@ -82,6 +84,8 @@ def cost(
     Args:
         model: model folders, run folders, hub ids or config files; several are compared.
         region: the layers that train.
+        route: the layers that image tokens pass through; same: the region and layer 0. Adds the multiply-adds that
+            are left of the decoder's forward pass; all else is counted without it.
         method: full weights, or LoRA.
         projector: train it or leave it.
         rank: of LoRA.
@@ -127,7 +131,8 @@ def cost(
         models.append((fake, seen))
         step = largest(fake, seen, region, room, machine) if room else _step(fake, seen, region)
         everything = Counts(fake, step.setup).step(Region.parse("all", fake.vlm.depth))
-        rows.append(Cost(name, step, everything, machine, parallelism, fake))
+        routed = resolve(route, step.region)
+        rows.append(Cost(name, step, everything, machine, parallelism, fake, routed))
     if plot is not None:
         save(cost_figure(dict(zip(_short(names), models, strict=True)), machine), plot.parent, plot.stem)
     return Costs(tuple(rows))

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from rich.table import Table
 
+from striate.region import Region
+from striate.routing import multiply_adds
 from striate.studies.cost.fake_model import FakeModel
 from striate.studies.cost.machine import Machine
 from striate.studies.cost.parallelism import Parallelism
@@ -25,7 +27,8 @@ UNSEEN = "\nThe tower, which needs a real image, is counted by its weights, not 
 
 @dataclass(frozen=True)
 class Cost:
-    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several."""
+    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several; the
+    `route` of image tokens, if there is one."""
 
     name: str
     step: Step
@@ -33,6 +36,14 @@ class Cost:
     machine: Machine
     parallelism: Parallelism
     fake_model: FakeModel
+    route: Region | None = None
+
+    @property
+    def multiply_adds(self) -> tuple[int, int]:
+        """Of the decoder's forward pass over one record: routed, and with all tokens in all layers."""
+        vlm, setup, everything = self.fake_model.vlm, self.step.setup, self.everything.region
+        tokens = {"image": setup.image_tokens, "text": setup.text_tokens + setup.answer_tokens}
+        return multiply_adds(vlm, self.route or everything, **tokens), multiply_adds(vlm, everything, **tokens)
 
     @property
     def seconds(self) -> float:
@@ -68,6 +79,8 @@ class Cost:
             ("forward, per record", forward, all_forward, "FLOP"),
             ("backward, per record", backward, all_backward, "FLOP"),
         ]
+        if self.route:
+            rows.append((f"multiply-adds, routed {_layers(self.route.layers)}", *self.multiply_adds, ""))
         for kind in fields(Memory):
             own, whole = (float(getattr(step.memory, kind.name)) for step in steps)
             rows.append((f"memory: {KINDS[kind.name]}", own, whole, "B"))

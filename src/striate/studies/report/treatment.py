@@ -41,7 +41,7 @@ def settings(info: Mapping[str, Any], *, deep: int = DEEP) -> dict[str, Any]:
     return {
         key: origin_of(key, value, info, deep) if key in FILES else value
         for key, value in given.items()
-        if key not in ASIDE
+        if key not in ASIDE and value is not None  # the default of an option that older runs do not have
     }
 
 

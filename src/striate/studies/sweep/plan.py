@@ -23,6 +23,7 @@ from striate.evaluation import resolve, sample_tasks
 from striate.prune import Criterion, protected_layers
 from striate.prune.plan import PruneRequest
 from striate.region import SCORES, Region
+from striate.routing import resolve as resolve_route
 from striate.runs.options import options_of
 from striate.runs.provenance import Contents, difference
 from striate.scores.table import Scores
@@ -47,6 +48,7 @@ class Recipe:
 
     cell: Cell
     region: Region
+    route: Region | None
     tune: Values
     eval: Values
     prunings: tuple[Values, ...]
@@ -86,6 +88,7 @@ class SweepPlan:
     def made_from(self, recipe: Recipe) -> dict[str, Values]:
         """For each run folder of a cell, everything that decides its content."""
         tuned = {"striate": __version__, "layers": str(recipe.region)}
+        tuned |= {"route": str(recipe.route)} if recipe.route else {}
         tuned |= self._describe("tune", recipe.tune) | self._describe("eval", recipe.eval)
         made = {recipe.cell.runs[0].name: tuned}
         for folder, pruning in zip(recipe.cell.runs[1:], recipe.prunings, strict=True):
@@ -220,13 +223,15 @@ def _recipes(sheet: Sheet, depth: int) -> Iterator[Recipe]:
         tune |= {"model": sheet.model, "data": sheet.data, "images": sheet.images}
         with at("grid.region" if "region" in chosen else "tune.region"):
             region = Region.parse(tune["region"], depth)
+        with at("grid.route" if "route" in chosen else "tune.route"):
+            route = resolve_route(tune["route"], region)
         # Defaults that the sections override:
         evaluate = _defaults("eval") | {"images": sheet.images} | sheet.eval
         shared = {"data": sheet.data, "images": sheet.images, "seed": tune["seed"]}
         prune = _defaults("prune") | shared | (sheet.prune or {})
         folders = (sheet.out / name, *(sheet.out / f"{name}+{ending}" for ending in endings))
         cell = Cell(name, chosen, folders, tuple({f"prune.{key}": value for key, value in cut.items()} for cut in cuts))
-        yield Recipe(cell, region, tune, evaluate, tuple(prune | cut for cut in cuts))
+        yield Recipe(cell, region, route, tune, evaluate, tuple(prune | cut for cut in cuts))
 
 
 def _defaults(verb: str) -> Values:
@@ -260,7 +265,8 @@ def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
     for values in recipe.prunings:
         with at(f"prune of {recipe.cell.name}"):
             request = PruneRequest(values["region"], values["remove"], values["layers"])
-            keep = Region.parse(values["region"], vlm.depth) if values["region"] else recipe.region
+            kept = recipe.region | recipe.route if recipe.route else recipe.region
+            keep = Region.parse(values["region"], vlm.depth) if values["region"] else kept
             protected = protected_layers(vlm)
             candidates = [layer for layer in range(vlm.depth) if layer not in keep and layer not in protected]
             if values["layers"] is not None:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from striate.errors import UserError
-from striate.route.tokens import MASK, Pass, Tokens
+from striate.routing.tokens import MASK, Pass, Tokens
 
 CACHE = "past_key_values"
 Forward = Callable[..., Any]

@@ -13,8 +13,9 @@ kept states, and attention is recomputed from it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from striate.data import Batch
 from striate.errors import UserError, first_line
-from striate.region import Region, rank_layers
-from striate.route.layer import Forward, Unrouted
-from striate.route.tokens import MASK, Pass, Tokens
-from striate.route.work import multiply_adds
-from striate.trace import layer_input
+from striate.region import Region
+from striate.routing.layer import Forward, Unrouted
+from striate.routing.tokens import MASK, Pass, Tokens
+from striate.routing.work import multiply_adds
 from striate.vlm import Vlm
+from striate.vlm import load as load_plain
+from striate.vlm.modes import eval_mode
 
 ENTRY = "striate_route"
 """The entry of a model's config that holds the route of its checkpoint."""
@@ -38,7 +40,55 @@ FLEXIBLE = ("sdpa", "eager", "striate_record_by_record")
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
 
-__all__ = ["ENTRY", "Routed", "Tokens", "multiply_adds", "read_route", "resolve", "route", "verify", "write_route"]
+__all__ = [
+    "ENTRY",
+    "Routed",
+    "Tokens",
+    "load",
+    "multiply_adds",
+    "open_route",
+    "read_route",
+    "resolve",
+    "route",
+    "running_tokens",
+    "unroute",
+    "verify",
+    "write_route",
+]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn: str | None = None,
+    dequantize: bool = False,
+) -> Vlm:
+    """Load any LVLM, find its parts, and turn on the route of its checkpoint if it has one.
+
+    Args:
+        path: a model folder, a run folder (its checkpoint is loaded) or a hub id.
+        dtype: `auto` (as saved), `float32`, `bfloat16`, `float16`.
+        device: `cpu`, `cuda`, ...; default: a GPU when there is one.
+        attn: attention implementation of `transformers` (`sdpa`, `eager`, `flash_attention_2`); default: its choice.
+        dequantize: convert FP8 and bitsandbytes weights to the model's dtype, to train and save them unquantized.
+
+    Raises:
+        UserError: the model does not exist, is not a vision-language model, has parts that are not found, or is too
+            large; `check_folder` rejects the folder; weights are missing, are quantized without an entry in
+            config.json, or belong to layers beyond those of the config; its route does not fit.
+
+    Remote code is never run; weights are read from safetensors only.
+    """
+    return open_route(load_plain(path, dtype=dtype, device=device, attn=attn, dequantize=dequantize))
+
+
+def open_route(vlm: Vlm) -> Vlm:
+    """The same model, with the route in its config turned on if it has one."""
+    if read_route(vlm.model.config) is not None:
+        route(vlm)
+    return vlm
 
 
 def route(model: Vlm | PreTrainedModel, region: Region | None = None, *, image_token_id: int | None = None) -> Routed:
@@ -60,10 +110,7 @@ def route(model: Vlm | PreTrainedModel, region: Region | None = None, *, image_t
     region = read_route(config) if region is None else region
     if region is None:
         raise UserError(f"this {kind} model has no route: its config has no {ENTRY!r}; give a region")
-    if region.depth != vlm.depth:
-        raise UserError(f"the route {region} is for {region.depth} decoder layers, this model has {vlm.depth}")
-    if not region.layers:
-        raise UserError("the route has no layer, so that no image would be read: name at least one, best with layer 0")
+    check_route(region, vlm.depth)
     token = vlm.image_token_id if image_token_id is None else image_token_id
     if token is None:
         raise UserError(f"the config of this {kind} model names no image token: give image_token_id")
@@ -95,62 +142,75 @@ def write_route(config: PreTrainedConfig, region: Region | None) -> None:
         setattr(config, ENTRY, region.to_json())
 
 
-def resolve(text: str, trained: Region, *, contribution: Callable[[], Sequence[float]] | None = None) -> Region | None:
-    """The route that `--route` asks for; None: no route, image tokens pass through all layers.
+def unroute(model: PreTrainedModel) -> Region | None:
+    """Make a routed model the plain one again; the route that it had, None where it had none."""
+    routed = vars(model).get("forward")
+    if not isinstance(routed, Routed):
+        return None
+    routed.remove()
+    return routed.region
 
-    `none`; `same`: the layers that train, and layer 0; `auto:25%` or `auto:8`: layer 0 and the layers that contribute
-    most to what becomes of image tokens, so many in all; else any form of a region, taken as it is. `contribution`
-    gives `layer_contribution` of every layer, and is called for `auto` alone.
+
+def running_tokens(model: PreTrainedModel) -> Tokens | None:
+    """The tokens of the forward pass that runs, in the two parts of the route; None where there is one part."""
+    routed = vars(model).get("forward")
+    return routed.running.tokens if isinstance(routed, Routed) else None
+
+
+def resolve(text: Region | str | None, trained: Region) -> Region | None:
+    """The route that `--route` asks for; None where image tokens pass through all layers.
+
+    None, `none` or `all`: no route; `same`: the layers that train, and layer 0; else any form of a region.
 
     Raises:
-        UserError: an unknown form, an empty region, or `auto` where no contributions are at hand.
+        UserError: an unknown form, another depth, or an empty region.
     """
-    form, _, number = text.strip().partition(":")
-    if form == "none":
+    if text is None or text == "none":
         return None
-    if form == "same":
+    if text == "same":
         return Region(tuple({0, *trained}), trained.depth, "same")
-    if form != "auto":
-        region = Region.parse(text, trained.depth)
-        if not region.layers:
-            raise UserError(f"the route {text!r} has no layer: name at least one, best with layer 0")
-        return region
-    count = len(Region.parse(f"first:{number}", trained.depth))
-    if contribution is None:
-        raise UserError(f"the route {text!r} needs records with images to score the layers: name the layers instead")
-    best = [layer for layer in rank_layers(contribution(), "high") if layer != 0]
-    return Region((0, *best[: count - 1]), trained.depth, text.strip())
+    try:
+        region = Region.parse(text, trained.depth) if isinstance(text, str) else text
+    except UserError as error:
+        raise UserError(f"--route {text}: {error}; or none, or same (the layers that train, and layer 0)") from None
+    check_route(region, trained.depth)
+    return region if len(region) < region.depth else None
+
+
+def check_route(region: Region, depth: int) -> None:
+    """Raise `UserError` for a route that is empty or of another depth."""
+    if region.depth != depth:
+        raise UserError(f"the route {region} is for {region.depth} decoder layers, this model has {depth}")
+    if not region.layers:
+        raise UserError("the route has no layer, so that no image would be read: name at least one, best with layer 0")
 
 
 def verify(vlm: Vlm, region: Region, probe: Batch) -> None:
-    """Prove on two records that a routed pass gives what the slow way gives: every layer on every token, and image
-    tokens reverted after those outside the route.
+    """Prove on two records that a routed pass gives the answers' logits of the slow way: every layer on every token,
+    and image tokens reverted after those outside the route.
 
     Raises:
         UserError: it does not, with the reason: the family exchanges more between tokens than keys and values.
     """
-    kind, seen = vlm.model.config.model_type, ~probe.image_mask & (probe.inputs[MASK] == 1)
+    kind, (answers, _) = vlm.model.config.model_type, probe.targets()
     token = int(probe.inputs["input_ids"][probe.image_mask][0]) if probe.image_mask.any() else vlm.image_token_id
 
     def logits() -> Tensor:
-        with vlm.head_at(seen):
+        with vlm.head_at(answers):
             output: Tensor = vlm.model(**probe.inputs, use_cache=False).logits
-        return output.float()
+        return output
 
-    training = vlm.model.training
-    vlm.model.eval()
     try:
-        with torch.no_grad(), _reverted(vlm, region, probe.image_mask):
-            slow = logits()
-        with torch.no_grad(), route(vlm, region, image_token_id=token):
-            off = float((logits() - slow).abs().max() / slow.abs().max())
+        with eval_mode(vlm.model), torch.no_grad():
+            with _reverted(vlm, region, probe.image_mask):
+                slow = logits()
+            with route(vlm, region, image_token_id=token):
+                off = float((logits() - slow).float().abs().max() / slow.float().abs().max())
     except UserError:
         raise
     except Exception as error:  # whatever a family trips over
         raise UserError(f"{kind} cannot be routed through {region}: {first_line(error)}") from error
-    finally:
-        vlm.model.train(training)
-    if not off <= TOLERANCE[vlm.model.dtype]:
+    if not off <= TOLERANCE[slow.dtype]:
         raise UserError(f"{kind} cannot be routed through {region}: its logits are off by {off:.1%} of the largest")
 
 
@@ -160,7 +220,7 @@ def _reverted(vlm: Vlm, region: Region, kept: Tensor) -> Iterator[None]:
 
     def revert(_: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:
         after = output[0] if isinstance(output, tuple) else output
-        states = torch.where(kept.unsqueeze(-1), layer_input(args, settings), after)
+        states = torch.where(kept.unsqueeze(-1), args[0] if args else settings["hidden_states"], after)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     with ExitStack() as hooks:

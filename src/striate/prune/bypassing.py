@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
+from striate.errors import UserError
 from striate.prune.numbering import Numbering
+from striate.region import Region
+from striate.routing import read_route, route, unroute, write_route
 from striate.scores.replay import replace_hidden
 from striate.trace import layer_input
 from striate.vlm import Vlm
@@ -38,10 +41,11 @@ def _idle(layer: nn.Module) -> Callable[..., Any]:
 
 
 def cut(vlm: Vlm, numbers: Numbering) -> None:
-    """Remove the layers from the model in place, and renumber the others in modules and config.
+    """Remove the layers from the model in place, and renumber the others in modules, config and route.
 
     Does not verify that the result equals the bypassed model: see `verify_cut`.
     """
+    left, routed = route_after(vlm.model.config, numbers), unroute(vlm.model)
     decoder = vlm.model.get_submodule(vlm.parts.layers.rpartition(".")[0])
     for config in _configs(vlm, decoder):
         for name, value in numbers.renumber(vars(config), depth_name(config)).items():
@@ -50,12 +54,31 @@ def cut(vlm: Vlm, numbers: Numbering) -> None:
     own = {name: value for name, value in vars(decoder).items() if not name.startswith("_")}
     for name, value in numbers.renumber(own).items():
         setattr(decoder, name, value)
-    for layer in reversed(numbers.removed.layers):
-        del vlm.layers[layer]
-    for number, left in enumerate(vlm.layers):
-        for module in left.modules():
+    for removed in reversed(numbers.removed.layers):
+        del vlm.layers[removed]
+    for number, layer in enumerate(vlm.layers):
+        for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 vars(module)["layer_idx"] = number
+    write_route(vlm.model.config, left)
+    if routed:
+        route(vlm, numbers.of(routed))
+
+
+def route_after(config: PreTrainedConfig, numbers: Numbering) -> Region | None:
+    """The route of a model without the removed layers; None where it has no route.
+
+    Raises:
+        UserError: none of its layers is left.
+    """
+    before = read_route(config)
+    left = before and numbers.of(before)
+    if left is not None and not left.layers:
+        raise UserError(
+            f"layers {numbers.removed} cannot be cut: none of the layers that images are routed through ({before}) "
+            "would be left"
+        )
+    return left
 
 
 def depth_name(config: PreTrainedConfig) -> str:

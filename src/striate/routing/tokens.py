@@ -43,6 +43,11 @@ class Tokens:
         self._joined: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._shared: tuple[Tensor, dict[Any, Tensor]] | None = None
 
+    def place(self, rows: Tensor) -> Tensor:
+        """The places of tokens [B, R] among the computed ones; of a kept token, any place."""
+        places = torch.cat(self.parts, dim=1).argsort(dim=1)
+        return places.gather(1, rows).clamp(max=self.count - 1)
+
     def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Computed and kept tokens of states [B, T, D]: [B, count, D] and [B, T - count, D].
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from striate.region import Region
-from striate.route.layer import attentions
+from striate.routing.layer import attentions
 from striate.vlm import Vlm
 
 OUTPUTS = ("o_proj", "out_proj", "dense")  # what comes after attention
