@@ -45,7 +45,7 @@ def answer_losses(
 
     `model` is called (the plain model, or a wrapper of it for LoRA or several devices), `vlm` knows its parts.
     """
-    targets = batch.targets()[1]
+    targets = batch.targets()[1].to(vlm.device, non_blocking=True)
     if not fast_paths.chunking:
         logits = answer_logits(vlm, model, batch, packing=fast_paths.packing)
         teacher_logits = None
@@ -106,7 +106,9 @@ def _losses(logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, teac
 
 
 def _model_inputs(vlm: Vlm, batch: Batch, packing: bool) -> ModelInputs:
-    return ModelInputs.packed(vlm, batch) if packing else ModelInputs.padded(batch)
+    """On the model's device; made where the batch is, so that a batch on the CPU does not wait for a GPU."""
+    made = ModelInputs.packed(vlm, batch) if packing else ModelInputs.padded(batch)
+    return made.to(vlm.device)
 
 
 def _answer_tail(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool) -> DeferredHead:

@@ -212,7 +212,9 @@ class Vlm:
             hidden = inputs[0]  # B T D
             if hidden.shape[:2] != positions.shape:
                 raise ValueError(f"the head got {tuple(hidden.shape[:2])} positions, not {tuple(positions.shape)}")
-            return (hidden[positions].unsqueeze(0), *inputs[1:])
+            return (_pick(hidden, index).unsqueeze(0), *inputs[1:])
+
+        index = positions.flatten().nonzero()[:, 0]  # waits for a GPU only if the positions are there
 
         handle = self.head.register_forward_pre_hook(pick)
         try:
@@ -237,10 +239,11 @@ class Vlm:
                 f"{type(holder).__name__} has no body separate from its head, so the head cannot be skipped"
             )
         tail = DeferredHead(holder, body)
+        index = positions.flatten().nonzero()[:, 0]
 
         def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             hidden = output["last_hidden_state"]  # B T D
-            tail.states, tail.output = hidden[positions], output
+            tail.states, tail.output = _pick(hidden, index), output
             return tail.with_states(hidden[:, :0])
 
         handle = body.register_forward_hook(skip)
@@ -300,6 +303,8 @@ def load(
     """
     source = str(model_folder(path))
     place = check_device(device) if device else default_device()
+    if place.type == "cuda":  # cuDNN's attention compiles a plan, in up to a second, for every length of a batch
+        torch.backends.cuda.enable_cudnn_sdp(False)
     config = check_config(source)
     check_size(config, source, dtype, place)
     model: Any
@@ -357,6 +362,11 @@ def _is_map(module: nn.Linear) -> bool:
         return True
     with torch.no_grad():
         return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
+
+
+def _pick(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The states [N, D] at positions of the flattened batch [N] of states [B, T, D]."""
+    return hidden.flatten(0, 1).index_select(0, index.to(hidden.device, non_blocking=True))
 
 
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
