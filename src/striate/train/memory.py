@@ -110,6 +110,8 @@ def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
         current = layer
         seen.update(own(p).untyped_storage()._cdata for p in module.parameters())  # gathered by now, if sharded
 
+    enter(-1, vlm.model)  # also where a part of the model is called alone
+
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal rest
         storage = tensor.untyped_storage()
