@@ -53,8 +53,6 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import striate
 from striate.data import IGNORED, Batch, Examples, Records, collate, read
-from striate.studies.cost import Counts, Setup, this_machine
-from striate.studies.cost.fake_model import fake_model_of
 from striate.train import TUNE, trainable_parameters
 from striate.train.fit import Trained, fit
 from striate.train.memory import PeakMemory
@@ -381,6 +379,9 @@ def floor(vlm: Vlm, batch: Batch, about: About) -> dict[str, float]:
 
 def predict(vlm: Vlm, batch: Batch, about: About) -> float:
     """The seconds per step that `striate cost` predicts from the config, the mean lengths and the measured machine."""
+    from striate.studies.cost import Counts, Setup, this_machine  # needs matplotlib and rich
+    from striate.studies.cost.fake_model import fake_model_of
+
     answers, pictured = int((batch.labels != IGNORED).sum()), int(batch.image_mask.sum())
     texts = int(batch.inputs["attention_mask"].sum()) - answers - pictured
     setup = Setup(
@@ -491,8 +492,9 @@ def main() -> None:
         print(f"{name:26} {work['seconds_per_step']:7.2f} s per step  {ratios}  peak {work['peak_gb']:6.2f} GB")
     with tempfile.TemporaryDirectory() as folder:
         vlm, batch = step_of(about, folder)
-    report["predicted"] = {"seconds": predict(vlm, batch, about)}
     report["floor"] = floor(vlm, batch, about)
+    write()
+    report["predicted"] = {"seconds": predict(vlm, batch, about)}
     if "striate" in report["contestants"]:
         ours = report["contestants"]["striate"]["seconds_per_step"]
         report["predicted"]["measured_to_predicted"] = ours / report["predicted"]["seconds"]

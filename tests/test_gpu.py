@@ -11,9 +11,8 @@ import pytest
 import torch
 from launch import together
 from pico import pico_llava
-from test_hardware import saved_as
 from training import OPTIONS as PLAIN
-from training import changed, weights, write_data
+from training import changed, saved_as, weights, write_data
 
 from striate.runs.run import Run
 from striate.runs.training import tune

@@ -17,7 +17,7 @@ from test_train_fast_paths import BOTH, losses_and_gradients, two_records
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tracing import family
-from training import OPTIONS, batch_of, tune, weights, write_data
+from training import OPTIONS, batch_of, saved_as, tune, weights, write_data
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import striate
@@ -30,6 +30,7 @@ from striate.studies.cost.machine import measured_sizes
 from striate.train import fast_paths, packing
 from striate.train.adapter import adapt
 from striate.train.fast_paths import verify_fast_paths
+from striate.train.loop import Loop
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.memory import activations
 from striate.train.options import check_launch
@@ -72,13 +73,6 @@ def cuda_autocast(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for name in ("layer_norm", "rms_norm"):
         monkeypatch.setattr(F, name, in_float32(name))
     return ran
-
-
-def saved_as(model: Path, folder: Path, dtype: torch.dtype) -> Path:
-    vlm = striate.load(model, device="cpu")
-    vlm.model.to(dtype).save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -126,11 +120,11 @@ def test_memory_that_runs_out_in_a_probe_says_nothing_about_packing(monkeypatch:
         verify_fast_paths([vlm], probe, packing="auto", sharded=False, autocast=nullcontext)
 
 
-@pytest.mark.parametrize("place", ["fit.verify_fast_paths", "loop.Loop._clip", "loop.Loop._gather_trained"])
+@pytest.mark.parametrize(("holder", "name"), [(fit, "_probe"), (Loop, "_clip"), (Loop, "_gather_trained")])
 def test_memory_that_runs_out_outside_of_a_pass_is_one_line(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str
 ) -> None:
-    monkeypatch.setattr(f"striate.train.{place}", full)
+    monkeypatch.setattr(holder, name, full)
     with pytest.raises(striate.UserError, match=r"out of memory \(no room for 1 GB\): set a smaller --micro-batch"):
         tune(model, data, tmp_path / "run", OPTIONS)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -209,13 +209,9 @@ class Vlm:
         """
 
         def pick(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            hidden = inputs[0]  # B T D
-            if hidden.shape[:2] != positions.shape:
-                raise ValueError(f"the head got {tuple(hidden.shape[:2])} positions, not {tuple(positions.shape)}")
-            return (_pick(hidden, index).unsqueeze(0), *inputs[1:])
+            return (picked(inputs[0]).unsqueeze(0), *inputs[1:])
 
-        index = positions.flatten().nonzero()[:, 0]  # waits for a GPU only if the positions are there
-
+        picked = _picker(positions)
         handle = self.head.register_forward_pre_hook(pick)
         try:
             yield
@@ -239,11 +235,11 @@ class Vlm:
                 f"{type(holder).__name__} has no body separate from its head, so the head cannot be skipped"
             )
         tail = DeferredHead(holder, body)
-        index = positions.flatten().nonzero()[:, 0]
+        picked = _picker(positions)
 
         def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             hidden = output["last_hidden_state"]  # B T D
-            tail.states, tail.output = _pick(hidden, index), output
+            tail.states, tail.output = picked(hidden), output
             return tail.with_states(hidden[:, :0])
 
         handle = body.register_forward_hook(skip)
@@ -364,9 +360,19 @@ def _is_map(module: nn.Linear) -> bool:
         return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
 
 
-def _pick(hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The states [N, D] at positions of the flattened batch [N] of states [B, T, D]."""
-    return hidden.flatten(0, 1).index_select(0, index.to(hidden.device, non_blocking=True))
+def _picker(positions: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from states [B, T, D] to those at the true entries of `positions` [B, T].
+
+    Counting them waits for a GPU where the positions are on it; on the CPU it does not.
+    """
+    index = positions.flatten().nonzero()[:, 0]
+
+    def picked(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[:2] != positions.shape:
+            raise ValueError(f"there are states at {tuple(hidden.shape[:2])}, not {tuple(positions.shape)} positions")
+        return hidden.flatten(0, 1).index_select(0, index.to(hidden.device, non_blocking=True))
+
+    return picked
 
 
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
