@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from striate.distributed import Rank
@@ -43,7 +43,10 @@ def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank, *, bf1
 
 @contextmanager
 def gathered_parameters(vlm: Vlm, network: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters by name, as a forward pass inside computes with them: of a sharded model those it gathered."""
+    """The parameters by name, as a forward pass inside computes with them: of a sharded model those it gathered.
+
+    At the end the model is as it was sharded: after a forward pass without a backward pass some would stay gathered.
+    """
     found, names = dict(network.named_parameters()), {module: name for name, module in network.named_modules()}
 
     def note(module: nn.Module, _: Any) -> None:
@@ -56,6 +59,9 @@ def gathered_parameters(vlm: Vlm, network: nn.Module) -> Iterator[dict[str, nn.P
     finally:
         for hook in hooks:
             hook.remove()
+        for module in names:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def unshard(network: nn.Module, rank: Rank) -> None:
