@@ -216,8 +216,9 @@ def test_masks_of_dropout_are_foretold(model: Path, data: Path) -> None:
         region = striate.Region.parse("1,3", vlm.depth)
         network, _ = adapt(vlm, region, projector=True, rank=4, alpha=8, dropout=dropout)
         probe = fit._probe(Examples(read(data).records, vlm.processor), vlm, 8)
+        before = [module.training for module in network.modules()]
         kept.append(fit._try_forward(vlm, network, probe, FastPaths(), nullcontext)[0].layers)
-        assert not any(module.training for module in vlm.model.modules())
+        assert [module.training for module in network.modules()] == before
     assert [with_masks > without for without, with_masks in zip(*kept, strict=True)] == [False, True, False, True]
 
 
@@ -332,6 +333,7 @@ def test_nothing_waits_for_the_device_in_a_pass(monkeypatch: pytest.MonkeyPatch)
         answer_losses(vlm, vlm.model, batch, fast_paths=BOTH).mean().backward()
         assert waits.watching
         assert waits.found == []
+        waits.watching = False
         monkeypatch.setattr(packing, "causal_mask_function", None)  # as with a mask that has to be read
         answer_losses(vlm, vlm.model, batch, fast_paths=BOTH)
     assert len(waits.found) == 1

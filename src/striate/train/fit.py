@@ -27,7 +27,7 @@ from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activati
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
-from striate.train.sharding import gathered_parameters, shard, unshard
+from striate.train.sharding import unsharded_parameters, shard, unshard
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device, has_native_bfloat16
@@ -246,7 +246,7 @@ def _try_forward(
         with autocast():
             return activations(vlm, lambda: losses.append(answer_losses(vlm, network, batch, fast_paths=fast_paths)))
 
-    with _with_dropout(network), gathered_parameters(vlm, network) as parameters:
+    with _with_dropout(network), unsharded_parameters(vlm, network) as parameters:
         one, both = measured(probe.one), measured(probe.batch)
         reachable = reachable_parameters(losses[0])
     return both.beyond(one, probe.steps), {name for name, p in parameters.items() if p in reachable}

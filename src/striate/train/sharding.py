@@ -42,7 +42,7 @@ def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank, *, bf1
 
 
 @contextmanager
-def gathered_parameters(vlm: Vlm, network: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+def unsharded_parameters(vlm: Vlm, network: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters by name, as a forward pass inside computes with them: of a sharded model those it gathered.
 
     At the end the model is as it was sharded: after a forward pass without a backward pass some would stay gathered.
