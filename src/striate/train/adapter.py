@@ -72,9 +72,9 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
     config = lora_config(vlm, region, projector=projector, **lora)
     with _without_model_type(vlm.model):
         network = get_peft_model(vlm.model, config)
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):  # else each casts its input to float32, which autocast casts back
-            module.cast_input_dtype_enabled = False
+    tuners: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for tuner in tuners:  # else each casts its input to float32, which autocast casts back
+        tuner.cast_input_dtype_enabled = False
     groups: dict[str, Named] = {"layers": {}, "projector": {}}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:

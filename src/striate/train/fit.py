@@ -27,7 +27,7 @@ from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activati
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
-from striate.train.sharding import unsharded_parameters, shard, unshard
+from striate.train.sharding import shard, unshard, unsharded_parameters
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device, has_native_bfloat16
