@@ -336,6 +336,7 @@ def one(name: str, about: About, depth: int | None, memory: float | None) -> Non
     data = write_records(Path(about.folder), shape, number)
     transformers.utils.logging.set_verbosity_error()
     vlm = build(shape, device, getattr(torch, about.dtype), depth=depth)
+    _ = vlm.processor  # tried on the model before trained weights have another dtype
     found = CONTESTANTS[name](vlm, read(data), about)
     print(json.dumps(vars(found)))
 
