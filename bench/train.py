@@ -11,7 +11,9 @@ process of its own; they take turns, and each turn counts the steps behind the f
     all-trl      TRL's SFTTrainer with the same adapters, as its documentation has it
     region       the Trainer with LoRA r 128 on `uniform:25%` and the projector (full) (striate.lora_config)
     striate      striate's defaults for `uniform:25%`
-    striate-*    the same with one thing changed
+    striate-*    the same with one thing changed (striate-cudnn: with cuDNN's attention, where a GPU has it)
+
+The JSON is written again after every contestant. `bench/gpu.sh` runs what a GPU has to show.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,8 +54,6 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 import striate
 from striate.data import IGNORED, Batch, Examples, Records, collate, read
 from striate.routing import resolve
-from striate.studies.cost import Counts, Setup, this_machine
-from striate.studies.cost.fake_model import fake_model_of
 from striate.train import TUNE, trainable_parameters
 from striate.train.fit import Trained, fit
 from striate.train.memory import PeakMemory
@@ -83,6 +83,13 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(  # for a look at this script
+        text={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": False},
+        tower={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+               "image_size": 32, "patch_size": 8},
+        question=8, answer=8, batch=4,
+    ),
     "135m": Shape(
         text={"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
               "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True},
@@ -251,9 +258,12 @@ def by_striate(
     projector: bool = True,
     lora: bool = False,
     route: str | None = None,
+    cudnn: bool = False,
     **changes: Any,
 ) -> Measured:
     """striate's own training loop, as `tune` calls it."""
+    if cudnn:
+        torch.backends.cuda.enable_cudnn_sdp = lambda _: None  # left as PyTorch has it
     chosen = striate.Region.parse(region, vlm.depth)
     options = replace(
         TUNE, steps=about.steps, batch=about.batch, micro_batch=about.batch, dtype=about.dtype, device=about.device,
@@ -273,6 +283,9 @@ def by_striate(
     )  # fmt: skip
     ends = [entry["seconds"] for entry in trained[0].log.history]
     summary = {name: trained[0].to_json()[name] for name in ("data_wait", "packing", "recomputed_layers")}
+    summary["losses"] = [entry["loss"] for entry in trained[0].log.history]
+    if vlm.device.type == "cuda":
+        summary["reserved_gb"] = torch.cuda.max_memory_reserved(vlm.device) / 1e9
     return replace(found, seconds=[b - a for a, b in itertools.pairwise(ends)], training=summary)
 
 
@@ -318,6 +331,7 @@ CONTESTANTS: dict[str, Callable[[Vlm, Records, About], Measured]] = {
     "region": partial(by_trainer, region="uniform:25%"),
     "striate": by_striate,
     "striate-routed": partial(by_striate, route="same"),
+    "striate-cudnn": partial(by_striate, cudnn=True),
     "striate-lora": partial(by_striate, lora=True),
     "striate-padded": partial(by_striate, packing="off"),
     "striate-recomputed": partial(by_striate, checkpointing="all"),
@@ -327,13 +341,16 @@ CONTESTANTS: dict[str, Callable[[Vlm, Records, About], Measured]] = {
 }
 
 
-def one(name: str, about: About) -> None:
+def one(name: str, about: About, memory: float | None) -> None:
     """Measure one contestant in this process, and print what was found as the last line."""
     shape, device = SHAPES[about.shape], torch.device(about.device)
+    if memory and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(memory * 1e9 / torch.cuda.mem_get_info(device)[1], device)
     number = about.batch * (about.steps + 1)
     data = write_records(Path(about.folder), shape, number)
     transformers.utils.logging.set_verbosity_error()
     vlm = build(shape, device, getattr(torch, about.dtype), depth=about.depth)
+    _ = vlm.processor  # tried on the model before trained weights have another dtype
     found = CONTESTANTS[name](vlm, read(data), about)
     print(json.dumps(vars(found)))
 
@@ -377,6 +394,9 @@ def floor(vlm: Vlm, batch: Batch, about: About) -> dict[str, float]:
 
 def predict(vlm: Vlm, batch: Batch, about: About) -> float:
     """The seconds per step that `striate cost` predicts from the config, the mean lengths and the measured machine."""
+    from striate.studies.cost import Counts, Setup, this_machine  # needs matplotlib and rich
+    from striate.studies.cost.fake_model import fake_model_of
+
     answers, pictured = int((batch.labels != IGNORED).sum()), int(batch.image_mask.sum())
     texts = int(batch.inputs["attention_mask"].sum()) - answers - pictured
     setup = Setup(
@@ -389,8 +409,10 @@ def predict(vlm: Vlm, batch: Batch, about: About) -> float:
     return step.seconds(*this_machine(dtype).reached)
 
 
-def take_turns(names: list[str], about: About, turns: int) -> dict[str, dict[str, Any]]:
-    """Every contestant once a turn, each time in a new process."""
+def take_turns(
+    names: list[str], about: About, turns: int, *, limit: float | None, more: list[str]
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Every contestant once a turn, each time in a new process, for at most `limit` seconds; yields what is found."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(turns):
         for name in names:
@@ -398,14 +420,18 @@ def take_turns(names: list[str], about: About, turns: int) -> dict[str, dict[str
                 continue
             line = [sys.executable, __file__, "--one", name, "--shape", about.shape, "--device", about.device,
                     "--dtype", about.dtype, "--steps", str(about.steps), "--batch", str(about.batch),
-                    *(["--depth", str(about.depth)] if about.depth else [])]  # fmt: skip
-            done = subprocess.run(line, capture_output=True, text=True)
+                     *(["--depth", str(about.depth)] if about.depth else []), *more]  # fmt: skip
+            try:
+                done = subprocess.run(line, capture_output=True, text=True, timeout=limit)
+            except subprocess.TimeoutExpired:
+                print(f"{name}: more than {limit} s", flush=True)
+                continue
             if done.returncode:
                 print(f"{name}: {(done.stderr.strip().splitlines() or ['?'])[-1]}", flush=True)
                 continue
             found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(f"turn {turn + 1}: {name:26} {median(found[name][-1]['seconds']):8.2f} s per step", flush=True)
-    return {name: _summary(results, about) for name, results in found.items() if results}
+            yield {name: _summary(results, about) for name, results in found.items() if results}
 
 
 def _summary(results: list[dict[str, Any]], about: About) -> dict[str, Any]:
@@ -421,12 +447,13 @@ def _summary(results: list[dict[str, Any]], about: About) -> dict[str, Any]:
 
 
 def compare(found: dict[str, dict[str, Any]]) -> None:
-    """Ratios: to the better of the all-layer recipes, and to the Trainer on the same region."""
+    """Ratios: to the better of the all-layer recipes, and to the Trainer on the same region, where those ran."""
     recipes = [found[name] for name in ("all", "all-recomputed") if name in found]
-    best = min(recipes, key=lambda one: one["seconds_per_step"])
+    best = min(recipes, key=lambda one: one["seconds_per_step"], default=None)
     for one in found.values():
-        one["speedup_vs_all_layer_lora"] = best["seconds_per_step"] / one["seconds_per_step"]
-        one["memory_ratio"] = one["peak_gb"] / best["peak_gb"]
+        if best:
+            one["speedup_vs_all_layer_lora"] = best["seconds_per_step"] / one["seconds_per_step"]
+            one["memory_ratio"] = one["peak_gb"] / best["peak_gb"]
         if "region" in found:
             one["speedup_vs_same_region"] = found["region"]["seconds_per_step"] / one["seconds_per_step"]
 
@@ -443,6 +470,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="records per step; default: the shape's")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--depth", type=int, help="decoder layers; default: the shape's")
+    parser.add_argument("--limit", type=float, help="seconds for each contestant; default: no limit")
+    parser.add_argument("--memory", type=float, help="GB of the GPU that a contestant may take; default: all")
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -451,7 +480,7 @@ def main() -> None:
     about = About(options.shape, options.device, dtype, options.steps, batch, "", options.depth)
     if options.one:
         with tempfile.TemporaryDirectory() as folder:
-            one(options.one, replace(about, folder=folder))
+            one(options.one, replace(about, folder=folder), options.memory)
         return
     report: dict[str, Any] = {
         "machine": {
@@ -462,22 +491,31 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
         "shape": vars(SHAPES[about.shape]),
         "settings": {"dtype": dtype, "batch": about.batch, "turns": options.turns, "steps": about.steps - 1},
-        "contestants": take_turns(options.only, about, options.turns),
+        "contestants": {},
     }
-    compare(report["contestants"])
+
+    def write() -> None:
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+    more = ["--memory", str(options.memory)] if options.memory else []
+    for found in take_turns(options.only, about, options.turns, limit=options.limit, more=more):
+        compare(found)
+        report["contestants"] = found
+        write()
+    for name, work in report["contestants"].items():
+        ratios = f"{work['speedup_vs_all_layer_lora']:5.2f} x" if "memory_ratio" in work else ""
+        print(f"{name:26} {work['seconds_per_step']:7.2f} s per step  {ratios}  peak {work['peak_gb']:6.2f} GB")
     with tempfile.TemporaryDirectory() as folder:
         vlm, batch = step_of(about, folder)
-    report["predicted"] = {"seconds": predict(vlm, batch, about)}
     report["floor"] = floor(vlm, batch, about)
+    write()
+    report["predicted"] = {"seconds": predict(vlm, batch, about)}
     if "striate" in report["contestants"]:
         ours = report["contestants"]["striate"]["seconds_per_step"]
         report["predicted"]["measured_to_predicted"] = ours / report["predicted"]["seconds"]
         report["floor"]["ratio"] = ours / report["floor"]["seconds"]
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
-    for name, work in report["contestants"].items():
-        print(f"{name:26} {work['seconds_per_step']:7.2f} s per step  {work['speedup_vs_all_layer_lora']:5.2f} x  "
-              f"peak {work['peak_gb']:6.2f} GB, {work['memory_ratio']:.2f} x")  # fmt: skip
+    write()
     print(f"floor {report['floor']['seconds']:.2f} s per step, predicted {report['predicted']['seconds']:.2f} s")
 
 

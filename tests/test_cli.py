@@ -16,8 +16,10 @@ from training import write_data
 
 from striate.errors import UserError
 from striate.runs.cli import VERBS, call_arguments, main, parse_call, parser_of
+from striate.runs.help import help_of
 from striate.runs.options import options_of
 from striate.runs.scoring import score
+from striate.runs.signature import signature_of
 from striate.runs.training import align, tune
 from striate.train import ALIGN
 
@@ -277,3 +279,25 @@ def test_help_says_nothing_but_the_help() -> None:
     assert asked.returncode == 0
     assert asked.stdout.startswith("usage: striate tune")
     assert asked.stderr == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_signature_read_from_the_source_is_that_of_the_verb(verb: str) -> None:
+    module, _, name = VERBS[verb][0].partition(":")
+    function, light = getattr(import_module(module), name), signature_of(VERBS[verb][0])
+    assert light is not function
+    helps = [help_of(verb, one, subject="model", everything=True) for one in (function, light)]
+    assert helps[0] == helps[1]
+    assert [str(option) for option in options_of(function)] == [str(option) for option in options_of(light)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["tune", "--help"], 0), (["tune", "m", "--bach", "4"], 2), (["tune", "m", "--batch", "x"], 2)]
+)
+def test_help_and_wrong_options_import_nothing_slow(words: list[str], code: int) -> None:
+    script = (
+        "import sys; from striate.runs.cli import main; code = main(sys.argv[1:]); "
+        "assert not {'torch', 'transformers', 'peft', 'numpy', 'matplotlib'} & {*sys.modules}; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr

@@ -18,6 +18,7 @@ import pytest
 import torch
 from launch import finish, start, together
 from pico import pico_llava
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import changed, weights, write_data
 
@@ -183,6 +184,27 @@ def test_frozen_layers_in_bfloat16_are_sharded_beside_trained_ones_in_float32(
         before, after = weights(tmp_path / "half"), weights(tmp_path / method)
         assert {name.split(".layers.")[-1][0] for name in changed(before, after) if ".layers." in name} == {"1", "3"}
         assert losses(tmp_path / method)[-1] < losses(tmp_path / method)[0]
+
+
+def probe_sharded(*arguments: Any) -> None:
+    """Train; fails unless the model is sharded, and on its device, before it is probed."""
+    module = import_module("striate.train.fit")
+    verify = module.verify_fast_paths
+
+    def watched(models: list[Any], *others: Any, **settings: Any) -> Any:
+        assert all(isinstance(parameter, DTensor) for parameter in settings["network"].parameters())
+        return verify(models, *others, **settings)
+
+    vars(module)["verify_fast_paths"] = watched
+    train(*arguments)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_sharded_model_is_probed_where_it_trains(model: Path, data: Path, tmp_path: Path, method: str) -> None:
+    # Before, each process ran a whole model on its CPU, in one thread and under the autocast of a GPU.
+    arguments = (model, data, tmp_path / "run", replace(OPTIONS, shard=True), {"method": method})
+    assert together(2, probe_sharded, *arguments) == [0, 0]
+    assert Run.open(tmp_path / "run").info["training"]["packing"]
 
 
 class Everything:

@@ -46,6 +46,14 @@ def batch_of(vlm: striate.Vlm, data: Path) -> Batch:
     return collate([examples[index] for index in range(4)], pad_id=vlm.tokenizer.pad_token_id)
 
 
+def saved_as(model: Path, folder: Path, dtype: torch.dtype) -> Path:
+    """The same model with its weights in another dtype."""
+    vlm = striate.load(model, device="cpu")
+    vlm.model.to(dtype).save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
+    return folder
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return striate.load(path).model.state_dict()
 

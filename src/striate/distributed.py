@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice, zip_longest
 from typing import Any, TypeVar
 
@@ -63,5 +64,6 @@ def init_distributed(device: str | None) -> Rank:
         return Rank()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # NCCL's ten minutes are too few to wait for the first process, which hashes the data and writes the states.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=2))
     return Rank(state.process_index, state.num_processes)

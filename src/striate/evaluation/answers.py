@@ -29,7 +29,10 @@ MAX_ROWS = 4096
 """Maximum number of tokens to predict in one forward pass: 2.5 GB of logits with a vocabulary of 150,000."""
 
 # The most likely token at every step; overrides the sampling and penalties of the checkpoint's generation config.
-GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "disable_compile": True,  # on a GPU, a static cache in generation_config.json would compile the model
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

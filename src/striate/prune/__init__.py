@@ -115,8 +115,11 @@ def cut_checkpoint(
         raise UserError(f"{folder} exists already: name a new folder", see="folder-in-use")
     _check_space(source, folder)
     dtype = "auto" if quantization(check_config(str(source))) else "float32"  # packed weights have no other type
+    attn = options.attn
+    if dtype == "float32" and attn and "flash" in attn:
+        attn = None  # those kernels have no float32
     with _enough_memory(dtype):
-        vlm = load(source, dtype=dtype, device=options.device, attn=options.attn)
+        vlm = load(source, dtype=dtype, device=options.device, attn=attn)
         device, notes, surgery = vlm.device, vlm.notes, Surgery.of(vlm, source, numbers)
         prompts = probes(vlm, records, max_length=options.max_length) if prompts is None else prompts
         expected, generation = verify_cut(vlm, numbers, prompts), vlm.model.generation_config
@@ -125,7 +128,7 @@ def cut_checkpoint(
         with all_or_nothing(folder):
             surgery.write(source, folder)
             write_stop_tokens(folder, generation)
-            verify_saved(folder, expected, prompts, numbers=numbers, device=device, dtype=dtype, attn=options.attn)
+            verify_saved(folder, expected, prompts, numbers=numbers, device=device, dtype=dtype, attn=attn)
     return notes
 
 

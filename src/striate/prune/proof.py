@@ -25,7 +25,10 @@ from striate.vlm.modes import eval_mode
 Outputs = dict[str, Tensor]
 
 NEW_TOKENS = 8
-GREEDY = {"do_sample": False, "num_beams": 1, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS,
+    "disable_compile": True,  # on a GPU, a static cache in generation_config.json would compile the model
+}  # fmt: skip
 
 
 @torch.inference_mode()

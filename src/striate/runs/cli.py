@@ -28,6 +28,7 @@ from striate.errors import UserError, flag, nearest
 from striate.runs.help import help_of
 from striate.runs.options import call_arguments, kind_of, options_of
 from striate.runs.run import SKIPPED, Run
+from striate.runs.signature import signature_of
 
 # The function and the purpose of each verb. Its module is imported only when the verb runs.
 VERBS = {
@@ -76,6 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot encode must not raise
             stream.reconfigure(errors="backslashreplace")
+    # Read by torch when it is imported. Threads that wait for each other busily take the cores from other programs, and
+    # from each other: beside one busy program two threads were 2 to 7 times slower, alone no faster (performance.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -118,13 +122,15 @@ def run_verb(name: str, words: list[str], *, debug: bool) -> int:
         near = get_close_matches(name, VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"
         raise UserError(f"no such verb: {hint}", see="unknown-name")
-    module, _, attribute = VERBS[name][0].partition(":")
+    signature = signature_of(VERBS[name][0])
+    if {"-h", "--help", "--help-all"} & {*words}:
+        output.print(help_of(name, signature, subject=_subject(signature), everything="--help-all" in words).rstrip())
+        return 0
+    parse_call(name, signature, words)  # a wrong option is reported before anything slow is imported
     if not debug:
         _quiet()
+    module, _, attribute = VERBS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    if {"-h", "--help", "--help-all"} & {*words}:
-        output.print(help_of(name, function, subject=_subject(function), everything="--help-all" in words).rstrip())
-        return 0
     call = parse_call(name, function, words)
     result = function(**call)
     _print_result(name, result, call)

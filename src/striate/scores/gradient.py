@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ METRICS: dict[str, Metric] = {
     )
 }
 
+HALF_SCALES = (4096.0, 256.0, 16.0, 1.0)  # of the loss in float16; the first one fits unless a gradient is huge
+
 
 class Gradient:
     """Root mean square gradient of the answer loss in each layer.
@@ -33,7 +36,8 @@ class Gradient:
     backward pass of its own, since gradients of several samples would cancel. A batch of B samples takes B backward
     passes, so nothing is lost with batches of one.
 
-    One parameter's gradient is in memory at a time. `requires_grad` and existing gradients are restored.
+    One parameter's gradient is in memory at a time. `requires_grad` and existing gradients are restored. In float16,
+    whose smallest value is 6e-8, the loss is scaled by a power of two, and its gradient back.
     """
 
     def __init__(self, vlm: Vlm, names: Sequence[str] = ("gradient",)) -> None:
@@ -55,11 +59,19 @@ class Gradient:
             answers.check(losses.detach())
             rows = []
             for row, loss in enumerate(losses):
-                squares.zero_()
-                loss.backward(retain_graph=row + 1 < len(losses))
-                rows.append(squares.clone())
+                rows.append(self._squares_of(loss, squares, last=row + 1 == len(losses)))
         sizes = torch.tensor([sum(p.numel() for p in _weights(layer)) for layer in self.vlm.layers])
         self.results.append((torch.stack(rows) / sizes).sqrt())
+
+    def _squares_of(self, loss: Tensor, squares: Squares, *, last: bool) -> Tensor:
+        """The squared gradient of each layer [L]; in float16 with the largest scale at which nothing overflows."""
+        scales = HALF_SCALES if self.vlm.model.dtype == torch.float16 else (1.0,)
+        for scale in scales:
+            (loss * scale).backward(retain_graph=not last or scale != scales[-1])
+            found = squares.take()
+            if found.isfinite().all():
+                break
+        return found / scale**2
 
     def scores(self) -> list[Score]:
         """The score over the samples measured so far; none before the first batch."""
@@ -68,9 +80,9 @@ class Gradient:
         return [Score.of_samples(METRICS[name], torch.cat(self.results)) for name in self.names]
 
     @contextmanager
-    def _record_squares(self) -> Iterator[Tensor]:
-        """Context in which backward passes add each layer's squared gradients to the yielded tensor [L]."""
-        squares = torch.zeros(self.vlm.depth, dtype=torch.float64)
+    def _record_squares(self) -> Iterator[Squares]:
+        """Context in which backward passes add each layer's squared gradients."""
+        squares = Squares(self.vlm.depth)
         owners: dict[nn.Parameter, list[int]] = {}  # several layers for a shared weight
         for index, layer in enumerate(self.vlm.layers):
             for parameter in _weights(layer):
@@ -79,9 +91,8 @@ class Gradient:
         def add_square(parameter: Tensor) -> None:
             assert isinstance(parameter, nn.Parameter)
             assert parameter.grad is not None
-            norm = float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+            squares.norms.append((owners[parameter], torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)))
             parameter.grad = None
-            squares[owners[parameter]] += norm**2
 
         before = [(p, p.requires_grad, p.grad) for p in self.vlm.model.parameters()]
         handles = []
@@ -97,6 +108,24 @@ class Gradient:
             for parameter, requires_grad, gradient in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+@dataclass
+class Squares:
+    """Gradient norms of parameters, each with the layers it belongs to; they stay on the device until they are taken,
+    since every number read from a GPU waits for it."""
+
+    depth: int
+    norms: list[tuple[list[int], Tensor]] = field(default_factory=list)
+
+    def take(self) -> Tensor:
+        """The sum of squares of each layer [L], in double precision; begins anew."""
+        squares = torch.zeros(self.depth, dtype=torch.float64)
+        norms = torch.stack([norm for _, norm in self.norms]).cpu().double().square() if self.norms else ()
+        for (layers, _), square in zip(self.norms, norms, strict=True):
+            squares[layers] += square
+        self.norms.clear()
+        return squares
 
 
 def _weights(layer: nn.Module) -> list[nn.Parameter]:

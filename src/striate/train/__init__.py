@@ -197,6 +197,7 @@ def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Dtypes:
 
     Returns the dtypes that the model's weights had.
     """
+    _ = vlm.processor  # tried on the model before trained weights have another dtype
     set_seed(options.seed)
     saved_as = dtypes_of(vlm.model)
     bf16 = in_bfloat16(options.dtype, _device(options))

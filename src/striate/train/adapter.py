@@ -66,11 +66,15 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
         UserError: something outside the region and the projector became trainable.
     """
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     inside = vlm.linear_modules(region)  # before the adapters add linear modules of their own
     config = lora_config(vlm, region, projector=projector, **lora)
     with _without_model_type(vlm.model):
         network = get_peft_model(vlm.model, config)
+    tuners: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for tuner in tuners:  # else each casts its input to float32, which autocast casts back
+        tuner.cast_input_dtype_enabled = False
     groups: dict[str, Named] = {"layers": {}, "projector": {}}
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:

@@ -29,6 +29,7 @@ def verify_fast_paths(
     packing: Literal["auto", "on", "off"],
     sharded: bool,
     autocast: Callable[[], AbstractContextManager[None]],
+    network: nn.Module | None = None,
 ) -> tuple[FastPaths, tuple[str, ...]]:
     """The fast paths that give the losses of the plain path on two records, and one line for each that does not.
 
@@ -38,6 +39,7 @@ def verify_fast_paths(
         packing: auto, on (an error where it is not supported) or off.
         sharded: no process holds the whole model, so only the model's own forward pass can run.
         autocast: the precision of training.
+        network: what is called, a wrapper of the model; default: the model.
 
     Raises:
         UserError: packing is on and the model does not support it.
@@ -46,7 +48,7 @@ def verify_fast_paths(
     with ExitStack() as stack:
         for context in (torch.no_grad(), autocast(), eval_mode(vlm.model)):
             stack.enter_context(context)
-        trial = Trial.of(vlm, probe.to(vlm.device))
+        trial = Trial.of(vlm, network or vlm.model, probe)
         for name in ("chunking", "packing"):
             if (name == "chunking" and sharded) or (name == "packing" and packing == "off"):
                 continue
@@ -65,37 +67,46 @@ class Trial:
     """Two records as a batch, their losses on the plain path [N], and how far a fast path may differ, in nats."""
 
     vlm: Vlm
+    network: nn.Module
     batch: Batch
     plain: Tensor
     limit: float
 
     @classmethod
-    def of(cls, vlm: Vlm, batch: Batch) -> Trial:
+    def of(cls, vlm: Vlm, network: nn.Module, batch: Batch) -> Trial:
         """Run the plain path, and once more with random rounding errors on every layer's output."""
-        plain = answer_losses(vlm, vlm.model, batch)
+        plain = answer_losses(vlm, network, batch)
         with _round_anew(vlm, torch.is_autocast_enabled(vlm.device.type)):
-            noise = float((answer_losses(vlm, vlm.model, batch) - plain).abs().max())
-        return cls(vlm, batch, plain, max(ROUNDINGS * noise, SHARE * max(1.0, float(plain.abs().max()))))
+            noise = float((answer_losses(vlm, network, batch) - plain).abs().max())
+        return cls(vlm, network, batch, plain, max(ROUNDINGS * noise, SHARE * max(1.0, float(plain.abs().max()))))
 
     def refusal(self, fast_paths: FastPaths) -> str:
         """Why the model does not support these fast paths; empty where it does."""
         try:
             if not fast_paths.packing:
-                return self._difference(answer_losses(self.vlm, self.vlm.model, self.batch, fast_paths=fast_paths))
+                return self._difference(answer_losses(self.vlm, self.network, self.batch, fast_paths=fast_paths))
             with record_by_record(self.vlm):
-                packed = answer_losses(self.vlm, self.vlm.model, self.batch, fast_paths=fast_paths)
+                packed = answer_losses(self.vlm, self.network, self.batch, fast_paths=fast_paths)
                 changed = _change_first_answer(self.batch)
-                repacked = answer_losses(self.vlm, self.vlm.model, changed, fast_paths=fast_paths)
+                repacked = answer_losses(self.vlm, self.network, changed, fast_paths=fast_paths)
+        except torch.OutOfMemoryError:  # says nothing about the path, which needs less than the plain one
+            raise
         except Exception as error:  # families fail in many ways
             return first_line(error)
         first = int(self.batch.targets()[0][0].sum())
-        if not torch.equal(packed[first:], repacked[first:]):
+        # Of another first record, other tokens reach an expert: their GEMM has another size and may round differently.
+        limit = self.limit if _has_experts(self.vlm) else 0.0
+        if float((packed[first:] - repacked[first:]).abs().max()) > limit:
             return "a record sees the one before it"
         return self._difference(packed)
 
     def _difference(self, losses: Tensor) -> str:
         off = float((losses - self.plain).abs().max())
         return "" if off <= self.limit else f"losses are off by {off:.2g}"
+
+
+def _has_experts(vlm: Vlm) -> bool:
+    return any(name.endswith("experts") for name, _ in vlm.layers.named_modules())
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,21 +17,22 @@ from torch import nn
 from striate import routing
 from striate.data import Batch, Example, Examples, Records, Skipped, collate
 from striate.distributed import Rank
-from striate.errors import UserError
+from striate.errors import UserError, first_line
 from striate.region import FILE, Region
 from striate.roundtrip import save
 from striate.train.checkpointing import SHARE, Checkpointing
 from striate.train.fast_paths import verify_fast_paths
-from striate.train.loop import MOST_SKIPPED, Loop
+from striate.train.loop import MOST_SKIPPED, Loop, is_out_of_memory
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activations, free_bytes, reachable_parameters
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
-from striate.train.sharding import shard, unshard
+from striate.train.sharding import shard, unshard, unsharded_parameters
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device, has_native_bfloat16
+from striate.vlm.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -120,23 +121,23 @@ def fit(
     memory.start()
     bf16 = in_bfloat16(options.dtype, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    with ExitStack() as stack:
+    with ExitStack() as stack, _out_of_memory_in_one_line():
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         probe = _probe(examples, vlm, micro_batch(options, rank))
         if route is not None:
             with autocast():
                 routing.verify(vlm, route, probe.batch.to(vlm.device))
             stack.enter_context(routing.route(vlm, route))
+        if options.shard:  # before the probes: they run on the devices then
+            groups = _shard_groups(vlm, network, groups, device, rank, bf16=bf16)
         fast_paths, notes = verify_fast_paths(
-            vlm, probe.batch, packing=options.packing, sharded=options.shard, autocast=autocast
+            vlm, probe.batch, packing=options.packing, sharded=options.shard, autocast=autocast, network=network
         )
         if fast_paths.packing:
             stack.enter_context(record_by_record(vlm))
         kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
         groups = _freeze_unreachable(groups, reachable, log)
         checkpointing = _plan_checkpointing(vlm, network, probe, kept, groups, options, device, rank)
-        if options.shard:
-            groups = _shard_groups(vlm, network, groups, device, rank)
         loop = Loop(
             network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, state=state,
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
@@ -197,19 +198,32 @@ def in_bfloat16(dtype: str, device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Probe:
-    """A batch of two records to try the model on; the largest micro-batch has about `scale` times its tokens."""
+    """Two records to try the model on, and the first of them alone; the largest micro-batch has about `scale` times the
+    tokens of both."""
 
+    one: Batch
     batch: Batch
     scale: float
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of both records."""
+        return int(self.batch.inputs["attention_mask"].sum())
+
+    @property
+    def steps(self) -> float:
+        """The tokens that the largest micro-batch has beyond both records, over those of the second record."""
+        return (self.scale - 1) * self.tokens / (self.tokens - int(self.one.inputs["attention_mask"].sum()))
+
 
 def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
-    """The first two readable records, records with images first.
+    """The two shortest readable records, records with images first: long ones could take more memory than training.
 
     Raises:
         UserError: none of the records can be read.
     """
-    with_images_first = sorted(range(len(examples)), key=lambda index: not examples.records.size(index).images)
+    images, lengths = [bool(examples.records.size(index).images) for index in range(len(examples))], examples.lengths
+    with_images_first = sorted(range(len(examples)), key=lambda index: (not images[index], lengths[index]))
     read = ((index, examples[index]) for index in with_images_first)
     found = list(islice(((index, example) for index, example in read if isinstance(example, Example)), 2))
     if not found:
@@ -217,9 +231,9 @@ def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
         assert isinstance(last, Skipped)
         raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}", see="bad-records")
     (first, one), (second, other) = found[0], found[-1]
-    lengths = examples.lengths
-    largest = sum(sorted(lengths)[-micro:])
-    return Probe(collate([one, other], pad_id=vlm.pad_token_id), largest / max(1, lengths[first] + lengths[second]))
+    scale = sum(sorted(lengths)[-micro:]) / max(1, lengths[first] + lengths[second])
+    alone, both = (collate(chosen, pad_id=vlm.pad_token_id) for chosen in ([one], [one, other]))
+    return Probe(alone, both, scale)
 
 
 def _try_forward(
@@ -228,15 +242,46 @@ def _try_forward(
     probe: Probe,
     fast_paths: FastPaths,
     autocast: Callable[[], AbstractContextManager[None]],
-) -> tuple[Activations, set[nn.Parameter]]:
+) -> tuple[Activations, set[str]]:
     """The activations of the largest micro-batch, and the parameters that the answers of two records depend on."""
-    batch, losses = probe.batch.to(vlm.device), []
-    with autocast():
-        kept = activations(vlm, lambda: losses.append(answer_losses(vlm, network, batch, fast_paths=fast_paths)))
-    return kept.scaled(probe.scale), reachable_parameters(losses[0])
+    losses: list[torch.Tensor] = []
+
+    def measured(batch: Batch) -> Activations:
+        losses[:] = []
+        batch = batch.to(vlm.device)
+        with autocast():
+            return activations(vlm, lambda: losses.append(answer_losses(vlm, network, batch, fast_paths=fast_paths)))
+
+    with _with_dropout(network), unsharded_parameters(vlm, network) as parameters:
+        one, both = measured(probe.one), measured(probe.batch)
+        reachable = reachable_parameters(losses[0])
+    return both.beyond(one, probe.steps), {name for name, p in parameters.items() if p in reachable}
 
 
-def _freeze_unreachable(groups: dict[str, Group], reachable: set[nn.Parameter], log: Log) -> dict[str, Group]:
+@contextmanager
+def _with_dropout(network: nn.Module) -> Iterator[None]:
+    """Dropout as in training, whose masks take memory, too; all else as in evaluation."""
+    with eval_mode(network):
+        for module in network.modules():
+            module.training = isinstance(module, nn.Dropout)
+        yield
+
+
+@contextmanager
+def _out_of_memory_in_one_line() -> Iterator[None]:
+    """Outside of forward and backward passes, which the loop repeats: in the probe, clipping, the optimizer's step."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory ({first_line(error)}): set a smaller --micro-batch, --max-length or --region, or "
+            "--method lora"
+        ) from error
+
+
+def _freeze_unreachable(groups: dict[str, Group], reachable: set[str], log: Log) -> dict[str, Group]:
     """Freeze parameters that no answer depends on, with a warning: LLaVA's tower has layers above the one whose
     features are used, routers of experts have a bias for load balancing, text alone does not use the projector.
 
@@ -245,10 +290,10 @@ def _freeze_unreachable(groups: dict[str, Group], reachable: set[nn.Parameter], 
     """
     found: dict[str, Group] = {}
     for part, group in groups.items():
-        idle = [name for name, parameter in group.parameters.items() if parameter not in reachable]
+        idle = [name for name in group.parameters if name not in reachable]
         for name in idle:
             group.parameters[name].requires_grad_(False)
-        own = {name: parameter for name, parameter in group.parameters.items() if parameter in reachable}
+        own = {name: parameter for name, parameter in group.parameters.items() if name in reachable}
         found |= {part: replace(group, parameters=own)} if own else {}
         if idle and not own and part != "layers":
             log.warn(f"the probed records have no image: the {part} is not trained")
@@ -275,16 +320,15 @@ def _plan_checkpointing(
     """Choose the layers to recompute, from the activations of the largest micro-batch without recomputation."""
     hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
     width = torch.finfo(vlm.model.dtype).bits // 8
-    tokens = int(probe.batch.inputs["attention_mask"].sum())
     trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
     reserved = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradients and moments
-    if options.shard:  # the weights are not on the device yet; each process holds its share of everything
-        reserved = (reserved + sum(p.numel() * p.element_size() for p in network.parameters())) // rank.world_size
+    if options.shard:  # each process holds its share
+        reserved //= rank.world_size
     checkpointing = Checkpointing(
         vlm,
         kept=kept,
         free=SHARE * free_bytes(device) - reserved,
-        inputs=probe.scale * tokens * hidden * width,
+        inputs=probe.scale * probe.tokens * hidden * width,
         fixed=options.checkpointing != "auto",
     )
     checkpointing.choose(options.checkpointing)
@@ -294,10 +338,10 @@ def _plan_checkpointing(
 
 
 def _shard_groups(
-    vlm: Vlm, network: nn.Module, groups: dict[str, Group], device: torch.device, rank: Rank
+    vlm: Vlm, network: nn.Module, groups: dict[str, Group], device: torch.device, rank: Rank, *, bf16: bool
 ) -> dict[str, Group]:
     """Shard the model over the processes; the groups, with the sharded parameters."""
-    sharded = shard(vlm, network, device, rank)
+    sharded = shard(vlm, network, device, rank, bf16=bf16)
     return {
         part: replace(group, parameters={name: sharded[name] for name in group.parameters})
         for part, group in groups.items()

@@ -31,6 +31,7 @@ from transformers import enable_full_determinism, set_seed
 from striate.data import IGNORED, Batch, Examples, Skipped, collate
 from striate.distributed import Rank
 from striate.errors import UserError, first_line
+from striate.roundtrip import free_memory
 from striate.train.checkpointing import Checkpointing
 from striate.train.dummies import DummyCollator, EvenExamples
 from striate.train.memory import PeakMemory
@@ -43,6 +44,8 @@ from striate.train.sharding import optimizer_state, put, set_optimizer_state, wh
 from striate.train.watch import Audit, Log, Stop, Wait
 
 TRAINED, STATE = "trained.safetensors", "state.pt"  # files of a saved state: the trained weights, everything else
+# In errors that are not an `OutOfMemoryError`: of the host, of cuBLAS, of the driver.
+OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 MOST_SKIPPED = 0.01  # share of the records; more bad records than this mean that the data as a whole is wrong
 
 
@@ -137,7 +140,7 @@ class Loop:
         self.schedule = build_schedule(options, self.optimizer, self.total)
         self.wrapped: nn.Module = network
         if rank.world_size > 1 and not options.shard:
-            self.wrapped = DistributedDataParallel(network)
+            self.wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
         (enable_full_determinism if options.deterministic else set_seed)(options.seed)
 
     def run(self, before: float = 0.0) -> None:
@@ -242,7 +245,7 @@ class Loop:
         model = self.wrapped
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             with self.autocast():
-                losses = self.losses(model, batch.to(self.device))
+                losses = self.losses(model, batch)
             # DDP averages gradients over processes; the mean is over the answer tokens of all of them.
             (losses.sum() / answers * self.rank.world_size).backward()
         return losses.detach()
@@ -260,8 +263,7 @@ class Loop:
                 see="out-of-memory",
             )
         self.optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _clip(self) -> float:
         """Clip the gradients to --max-grad-norm (0: no clipping); their norm before."""
@@ -334,7 +336,7 @@ class Loop:
         if missing := max(self.rank.gather(missing_bytes(folder, self._state_bytes()))):
             failed = f"{missing / 1e9:.2f} GB more are needed"
         else:
-            trained = {name: whole(p.detach()).contiguous() for name, p in self.trained.items()}
+            trained = self._gather_trained()
             state = {
                 "optimizer": optimizer_state(self.network, self.optimizer) if self.options.shard
                 else self.optimizer.state_dict(),
@@ -346,6 +348,15 @@ class Loop:
                 failed = self._write(folder / PART, trained, state)
         if failed := next(filter(None, self.rank.gather(failed)), ""):
             self.log.warn(f"no room in {folder} to save the state of step {self.position.step}: {failed}")
+
+    def _gather_trained(self) -> dict[str, Tensor]:
+        """The trained weights; of a sharded model in the first process only, one at a time on the devices."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.trained.items():
+            weight = whole(parameter.detach())
+            if self.rank.first:
+                found[name] = weight.cpu().contiguous() if self.options.shard else weight.contiguous()
+        return found
 
     def _write(self, part: Path, trained: dict[str, Tensor], state: dict[str, Any]) -> str:
         """Write both files of a state; the reason when the disk is full, else an empty string."""
@@ -406,7 +417,7 @@ def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions)
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether memory ran out, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _ignore_signals(_: int) -> None:

@@ -35,7 +35,7 @@ def answer_losses(vlm: Vlm, model: nn.Module, batch: Batch, *, fast_paths: FastP
 
     `model` is called (the plain model, or a wrapper of it for LoRA or several devices), `vlm` knows its parts.
     """
-    targets = batch.targets()[1]
+    targets = batch.targets()[1].to(vlm.device, non_blocking=True)
     if not fast_paths.chunking:
         logits = answer_logits(vlm, model, batch, packing=fast_paths.packing)
         return F.cross_entropy(logits, targets, reduction="none")
@@ -67,7 +67,9 @@ def answer_logits(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool = F
 
 
 def _model_inputs(vlm: Vlm, batch: Batch, packing: bool) -> ModelInputs:
-    return ModelInputs.packed(vlm, batch) if packing else ModelInputs.padded(batch)
+    """On the model's device; made where the batch is, so that a batch on the CPU does not wait for a GPU."""
+    made = ModelInputs.packed(vlm, batch) if packing else ModelInputs.padded(batch)
+    return made.to(vlm.device)
 
 
 class _ChunkedLosses(torch.autograd.Function):

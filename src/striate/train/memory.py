@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from striate.train.sharding import own
 from striate.vlm import Vlm
 
 # Bytes of AdamW's two moments per parameter, in float32 or in 8 bits.
@@ -82,9 +83,17 @@ class Activations:
         """All bytes kept."""
         return sum(self.layers) + self.rest
 
-    def scaled(self, factor: float) -> Activations:
-        """The activations of a batch with `factor` times the tokens."""
-        return Activations(tuple(round(kept * factor) for kept in self.layers), round(self.rest * factor))
+    def beyond(self, smaller: Activations, times: float) -> Activations:
+        """The activations of a batch that exceeds this one by `times` what this one exceeds a smaller one by.
+
+        On a straight line: copies of weights in the GEMMs' dtype are kept, too, and do not grow with the batch.
+        """
+
+        def line(start: int, end: int) -> int:
+            return max(0, round(end + times * (end - start)))
+
+        layers = (line(start, end) for start, end in zip(smaller.layers, self.layers, strict=True))
+        return Activations(tuple(layers), line(smaller.rest, self.rest))
 
 
 def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
@@ -93,12 +102,15 @@ def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
     A storage saved by several layers counts once, for the first of them.
     """
     kept, current = [0] * vlm.depth, -1
-    seen = {parameter.untyped_storage()._cdata for parameter in vlm.model.parameters()}
+    seen: set[int] = set()
     alive, rest = [], 0  # references: the address of a freed storage could be used again
 
-    def enter(layer: int, *_: Any) -> None:
+    def enter(layer: int, module: torch.nn.Module, *_: Any) -> None:
         nonlocal current
         current = layer
+        seen.update(own(p).untyped_storage()._cdata for p in module.parameters())  # gathered by now, if sharded
+
+    enter(-1, vlm.model)  # also where a part of the model is called alone
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal rest
@@ -112,7 +124,8 @@ def activations(vlm: Vlm, forward: Callable[[], Any]) -> Activations:
                 kept[current] += storage.nbytes()
         return tensor.detach()  # with its graph it would form a reference cycle that is never freed
 
-    hooks = [layer.register_forward_pre_hook(partial(enter, index)) for index, layer in enumerate(vlm.layers)]
+    hooks = [vlm.model.register_forward_pre_hook(partial(enter, -1))]
+    hooks += [layer.register_forward_pre_hook(partial(enter, index)) for index, layer in enumerate(vlm.layers)]
     hooks += [layer.register_forward_hook(partial(enter, -1)) for layer in vlm.layers]
     try:
         with saved_tensors_hooks(pack, lambda tensor: tensor):

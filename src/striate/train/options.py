@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Literal, get_type_hints
 
@@ -19,6 +20,7 @@ SCHEDULES = {
     "constant": "constant_with_warmup",
     "inverse_sqrt": "inverse_sqrt",
 }
+SHARD_NEEDS = (2, 8)  # before, a unit of FSDP2 must not hold frozen weights of another dtype than the trained ones
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab", "dvclive")
 
 
@@ -122,12 +124,27 @@ def check_launch(options: TrainOptions, rank: Rank) -> None:
             "--shard does not support --optimizer adamw_8bit or --frozen-layers nf4: leave one out",
             see="several-processes",
         )
+    if options.shard and version_of(torch.__version__) < SHARD_NEEDS:
+        raise UserError(
+            f"--shard needs torch >= {'.'.join(map(str, SHARD_NEEDS))}, this is {torch.__version__}",
+            see="several-processes",
+        )
+    if rank.world_size > 1 and options.device and ":" in options.device:
+        raise UserError(
+            f"--device {options.device}: each of several processes takes its own; leave the number out",
+            see="several-processes",
+        )
     if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
         raise UserError(
             "FSDP and DeepSpeed settings of accelerate are not supported: remove them and use --shard",
             see="several-processes",
         )
     micro_batch(options, rank)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The numbers of a version such as 2.13.0+cpu, without the patch."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def micro_batch(options: TrainOptions, rank: Rank) -> int:

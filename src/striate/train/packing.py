@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from striate.data import TOKEN_KEYS, Batch
@@ -25,7 +25,9 @@ from striate.routing.tokens import Tokens
 from striate.vlm import Vlm
 
 ATTENTION = "striate_record_by_record"
-INNER = ("sdpa", "eager")  # attention implementations that can run record by record
+# Attention implementations that can run record by record; those of FLASH take all records in one call.
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+INNER = ("sdpa", "eager", *FLASH)
 SHORT = 256  # most tokens of a record whose attention runs in float32 on a CPU, not in bfloat16
 
 
@@ -40,6 +42,11 @@ class ModelInputs:
     inputs: dict[str, Tensor]
     positions: Tensor
     lengths: tuple[int, ...] = ()
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """The inputs on `device`. Positions stay: reading how many there are would wait for a GPU."""
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
     @classmethod
     def padded(cls, batch: Batch) -> ModelInputs:
@@ -68,7 +75,11 @@ def _position_ids(vlm: Vlm, batch: Batch) -> Tensor:
 
 @contextmanager
 def record_by_record(vlm: Vlm) -> Iterator[None]:
-    """The decoder's attention runs record by record on packed rows, and as before on other rows."""
+    """The decoder's attention runs record by record on packed rows, and as before on other rows.
+
+    Without cuDNN's kernels: they compile a plan, in up to a second, for every length of a record in every length of a
+    row.
+    """
     config = vlm.model.config.get_text_config(decoder=True)
     inner = config._attn_implementation
     if inner == ATTENTION:
@@ -77,9 +88,12 @@ def record_by_record(vlm: Vlm) -> Iterator[None]:
     if inner not in INNER:
         raise ValueError(f"{inner} attention")
     config._attn_implementation, _inner[id(config)] = ATTENTION, inner
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         config._attn_implementation = _inner.pop(id(config))
 
 
@@ -101,7 +115,7 @@ _lengths: ContextVar[tuple[int, ...]] = ContextVar("lengths", default=())
 class Blocks:
     """Passed instead of an attention mask: the lengths of a row's records, and per record its mask [1, 1, T, T], or
     None where it is plainly causal. Empty lengths: not packed, the one mask is that of the whole batch. `queries`: how
-    many tokens of each record are queries; None: all."""
+    many tokens of each record are queries; None: all. For FLASH instead of masks where the records begin and end."""
 
     lengths: tuple[int, ...]
     masks: tuple[Tensor | None, ...]
@@ -118,6 +132,8 @@ class Blocks:
         """The masks for the computed tokens of a route as queries and all tokens as keys."""
         if not self.lengths:
             return replace(self, masks=(tokens.mask(self.masks[0]),))
+        if self.inner in FLASH:
+            raise ValueError(f"{self.inner} attention has no masks of single tokens")
         index = tokens.parts[0][0]  # in the row, in rising order
         ends = torch.tensor(self.lengths, device=index.device).cumsum(0)
         counts = torch.searchsorted(index, ends).diff(prepend=ends.new_zeros(1)).tolist()
@@ -145,13 +161,18 @@ def _blocks(
         return Blocks((), (make(**settings),), inner, (1, 1, q_length, q_length))
     if q_length != sum(lengths):
         raise ValueError(f"attention over {q_length} tokens in a row of {sum(lengths)}")
+    shape = (1, 1, q_length, q_length)
+    if inner in FLASH:
+        ends = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Blocks(lengths, (ends.to(settings["device"], non_blocking=True),), inner, shape)
+    if inner == "sdpa" and mask_function is causal_mask_function:
+        return Blocks(lengths, (None,) * len(lengths), inner, shape)
     settings |= {"attention_mask": None, "allow_is_causal_skip": False, "mask_function": mask_function}
     masks, start = [], 0
     for length in lengths:
         block = {"q_length": length, "kv_length": length, "q_offset": start, "kv_offset": start}
         masks.append(make(**settings | block))
         start += length
-    shape = (1, 1, q_length, q_length)
     return Blocks(lengths, tuple(masks) if inner == "eager" else _without_causal(masks), inner, shape)
 
 
@@ -172,6 +193,10 @@ def _attend(
     if not attention_mask.lengths:
         return inner(module, query, key, value, attention_mask.masks[0], **settings)[0], None
     lengths = attention_mask.lengths
+    if attention_mask.inner in FLASH:
+        (ends,), longest = attention_mask.masks, max(lengths)
+        rows = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return inner(module, query, key, value, None, **settings | rows)[0], None
     queries = query.split(attention_mask.queries or lengths, dim=2)
     records = zip(queries, key.split(lengths, dim=2), value.split(lengths, dim=2), attention_mask.masks, strict=True)
     attend = _in_float32(inner) if query.device.type == "cpu" and attention_mask.inner == "sdpa" else inner

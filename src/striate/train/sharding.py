@@ -7,6 +7,8 @@ gradients to reduce.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,20 +19,49 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from striate.distributed import Rank
 from striate.vlm import Vlm
 
 
-def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank) -> dict[str, nn.Parameter]:
-    """Shard `network` (the model, or its adapted form) over the processes' devices; its new parameters, by name."""
+def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank, *, bf16: bool) -> dict[str, nn.Parameter]:
+    """Shard `network` (the model, or its adapted form) over the processes' devices; its new parameters, by name.
+
+    With `bf16` the trained weights, which are in float32, are gathered in bfloat16, the dtype of the GEMMs: half the
+    traffic, and autocast keeps no copies. Gradients are summed in float32.
+    """
     mesh = init_device_mesh(device.type, (rank.world_size,))
-    for layer in vlm.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for unit in (*vlm.layers, network):
+        frozen = (p for p in unit.parameters() if not (p.requires_grad or isinstance(p, DTensor)))
+        keeps = any(p.dtype == torch.float32 for p in frozen)  # for a reason, as routers of experts are
+        fully_shard(unit, mesh=mesh, mp_policy=half if bf16 and not keeps else MixedPrecisionPolicy())
     return dict(network.named_parameters())
+
+
+@contextmanager
+def unsharded_parameters(vlm: Vlm, network: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters by name, as a forward pass inside computes with them: of a sharded model those it gathered.
+
+    At the end the model is as it was sharded: after a forward pass without a backward pass some would stay gathered.
+    """
+    found, names = dict(network.named_parameters()), {module: name for name, module in network.named_modules()}
+
+    def note(module: nn.Module, _: Any) -> None:
+        own_names = module.named_parameters(prefix=names[module])
+        found.update((name, p) for name, p in own_names if not isinstance(p, DTensor))
+
+    hooks = [module.register_forward_pre_hook(note) for module in (vlm.model, *vlm.layers)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in names:
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def unshard(network: nn.Module, rank: Rank) -> None:

@@ -37,7 +37,7 @@ class Audit:
 
     def remember(self) -> None:
         """Take the checksums of the frozen weights."""
-        self.before = {name: checksum(p) for name, p in self.frozen.items()}
+        self.before = self._checksums()
 
     def check_gradients(self, *, has_image: bool) -> None:
         """Check once, before a step, that no gradient is missing; a step whose records were all skipped has none."""
@@ -56,7 +56,8 @@ class Audit:
         """Check once, after a step, that no frozen weight changed."""
         if self.before is None or not self.complete:
             return
-        changed = [name for name, p in self.frozen.items() if checksum(p) != self.before[name]]
+        now = self._checksums()
+        changed = [name for name, before in self.before.items() if now[name] != before]
         self.before = None
         if changed:
             raise UserError(
@@ -64,8 +65,12 @@ class Audit:
                 see="frozen-parameters-changed",
             )
 
+    def _checksums(self) -> dict[str, int]:
+        sums = [checksum(p) for p in self.frozen.values()]
+        return dict(zip(self.frozen, torch.stack(sums).tolist() if sums else (), strict=True))  # a single wait
 
-def checksum(parameter: torch.Tensor) -> int:
+
+def checksum(parameter: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor's bit patterns as integers: any single changed value changes it.
 
     Of a sharded tensor: that of this process's shard.
@@ -73,7 +78,7 @@ def checksum(parameter: torch.Tensor) -> int:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     flat = own(parameter.detach()).contiguous().view(bits).flatten()
     # In pieces: the sum makes an int64 copy of its input.
-    return sum(int(piece.sum(dtype=torch.int64)) for piece in flat.split(2**24))
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in flat.split(2**24)]).sum()
 
 
 class Log:

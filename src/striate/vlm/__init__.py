@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -210,11 +210,9 @@ class Vlm:
         """
 
         def pick(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            hidden = inputs[0]  # B T D
-            if hidden.shape[:2] != positions.shape:
-                raise ValueError(f"the head got {tuple(hidden.shape[:2])} positions, not {tuple(positions.shape)}")
-            return (hidden[positions].unsqueeze(0), *inputs[1:])
+            return (picked(inputs[0]).unsqueeze(0), *inputs[1:])
 
+        picked = _picker(positions)
         handle = self.head.register_forward_pre_hook(pick)
         try:
             yield
@@ -238,10 +236,11 @@ class Vlm:
                 f"{type(holder).__name__} has no body separate from its head, so the head cannot be skipped"
             )
         tail = DeferredHead(holder, body)
+        picked = _picker(positions)
 
         def skip(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             hidden = output["last_hidden_state"]  # B T D
-            tail.states, tail.output = hidden[positions], output
+            tail.states, tail.output = picked(hidden), output
             return tail.with_states(hidden[:, :0])
 
         handle = body.register_forward_hook(skip)
@@ -293,6 +292,8 @@ def load(
     """
     source = str(model_folder(path))
     place = check_device(device) if device else default_device()
+    if place.type == "cuda":  # cuDNN's attention compiles a plan, in up to a second, for every length of a batch
+        torch.backends.cuda.enable_cudnn_sdp(False)
     config = check_config(source)
     check_size(config, source, dtype, place)
     model: Any
@@ -350,6 +351,21 @@ def _is_map(module: nn.Linear) -> bool:
         return True
     with torch.no_grad():
         return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
+
+
+def _picker(positions: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from states [B, T, D] to those at the true entries of `positions` [B, T].
+
+    Counting them waits for a GPU where the positions are on it; on the CPU it does not.
+    """
+    index = positions.flatten().nonzero()[:, 0]
+
+    def picked(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[:2] != positions.shape:
+            raise ValueError(f"there are states at {tuple(hidden.shape[:2])}, not {tuple(positions.shape)} positions")
+        return hidden.flatten(0, 1).index_select(0, index.to(hidden.device, non_blocking=True))
+
+    return picked
 
 
 def _lookup(model: nn.Module, name: str) -> nn.Module | nn.Parameter:

@@ -70,6 +70,7 @@ def _prune(tuned: Path, out: Path, values: Values, progress: bool) -> None:
         shutil.rmtree(out, ignore_errors=True)
         wanted = values | {"model": tuned, "out": out, "dry_run": False}
         prune(**call_arguments(prune, wanted) | {"progress": progress})
+        free_memory()
 
 
 def _is_finished(run: Path) -> bool:
