@@ -117,7 +117,7 @@ def test_memory_that_runs_out_in_a_probe_says_nothing_about_packing(monkeypatch:
     vlm, probe = two_records("llava_llama")
     monkeypatch.setattr(fast_paths, "record_by_record", full)
     with pytest.raises(torch.OutOfMemoryError):
-        verify_fast_paths([vlm], probe, packing="auto", sharded=False, autocast=nullcontext)
+        verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
 
 
 @pytest.mark.parametrize(("holder", "name"), [(fit, "_probe"), (Loop, "_clip"), (Loop, "_gather_trained")])
@@ -186,29 +186,29 @@ def test_records_of_a_model_with_experts_may_round_otherwise(monkeypatch: pytest
     monkeypatch.setattr(fast_paths, "answer_losses", rounded)
     for experts, packs in ((False, False), (True, True)):
         monkeypatch.setattr(fast_paths, "_has_experts", lambda vlm, experts=experts: experts)
-        found, _ = verify_fast_paths([vlm], probe, packing="auto", sharded=False, autocast=nullcontext)
+        found, _ = verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
         assert found.packing is packs
 
 
-def test_activations_are_foretold_from_two_sizes(data: Path, tmp_path: Path) -> None:
+def test_activations_are_predicted_from_two_sizes(data: Path, tmp_path: Path) -> None:
     # In bfloat16 the copies of trained weights, which are wide here, are kept once, whatever the batch.
     vlm = striate.load(pico_llava(tmp_path / "wide", intermediate_size=1024), device="cpu")
     select(vlm, striate.Region.parse("1,3", vlm.depth))
     examples = Examples(read(data).records, vlm.processor)
     autocast = in_bfloat16
-    foretold, _ = fit._try_forward(vlm, vlm.model, fit._probe(examples, vlm, 8), FastPaths(), autocast)
+    predicted, _ = fit._try_forward(vlm, vlm.model, fit._probe(examples, vlm, 8), FastPaths(), autocast)
     batch = collate([examples[index] for index in range(8)], pad_id=0)
     with autocast():
         kept = activations(vlm, lambda: answer_losses(vlm, vlm.model, batch))
-    assert foretold.layers == pytest.approx(kept.layers, rel=0.15)
-    assert foretold.total == pytest.approx(kept.total, rel=0.15)
+    assert predicted.layers == pytest.approx(kept.layers, rel=0.15)
+    assert predicted.total == pytest.approx(kept.total, rel=0.15)
 
 
 def in_bfloat16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def test_masks_of_dropout_are_foretold(model: Path, data: Path) -> None:
+def test_masks_of_dropout_are_predicted(model: Path, data: Path) -> None:
     kept = []
     for dropout in (0.0, 0.5):
         vlm = striate.load(model, device="cpu")
@@ -280,7 +280,7 @@ def test_flash_attention_takes_a_packed_row_in_one_call(monkeypatch: pytest.Monk
     vlm, batch = family("llava")
     expected, gradients = losses_and_gradients(vlm, batch, FastPaths())
     vlm.model.config.text_config._attn_implementation = "flash_attention_2"
-    found = verify_fast_paths([vlm], batch, packing="on", sharded=False, autocast=nullcontext)
+    found = verify_fast_paths(vlm, batch, packing="on", sharded=False, autocast=nullcontext)
     assert found == (BOTH, ())
     calls.clear()
     losses, others = losses_and_gradients(vlm, batch, BOTH)

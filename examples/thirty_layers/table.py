@@ -72,15 +72,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def row(name: str, runs: dict[int, Run], reference: dict[int, Run]) -> list[str]:
     """A region: what it sees by task, how it compares with all layers, what it kept of text, what it cost."""
     found = [runs[seed] for seed in sorted(runs)]
-    compared = paired(runs, reference) if runs is not reference else None
+    compared = paired(runs, reference) if runs != reference else None
     apart = "" if compared is None else _said(compared[0])
-    kept = "" if compared is None else f"{100 * compared[1].value:.1f}"
+    kept = "" if compared is None else f"{100 * compared[1].value:.1f}{_by_seed(runs, reference)}"
     cost = [f"{fmean(run['training'].get(key, run.get(key)) or 0 for run in found):.{digits}f}" for key, digits in COST]
     return [
         name, str(len(found)), spread([100 * run["visual"] for run in found]), apart, kept,
         *(f"{value(found, task):.0f}" for task in TASKS), *text_kept(found),
         *(cost if found[0]["verb"] == "tune" else ["", "", ""]),
     ]  # fmt: skip
+
+
+def _by_seed(runs: dict[int, Run], reference: dict[int, Run]) -> str:
+    """What each seed keeps of the reference, where there are several: an interval over questions does not show it."""
+    seeds = sorted(runs.keys() & reference.keys())
+    kept = [f"{100 * runs[seed]['visual'] / reference[seed]['visual']:.1f}" for seed in seeds]
+    return f" ({', '.join(kept)})" if len(kept) > 1 else ""
 
 
 def text_kept(runs: Sequence[Run]) -> list[str]:
@@ -97,10 +104,12 @@ def _said(found: Interval) -> str:
     return f"{ends}{' tie' if within_noise(found) else ''}"
 
 
-def regions_table(runs: Sequence[Run], folder: str = "cells") -> str:
-    """All tuned regions of a folder, the start first."""
-    found = tuned(runs, folder)
-    reference = found.get("all", {})
+def regions_table(runs: Sequence[Run], folder: str = "cells", route: str | None = None) -> str:
+    """All tuned regions of a folder, the start first; nothing if there are none."""
+    found = tuned(runs, folder, route=route)
+    if not found:
+        return ""
+    reference = tuned(runs, folder).get("all", {})
     start = [run for run in runs if run["verb"] == "assemble"]
     rows = [row("nothing (the start)", {0: start[0]}, {})] if start else []
     rows += [row(name, by_seed, reference) for name, by_seed in found.items()]
@@ -119,7 +128,7 @@ def pairs_table(runs: Sequence[Run], other: str = "uniform:25%") -> str:
 
 
 def pruning_table(runs: Sequence[Run]) -> str:
-    """Layers removed by angular distance from tuned models, before and after healing."""
+    """Layers removed by angular distance from tuned models, before and after healing; nothing if there are none."""
     cut: dict[tuple[str, str, bool], list[Run]] = defaultdict(list)
     for run in runs:
         if run["verb"] == "prune":
@@ -130,11 +139,13 @@ def pruning_table(runs: Sequence[Run]) -> str:
          *text_kept(found)]
         for (region, removed, healed), found in sorted(cut.items(), key=lambda one: (one[0][0], int(one[0][1])))
     ]  # fmt: skip
-    return table(("tuned", "removed", "healed", "seeds", "visual", "facts", "prose ppl"), rows)
+    return table(("tuned", "removed", "healed", "seeds", "visual", "facts", "prose ppl"), rows) if rows else ""
 
 
 def data_table(runs: Sequence[Run]) -> str:
-    """Regions by the share of the data that they were tuned on, equal steps."""
+    """Regions by the share of the data that they were tuned on, equal steps; nothing if there is one share."""
+    if not any("samples" in run["options"] for run in runs):
+        return ""
     rows = []
     for share in ("25%", "50%", None):
         found = tuned(runs, samples=share)
@@ -164,12 +175,16 @@ def figure(runs: Sequence[Run], out: Path) -> None:
 def main() -> None:
     """Write the tables and the figure."""
     runs = load()
+    sections = {
+        "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs), "Data": data_table(runs),
+        "Images through `uniform:25%` alone": regions_table(runs, route="uniform:25%"), "Pruning": pruning_table(runs),
+        "LoRA": regions_table(runs, "lora"), "Three times the steps": regions_table(runs, "longer"),
+    }  # fmt: skip
     parts = [
         "# Tables of the study on thirty layers", "Made by `python examples/thirty_layers/table.py` from"
-        " `results/thirty_layers.json`; percent, ± is the standard deviation over seeds.",
-        "## Regions", regions_table(runs), "## Against the uniform quarter", pairs_table(runs),
-        "## Data", data_table(runs), "## Pruning", pruning_table(runs),
-        "## LoRA", regions_table(runs, "lora"), "## Three times the steps", regions_table(runs, "longer"),
+        " `results/thirty_layers.json`; percent. ± is the standard deviation over seeds; intervals are over questions,"
+        " each averaged over seeds; in parentheses is what each seed keeps.",
+        *(f"## {title}\n\n{found}" for title, found in sections.items() if found),
     ]  # fmt: skip
     TABLES.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     figure(runs, FIGURES / "thirty_regions.svg")
