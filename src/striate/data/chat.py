@@ -55,7 +55,10 @@ def render(processor: Any, messages: list[Message], source: str, *, prompt: bool
 
 @lru_cache(maxsize=8)
 def _own_breaks(processor: Any, template: Any) -> tuple[bool, bool]:
-    """Whether the chat template writes a line break between a text and an image, and between an image and a text."""
+    """Whether the chat template writes a line break between a text and an image, and between an image and a text.
+
+    `template` is a key of the cache: a processor may be given another.
+    """
     before, behind = "\ue000before\ue001", "\ue000behind\ue001"
     content = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": behind}]
     try:

@@ -137,7 +137,7 @@ def fit(
             stack.enter_context(record_by_record(vlm))
         kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
         groups = _freeze_unreachable(groups, reachable, log)
-        checkpointing = _plan_checkpointing(vlm, network, probe, kept, groups, options, device, rank)
+        checkpointing = _plan_checkpointing(vlm, probe, kept, groups, options, device, rank)
         loop = Loop(
             network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, state=state,
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
@@ -309,7 +309,6 @@ def _freeze_unreachable(groups: dict[str, Group], reachable: set[str], log: Log)
 
 def _plan_checkpointing(
     vlm: Vlm,
-    network: nn.Module,
     probe: Probe,
     kept: Activations,
     groups: dict[str, Group],
