@@ -82,26 +82,40 @@ def watch_attention(
     Raises:
         UserError: the mask of the attention implementation cannot be read.
     """
-    config = vlm.model.config.get_text_config(decoder=True)
-    name = config._attn_implementation
-    layer_of = {part: layer for layer, module in enumerate(vlm.layers) for part in module.modules() if part != module}
-    tokens = _Tokens.of(queries, keys, num_heads=config.num_attention_heads)
-
-    def report(module: nn.Module, rows_of: Rows, shape: tuple[int, int]) -> None:
-        """`shape`: numbers of queries and of keys."""
-        routed = running_tokens(vlm.model)
-        if shape[0] == shape[1]:
-            on_attention(layer_of[module], tokens.attention(rows_of))
-        elif routed and shape == (routed.count, routed.length):  # image tokens do not attend in this layer
-            on_attention(layer_of[module], tokens.attention(lambda rows: rows_of(routed.place(rows))))
-        # else cross-attention
-
-    with _hook_maps(layer_of, report) if name == "eager" else _recompute_rows(name, layer_of, report):
+    heads = vlm.model.config.get_text_config(decoder=True).num_attention_heads
+    tokens = _Tokens.of(queries, keys, num_heads=heads)
+    with watch_rows(vlm, lambda layer, rows_of: on_attention(layer, tokens.attention(rows_of))):
         yield
 
 
 Rows = Callable[[Tensor], Tensor]  # from row numbers [B, R] to attention weights [B, H, R, T]
 Report = Callable[[nn.Module, Rows, tuple[int, int]], None]
+
+
+@contextmanager
+def watch_rows(vlm: Vlm, on_rows: Callable[[int, Rows], None]) -> Iterator[None]:
+    """Context in which every self-attention of a decoder layer calls `on_rows(layer, rows_of)`.
+
+    `rows_of(rows)`, to be called at once, gives the attention weights [B, H, R, T] of the query tokens `rows` [B, R].
+    See `watch_attention`.
+
+    Raises:
+        UserError: the mask of the attention implementation cannot be read.
+    """
+    name = vlm.model.config.get_text_config(decoder=True)._attn_implementation
+    layer_of = {part: layer for layer, module in enumerate(vlm.layers) for part in module.modules() if part != module}
+
+    def report(module: nn.Module, rows_of: Rows, shape: tuple[int, int]) -> None:
+        """`shape`: numbers of queries and of keys."""
+        routed = running_tokens(vlm.model)
+        if shape[0] == shape[1]:
+            on_rows(layer_of[module], rows_of)
+        elif routed and shape == (routed.count, routed.length):  # image tokens do not attend in this layer
+            on_rows(layer_of[module], lambda rows: rows_of(routed.place(rows)))
+        # else cross-attention
+
+    with _hook_maps(layer_of, report) if name == "eager" else _recompute_rows(name, layer_of, report):
+        yield
 
 
 @dataclass(frozen=True)

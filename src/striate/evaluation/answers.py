@@ -82,13 +82,12 @@ def likelihood(
 def answer_fn(vlm: Vlm, *, max_new_tokens: int, max_length: int) -> BatchFn[str]:
     """`answer` for one batch."""
     check_template(vlm.processor)
-    ends, thinking = stops(vlm), opens_thinking(vlm.processor)
 
     def prompts(record: Record) -> list[Example]:
         return [encode(record, vlm.processor, max_length=max_length, generation=True)]
 
     def answer_batch(records: Sequence[Record]) -> list[str | Skipped]:
-        answers = _expand(records, prompts, partial(_generate, vlm, ends, thinking, max_new_tokens))
+        answers = _expand(records, prompts, partial(_generate, vlm, max_new_tokens))
         return [one if isinstance(one, Skipped) else one[0] for one in answers]
 
     return answer_batch
@@ -175,16 +174,25 @@ def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
 
 
 @torch.inference_mode()
-def _generate(
-    vlm: Vlm, ends: list[int], thinking: bool, max_new_tokens: int, prompts: list[list[Example]]
-) -> list[list[str]]:
-    batch = _collate(vlm, [prompt for (prompt,) in prompts], "left")
+def generate(vlm: Vlm, batch: Batch, *, max_new_tokens: int) -> list[list[int]]:
+    """The greedy tokens after each prompt of a batch padded on the left, up to and including the first of `stops`."""
+    ends = stops(vlm)
     options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
     tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options)  # type: ignore[operator]
     new = tokens[:, batch.labels.shape[1] :].tolist()
     # A row that ends early is padded, and the padding token may be an ordinary token.
-    answers = [row[: next((at for at, token in enumerate(row) if token in ends), len(row))] for row in new]
-    return [[_final(vlm.tokenizer, row, thinking)] for row in answers]
+    return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in new]
+
+
+def answer_texts(vlm: Vlm, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of generated tokens: without the end token, reasoning and other special tokens."""
+    ends, thinking = stops(vlm), opens_thinking(vlm.processor)
+    return [_final(vlm.tokenizer, [token for token in row if token not in ends], thinking) for row in rows]
+
+
+def _generate(vlm: Vlm, max_new_tokens: int, prompts: list[list[Example]]) -> list[list[str]]:
+    batch = _collate(vlm, [prompt for (prompt,) in prompts], "left")
+    return [[text] for text in answer_texts(vlm, generate(vlm, batch, max_new_tokens=max_new_tokens))]
 
 
 def _final(tokenizer: Any, row: list[int], thinking: bool) -> str:

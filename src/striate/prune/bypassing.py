@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig
 
 from striate.errors import UserError
 from striate.prune.numbering import Numbering
 from striate.region import Region
 from striate.routing import read_route, route, unroute, write_route
-from striate.scores.replay import replace_hidden
-from striate.trace import layer_input
+from striate.scores.replay import change_layers
 from striate.vlm import Vlm
-from striate.vlm.modes import override_forward
 
 
 @contextmanager
 def bypass(vlm: Vlm, layers: Iterable[int]) -> Iterator[None]:
     """Context in which the output of each of the layers is its input.
 
-    The layers still run and their outputs are discarded: their slots of the key-value cache are filled, so that
-    positions are counted correctly and generation with a cache is that of the model without the layers.
+    The layers still run and their outputs are discarded: generation with a cache is that of the model without them.
     """
-    chosen = [vlm.layers[layer] for layer in layers]
-    with override_forward({layer: _idle(layer) for layer in chosen}):
+    with change_layers(vlm, layers, lambda entering, _: entering):
         yield
-
-
-def _idle(layer: nn.Module) -> Callable[..., Any]:
-    own: Callable[..., Any] = layer.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return replace_hidden(own(*args, **kwargs), layer_input(args, kwargs))
-
-    return forward
 
 
 def cut(vlm: Vlm, numbers: Numbering) -> None:

@@ -8,7 +8,8 @@ state on, so no family needs code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -47,8 +48,7 @@ class Replay:
 
     def run(self, start: int = 0) -> Tensor:
         """Logits [N, V] of the decoder as it is now, from layer `start` on; layers below replay their outputs."""
-        senses = {module: _player(outputs) for module, outputs in self._encoded.items() if outputs}
-        with override_forward(senses | self._players_below(start) if self._resumes else {}):
+        with override_forward(self._senses() | self._players_below(start) if self._resumes else {}):
             return self.answers.logits(self.vlm, self.batch)
 
     def run_with(self, layer: int, change: Change) -> Tensor:
@@ -63,17 +63,23 @@ class Replay:
         with override_forward({self.layers[layer]: forward}):
             return self.run(layer)
 
+    def logits_after(self, layer: int, positions: Tensor) -> Tensor:
+        """Logits [N, V] of the hidden states after a layer at `positions` [B, T], as if it were the last: logit lens.
+
+        Final norm, head, scaling and soft-capping are the model's own (nostalgebraist 2020, "interpreting GPT: the
+        logit lens").
+        """
+        with override_forward(self._senses() | _players(self.layers, self._outputs[layer])):
+            with self.vlm.head_at(positions):
+                return self.vlm.model(**self.batch.inputs, use_cache=False).logits[0]
+
+    def _senses(self) -> dict[nn.Module, Forward]:
+        """Forward functions of tower and projector that replay their outputs."""
+        return {module: _player(outputs) for module, outputs in self._encoded.items() if outputs}
+
     def _players_below(self, start: int) -> dict[nn.Module, Forward]:
-        """Forward functions of the layers below: the uppermost replays its output, the others return their input."""
-        if not start:
-            return {}
-        *others, uppermost = self.layers[:start]
-        below = self._outputs[start - 1]
-        idle: dict[nn.Module, Forward] = {
-            layer: lambda *args, **kwargs: replace_hidden(below, layer_input(args, kwargs)) for layer in others
-        }
-        # A copy: the model may write into its input when it adds features between layers.
-        return idle | {uppermost: lambda *args, **kwargs: _clone(below)}
+        """Forward functions of the layers below, which replay the output of the uppermost."""
+        return _players(self.layers[:start], self._outputs[start - 1]) if start else {}
 
     def _can_resume(self) -> bool:
         """Whether a rerun of the last layer alone gives the clean logits.
@@ -88,6 +94,38 @@ class Replay:
             return False
         scale = self.logits.abs().max()
         return bool(((logits - self.logits).abs() <= 1e-3 * scale).all())
+
+
+@contextmanager
+def change_layers(vlm: Vlm, layers: Iterable[int], change: Change) -> Iterator[None]:
+    """Context in which the output of each of the layers is changed.
+
+    The layers still run: their slots of the key-value cache are filled, so that positions are counted correctly, and
+    generation with a cache is that of a model with the change.
+    """
+    chosen = [vlm.layers[layer] for layer in layers]
+    with override_forward({layer: _changing(layer, change) for layer in chosen}):
+        yield
+
+
+def _changing(layer: nn.Module, change: Change) -> Forward:
+    own: Forward = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leaving = own(*args, **kwargs)
+        return replace_hidden(leaving, change(layer_input(args, kwargs), _hidden(leaving)))
+
+    return forward
+
+
+def _players(layers: list[nn.Module], output: Any) -> dict[nn.Module, Forward]:
+    """Forward functions of the layers: the uppermost replays the output, the others return their input."""
+    *others, uppermost = layers
+    idle: dict[nn.Module, Forward] = {
+        layer: lambda *args, **kwargs: replace_hidden(output, layer_input(args, kwargs)) for layer in others
+    }
+    # A copy: the model may write into its input when it adds features between layers.
+    return idle | {uppermost: lambda *args, **kwargs: _clone(output)}
 
 
 def _recorder(module: nn.Module, outputs: list[Any], duplicate: Callable[[Any], Any]) -> Forward:
