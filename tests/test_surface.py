@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / "striate"
 # A module may import those before it; the design of the whole in three lines: the library, the runs, the studies.
 LIBRARY = [
     "errors", "console", "distributed", "region", "weights", "vlm", "data", "routing", "trace", "plot", "scores",
-    "roundtrip", "train", "prune", "evaluation",
+    "roundtrip", "train", "prune", "evaluation", "exploration",
 ]  # fmt: skip
 ORDER = [*LIBRARY, "runs", "studies", "__main__"]
 # Every option of every verb: a new one is a decision.
@@ -62,13 +62,15 @@ OPTIONS = {
     ),
     "sweep": "file executor workers only redo dry_run",
     "report": "runs out reference title page_only",
+    "explore": "model data images out region backbone samples max_length seed on_bad_record device dtype allow_urls",
     "demo": "out seed quick",
 }
 
 
 def test_verbs() -> None:
     assert list(VERBS) == [
-        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report", "demo",
+        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report",
+        "explore", "demo",
     ]  # fmt: skip
 
 
@@ -82,8 +84,8 @@ def test_options(verb: str) -> None:
 def test_public_names() -> None:
     assert striate.__all__ == [
         "Collator", "Pruned", "Record", "Records", "Region", "Results", "Scores", "Selection", "TrainOptions",
-        "Trained", "UserError", "Vlm", "align", "bypass", "drop_layers", "evaluate", "load", "lora_config", "read",
-        "report", "revert", "route", "score", "select", "tune",
+        "Trained", "UserError", "Vlm", "align", "bypass", "drop_layers", "evaluate", "explore", "load", "lora_config",
+        "read", "report", "revert", "route", "score", "select", "tune",
     ]  # fmt: skip
     for _ in range(2):  # a module of the same name must not take a function's place once it is imported
         for name in striate.__all__:

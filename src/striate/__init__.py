@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from striate.data import Record, Records, read
     from striate.errors import UserError
     from striate.evaluation import Results, evaluate
+    from striate.exploration import explore
     from striate.prune import Pruned, bypass, drop_layers
     from striate.region import Region
     from striate.routing import load, route
@@ -38,6 +39,7 @@ _HOMES = {
     "bypass": "striate.prune",
     "drop_layers": "striate.prune",
     "evaluate": "striate.evaluation",
+    "explore": "striate.exploration",
     "load": "striate.routing",
     "lora_config": "striate.train",
     "read": "striate.data",
@@ -66,6 +68,7 @@ __all__ = [
     "bypass",
     "drop_layers",
     "evaluate",
+    "explore",
     "load",
     "lora_config",
     "read",

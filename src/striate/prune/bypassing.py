@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from striate.errors import UserError

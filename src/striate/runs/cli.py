@@ -61,6 +61,10 @@ VERBS = {
         "a grid of options: tune, evaluate and prune each combination; resumable",
     ),
     "report": ("striate.studies.report:report", "one HTML file about any number of runs"),
+    "explore": (
+        "striate.studies.explore:explore",
+        "one HTML page: where each layer looks, its nearest words, the answer without it",
+    ),
     "demo": ("striate.studies.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
 }
 # The option that the words after a verb belong to: `striate tune MODEL` is `striate tune --model MODEL`.

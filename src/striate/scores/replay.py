@@ -69,9 +69,9 @@ class Replay:
         Final norm, head, scaling and soft-capping are the model's own (nostalgebraist 2020, "interpreting GPT: the
         logit lens").
         """
-        with override_forward(self._senses() | _players(self.layers, self._outputs[layer])):
-            with self.vlm.head_at(positions):
-                return self.vlm.model(**self.batch.inputs, use_cache=False).logits[0]
+        players = self._senses() | _players(self.layers, self._outputs[layer])
+        with override_forward(players), self.vlm.head_at(positions):
+            return self.vlm.model(**self.batch.inputs, use_cache=False).logits[0]
 
     def _senses(self) -> dict[nn.Module, Forward]:
         """Forward functions of tower and projector that replay their outputs."""

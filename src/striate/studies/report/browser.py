@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from striate.studies.html import script_safe
 from striate.studies.report.compared import ComparedRun
 from striate.studies.report.comparison import Comparison
 from striate.studies.report.pairing import Key
@@ -50,7 +50,7 @@ def browser(comparison: Comparison, marks: Mapping[str, tuple[str, str]]) -> Bro
     total = sum(len(rows[0].predictions.lines) for rows in sets.values())
     there = sum(map(len, shown.values()))
     left_out = f"{there:,} of {total:,} records are in this page." if there < total else ""
-    return Browser(_script_safe(content), there, thumbnails.note, left_out)
+    return Browser(script_safe(content), there, thumbnails.note, left_out)
 
 
 class _Pool:
@@ -117,9 +117,3 @@ def _short(score: float) -> float:
     if score <= 0 or score >= 1:
         return round(score)
     return min(0.99, max(0.01, round(float(score), 2)))
-
-
-def _script_safe(content: Any) -> Markup:
-    """JSON that cannot end the element it stands in."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import jinja2
 from markupsafe import Markup
 
 from striate import plot
-from striate.errors import UserError
 from striate.plot import Estimate
 from striate.runs.run import versions
+from striate.studies.html import render, write
 from striate.studies.report.arms import Arm
 from striate.studies.report.browser import browser
 from striate.studies.report.compared import (
@@ -42,7 +39,6 @@ from striate.studies.report.tables import runs as runs_table
 
 GLYPHS = dict(zip("o" + plot.SHAPES, "●■◆▲▼✚✖", strict=True))
 TEMPLATE, CSS, SCRIPT = "page.html.jinja", "page.css", "page.js"
-GENERATOR = '<meta name="generator" content="striate">'
 FEW = 60  # numbers of a figure that the page lists below it
 
 
@@ -114,14 +110,9 @@ def report(
     plots, made = _distinct(list(figures(comparison))), list(tables(comparison))
     out = Path(out)
     folder = None if page_only else out.with_name(f"{out.stem}-figures")
-    page = _render(_page(comparison, title, plots, made, folder))
-    try:
-        if out.exists() and GENERATOR.encode() not in out.read_bytes()[:1000]:
-            raise UserError(f"{out} exists and is not a report of striate: choose another file")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    here = resources.files(__package__)
+    template, css, script = (here.joinpath(name).read_text("utf-8") for name in (TEMPLATE, CSS, SCRIPT))
+    write(render(template, css, script, _page(comparison, title, plots, made, folder)), out)
     if folder:
         save(plots, folder)
         for table in (*made, runs_table(comparison)):
@@ -138,18 +129,6 @@ def _distinct(plots: Sequence[ReportFigure]) -> list[ReportFigure]:
     ]
 
 
-def _render(content: Mapping[str, Any]) -> str:
-    """The template with its style and its script, the only one that the page lets run."""
-    here = resources.files(__package__)
-    css, script = (here.joinpath(name).read_text("utf-8") for name in (CSS, SCRIPT))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(here.joinpath(TEMPLATE).read_text("utf-8"))
-    return template.render(css=Markup(css), script=Markup(script), digest=digest, **content)
-
-
 def _page(
     comparison: Comparison, title: str, plots: Sequence[ReportFigure], made: Sequence[Table], folder: Path | None
 ) -> dict[str, Any]:
@@ -161,7 +140,6 @@ def _page(
     scored = [row for arm in arms for row in [row for row in arm.rows if row.scores][:1]]
     alone = [replace(arm.first, name=arm.name) for arm in arms if arm.region is not None and not arm.first.pruned]
     return {
-        "generator": Markup(GENERATOR),
         "title": title,
         "headline": title_line,
         "remarks": remarks,
@@ -184,7 +162,6 @@ def _page(
         "settings": _settings(comparison.rows),
         "credits": dict.fromkeys(str(line) for row in comparison.rows for line in row.info.get("credits") or ()),
         "version": versions().get("striate", ""),
-        "palettes": (plot.PALETTE, plot.DARK),
     }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from striate.errors import UserError
+from striate.studies.html import data_address
 from striate.studies.report.compared import difference
 from striate.studies.report.comparison import Comparison
 from striate.studies.report.pairing import Key
@@ -62,12 +61,4 @@ def thumbnail(path: Path, side: int = THUMBNAIL) -> str:
         image = open_image(path) if os.path.isfile(path) else None
     except UserError:
         image = None
-    if image is None:
-        return ""
-    image.thumbnail((side, side))
-    addresses = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        addresses.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
-    return min(addresses, key=len)
+    return "" if image is None else data_address(image, side)
