@@ -73,11 +73,9 @@ def pool(values: Tensor, views: Sequence[View], factor: int) -> Tensor:
     """
     parts = [values[..., view.tokens.to(values.device)] for view in views]  # ... rows columns
     if factor > 1:
-        parts = [
-            F.avg_pool2d(part.reshape(-1, 1, *part.shape[-2:]), factor, ceil_mode=True).unflatten(0, part.shape[:-2])
-            for part in parts
-        ]
-    return torch.cat([part.flatten(values.dim() - 1) for part in parts], dim=-1)
+        pooled = [F.avg_pool2d(part.reshape(-1, 1, *part.shape[-2:]), factor, ceil_mode=True) for part in parts]
+        parts = [small.reshape(*part.shape[:-2], *small.shape[-2:]) for small, part in zip(pooled, parts, strict=True)]
+    return torch.cat([part.flatten(-2) for part in parts], dim=-1)
 
 
 def num_cells(views: Sequence[View], factor: int) -> int:

@@ -12,6 +12,7 @@ runs/<name>/
     checkpoint/         a plain Hugging Face model
     state/              saved states of an unfinished training run
     figures/
+    explore.html        what each layer does with the images of a few records; its numbers are in explore.json
 """
 
 from __future__ import annotations
@@ -158,6 +159,11 @@ class Run:
     def figures(self) -> Path:
         """The folder of figures."""
         return self.path / "figures"
+
+    @property
+    def exploration(self) -> Path:
+        """The page of `explore`."""
+        return self.path / "explore.html"
 
     @property
     def info(self) -> dict[str, Any]:

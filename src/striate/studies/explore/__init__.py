@@ -21,7 +21,6 @@ from striate.studies.explore.page import page
 from striate.studies.html import check_writable, write
 from striate.vlm import Vlm
 
-PAGE = "explore.html"
 EXPLORE = ReadOptions(samples=6)
 
 
@@ -59,7 +58,8 @@ def explore(
         UserError: no record has a question, a record is bad, the region or the backbone does not fit the model, `out`
             exists and is not a page of striate.
     """
-    out = Path(out) if out else Path(model, PAGE) if Path(model, INFO).is_file() else Path(PAGE)
+    page_of_run = Run(Path(model)).exploration
+    out = Path(out or (page_of_run if page_of_run.with_name(INFO).is_file() else page_of_run.name))
     check_writable(out)  # before the work
     records = options.records(data, images)
     questions, skipped = draw(records, options.samples, options.seed)

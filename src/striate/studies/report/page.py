@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -112,12 +113,32 @@ def report(
     folder = None if page_only else out.with_name(f"{out.stem}-figures")
     here = resources.files(__package__)
     template, css, script = (here.joinpath(name).read_text("utf-8") for name in (TEMPLATE, CSS, SCRIPT))
-    write(render(template, css, script, _page(comparison, title, plots, made, folder)), out)
+    write(
+        render(
+            template,
+            css,
+            script,
+            _page(comparison, title, plots, made, folder) | {"explored": _explored(comparison, out)},
+        ),
+        out,
+    )
     if folder:
         save(plots, folder)
         for table in (*made, runs_table(comparison)):
             write_csv(folder / f"table-{table.name}.csv", table.numbers())
     return out
+
+
+def _explored(comparison: Comparison, out: Path) -> dict[str, list[tuple[str, str]]]:
+    """By arm, the runs that have a page of `explore`, each with its address as seen from the report."""
+    return {
+        arm.name: [
+            (row.name, quote(os.path.relpath(row.run.exploration, out.parent).replace(os.sep, "/")))
+            for row in arm.rows
+            if row.run.exploration.is_file()
+        ]
+        for arm in comparison.arms
+    }
 
 
 def _distinct(plots: Sequence[ReportFigure]) -> list[ReportFigure]:
