@@ -174,10 +174,15 @@ def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
 
 
 @torch.inference_mode()
-def generate(vlm: Vlm, batch: Batch, *, max_new_tokens: int) -> list[list[int]]:
-    """The greedy tokens after each prompt of a batch padded on the left, up to and including the first of `stops`."""
+def generate(vlm: Vlm, batch: Batch, *, max_new_tokens: int, without: int | None = None) -> list[list[int]]:
+    """The greedy tokens after each prompt of a batch padded on the left, up to and including the first of `stops`.
+
+    The token `without` is never generated.
+    """
     ends = stops(vlm)
-    options = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
+    if without is not None:
+        options["suppress_tokens"] = [without]
     tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options)  # type: ignore[operator]
     new = tokens[:, batch.labels.shape[1] :].tolist()
     # A row that ends early is padded, and the padding token may be an ordinary token.

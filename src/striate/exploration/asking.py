@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from striate.data import IGNORED, TOKEN_KEYS, Batch, Example, Record, RecordError, Records, Skipped, collate, encode
+from striate.data import IGNORED, TOKEN_KEYS, Batch, Example, Record, Records, Skipped, collate, encode
 from striate.errors import UserError
 from striate.evaluation.answers import answer_texts, generate, stops
 from striate.scores.likelihood import AnswerTokens
@@ -74,18 +74,14 @@ def ask(vlm: Vlm, question: Record, *, max_length: int) -> Asked:
     example = encode(question, vlm.processor, max_length=max_length, generation=True)
     prompt = _batch(vlm, example)
     tokens = answer_tokens(vlm, prompt)
-    if (image := image_token_id(vlm.processor)) in tokens:  # appended, it would ask for one more image
-        tokens = tokens[: tokens.index(image)]
-    if not tokens:
-        raise RecordError(question.source, "the model's answer begins with an image token")
     batch = _batch(vlm, _append(example, tokens, prefix=vlm.model.config.model_type == "paligemma"))
     (text,) = answer_texts(vlm, [tokens])
     return Asked(example, prompt, batch, tuple(tokens), text, AnswerTokens.of(batch))
 
 
 def answer_tokens(vlm: Vlm, prompt: Batch) -> list[int]:
-    """The greedy answer to one prompt, as in evaluation."""
-    (tokens,) = generate(vlm, prompt, max_new_tokens=MAX_NEW_TOKENS)
+    """The greedy answer to one prompt, as in evaluation; without image tokens, which would ask for one more image."""
+    (tokens,) = generate(vlm, prompt, max_new_tokens=MAX_NEW_TOKENS, without=image_token_id(vlm.processor))
     return tokens
 
 
@@ -94,7 +90,8 @@ def answers_alike(vlm: Vlm, asked: Asked, logits: Tensor) -> bool:
 
     It does if each token is the most likely one after those before it, and the last one any that ends an answer.
     """
-    best, ends = logits.argmax(dim=-1).tolist(), stops(vlm)
+    possible = logits.index_fill(1, torch.tensor([image_token_id(vlm.processor)], device=logits.device), -torch.inf)
+    best, ends = possible.argmax(dim=-1).tolist(), stops(vlm)
     *others, last = zip(best, asked.tokens, strict=True)
     return all(one == other for one, other in others) and (last[0] == last[1] or {*last} <= {*ends})
 

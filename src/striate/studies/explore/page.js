@@ -89,7 +89,7 @@ function makePanels() {
   panels = [...groups.values()].map((group) => {
     const first = sample.views[group.views[0]], placed = first.box !== null;
     const canvas = make("canvas", { tabindex: "0", role: "img" });
-    const name = `image ${sample.images.length > 1 ? group.image + 1 : ""}${several ? group.tiles ? ", in detail" : ", as a whole" : ""}`.trim();
+    const name = `image${sample.images.length > 1 ? ` ${group.image + 1}` : ""}${several ? group.tiles ? ", in detail" : ", as a whole" : ""}`;
     const figure = make("figure", { class: "panel" }, canvas);
     if (several || sample.images.length > 1) figure.append(make("figcaption", {}, name));
     const panel = { ...group, canvas, name, picture: null, ratio: placed ? 1 : first.rows / first.columns, figure };

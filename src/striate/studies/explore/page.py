@@ -67,16 +67,11 @@ def _sample(sample: Sample, pool: dict[int, int], room: int) -> dict[str, Any]:
     attention = sample.attention
     if attention is None:
         return {**fixed, "attention": None}
+    fixed["shares"] = [_short(row) for row in attention.mean.sum(dim=-1).tolist()]  # L Q
     left = room - len(script_safe(fixed))
     mean = pack_maps(attention.mean, sample.views, size=max(SMALLEST, left * 3 // 5))
     heads = pack_maps(attention.heads, sample.views, factor=attention.factor, size=max(SMALLEST, left - len(mean.data)))
-    shares = attention.mean.sum(dim=-1)  # L Q
-    return {
-        **fixed,
-        "attention": vars(mean),
-        "heads": {**vars(heads), "count": attention.heads.shape[1]},
-        "shares": [_short(row) for row in shares.tolist()],
-    }
+    return {**fixed, "attention": vars(mean), "heads": {**vars(heads), "count": attention.heads.shape[1]}}
 
 
 def _lens(lens: Lens, pool: dict[int, int]) -> dict[str, Any]:

@@ -113,15 +113,8 @@ def report(
     folder = None if page_only else out.with_name(f"{out.stem}-figures")
     here = resources.files(__package__)
     template, css, script = (here.joinpath(name).read_text("utf-8") for name in (TEMPLATE, CSS, SCRIPT))
-    write(
-        render(
-            template,
-            css,
-            script,
-            _page(comparison, title, plots, made, folder) | {"explored": _explored(comparison, out)},
-        ),
-        out,
-    )
+    content = _page(comparison, title, plots, made, folder) | {"explored": _explored(comparison, out)}
+    write(render(template, css, script, content), out)
     if folder:
         save(plots, folder)
         for table in (*made, runs_table(comparison)):
