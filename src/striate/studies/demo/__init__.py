@@ -25,6 +25,7 @@ from striate.runs.training import tune
 from striate.scores import states
 from striate.studies.assemble import assemble
 from striate.studies.demo.world import write_world
+from striate.studies.explore import EXPLORE, explore
 from striate.studies.report import report, table
 from striate.train import TrainOptions
 
@@ -50,20 +51,21 @@ QUICK = DemoSize(train=640, test=20, text=20, steps=40)
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the demo leaves: the report, and the run of each model."""
+    """What the demo leaves: the report, the page of `explore` of a region, and the run of each model."""
 
     report: Path
+    explored: Path
     runs: tuple[Path, ...]
 
     def __rich__(self) -> Group:
-        """The table of the runs, and where the report is."""
-        return Group(table(self.runs), f"wrote {self.report}")
+        """The table of the runs, and where the pages are."""
+        return Group(table(self.runs), f"wrote {self.report} and {self.explored}")
 
 
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, progress: bool = False) -> Demonstration:
     """Tune all layers and three regions of a small LVLM, compare visual and text accuracy.
 
-    Writes `out`/report.html, `out`/summary.json and one run folder for each model.
+    Writes `out`/report.html, `out`/explore.html, `out`/summary.json and one run folder for each model.
 
     Args:
         out: the folder to write.
@@ -102,10 +104,14 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
             metrics=tuple(states.METRICS),
             options=ReadOptions(device="cpu"),
         )
+    explored = explore(
+        runs["uniform"].path, data=world / "test.json", images=world / "images", out=out / "explore.html",
+        backbone=str(MODELS / "backbone"), options=replace(EXPLORE, samples=4, device="cpu"),
+    )  # fmt: skip
     path = report([run.path for run in runs.values()], out=out / "report.html", title="striate demo")
     summary = summarize(runs, seed=seed, seconds=time.monotonic() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return Demonstration(path, tuple(run.path for run in runs.values()))
+    return Demonstration(path, explored, tuple(run.path for run in runs.values()))
 
 
 def assemble_start(out: Path) -> Run:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from striate.exploration.layout import View, num_cells, pool
 
-STEPS = 255
+FINE, COARSE = 255, 15
+"""Steps from 0 to the peak: of 255, and few enough for each head to keep more of its cells."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class Maps:
     factor: int
 
 
-def pack_maps(values: Tensor, views: Sequence[View], *, factor: int = 1, size: int) -> Maps:
+def pack_maps(values: Tensor, views: Sequence[View], *, factor: int = 1, steps: int = FINE, size: int) -> Maps:
     """Maps [..., P] of image tokens as maps [..., C], averaged until they take at most `size` characters.
 
-    `factor`: that of the values, which then are of cells already. NaN becomes 0.
+    `factor`: that of the values, which then are of cells already. `steps`, a divisor of 255. NaN becomes 0.
     """
     views = coarse(views, factor)
     finest = 1
@@ -41,7 +42,7 @@ def pack_maps(values: Tensor, views: Sequence[View], *, factor: int = 1, size: i
     for times in range(finest, 1 << 16):
         cells = pool(values.float(), views, times).nan_to_num()
         peak = float(cells.max()) if cells.numel() else 0.0
-        codes = ((cells / peak).sqrt() * STEPS).round() if peak else torch.zeros_like(cells)
+        codes = ((cells / peak).sqrt() * steps).round() * (255 // steps) if peak else torch.zeros_like(cells)
         data = deflate(codes.byte().numpy())
         if len(data) <= size or num_cells(views, times) <= len(views):
             return Maps(data, peak, factor * times)

@@ -9,7 +9,7 @@ import numpy as np
 
 from striate.exploration import Exploration, Lens, Sample
 from striate.runs.run import versions
-from striate.studies.explore.packing import deflate, pack_maps
+from striate.studies.explore.packing import COARSE, deflate, pack_maps
 from striate.studies.html import data_address, render, script_safe
 
 REPORT = "striate.studies.report"
@@ -69,8 +69,10 @@ def _sample(sample: Sample, pool: dict[int, int], room: int) -> dict[str, Any]:
         return {**fixed, "attention": None}
     fixed["shares"] = [_short(row) for row in attention.mean.sum(dim=-1).tolist()]  # L Q
     left = room - len(script_safe(fixed))
-    mean = pack_maps(attention.mean, sample.views, size=max(SMALLEST, left * 3 // 5))
-    heads = pack_maps(attention.heads, sample.views, factor=attention.factor, size=max(SMALLEST, left - len(mean.data)))
+    mean = pack_maps(attention.mean, sample.views, size=max(SMALLEST, left * 2 // 3))
+    heads = pack_maps(
+        attention.heads, sample.views, factor=attention.factor, steps=COARSE, size=max(SMALLEST, left - len(mean.data))
+    )
     return {**fixed, "attention": vars(mean), "heads": {**vars(heads), "count": attention.heads.shape[1]}}
 
 
