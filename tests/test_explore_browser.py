@@ -159,7 +159,7 @@ def test_the_keyboard_does_all_of_it(page: Path) -> None:
 def test_lesions_stand_out_where_the_answer_changes(page: Path) -> None:
     script = """
     const rows = () => all(".lesions tbody tr").map((one) => one.innerText.replace(/\\s+/g, " ").trim());
-    slide(3); const changed = rows(), red = all("#rows circle").length, mark = at("#marks").innerText;
+    slide(3); const changed = rows(), red = all("#rows .mark").length, mark = at("#marks").innerText;
     slide(4);
     return [changed, rows()[1], red, mark, at("#marks").innerText, all("#rows .row").length];
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,9 @@ def explore(
             stop=options.on_bad_record == "stop", skipped=skipped, notes=records.notes,
             on_step=lambda: bar.advance(task),
         )  # fmt: skip
+    # A page is sent to others: the name of the folder, not where it lies.
+    name = Path(model).resolve().name if Path(model).exists() else str(model)
+    exploration = replace(exploration, model=name)
     write(page(exploration, numbers=out.with_suffix(".json").name), out)
     text = json.dumps(exploration.to_json(), ensure_ascii=False, separators=(",", ":"))
     try:

@@ -2,7 +2,7 @@
 // Shows the data of the page: text is always set as text, so nothing in a record can become markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (name) => document.querySelector(name);
-const KINDS = { bypass: "bypassed", image: "only image tokens pass it by", revert: "reverted to the backbone" };
+const KINDS = { bypass: "bypassed", image: "bypassed by image tokens", revert: "reverted to the backbone" };
 const state = { sample: 0, layer: 0, token: 0, head: -1, patch: -1 };
 let sample, attention, heads, words, shares; // of the chosen sample
 
@@ -92,11 +92,11 @@ function makePanels() {
     const name = `image${sample.images.length > 1 ? ` ${group.image + 1}` : ""}${several ? group.tiles ? ", in detail" : ", as a whole" : ""}`;
     const figure = make("figure", { class: "panel" }, canvas);
     if (several || sample.images.length > 1) figure.append(make("figcaption", {}, name));
-    const panel = { ...group, canvas, name, picture: null, ratio: placed ? 1 : first.rows / first.columns, figure };
+    const panel = { ...group, canvas, name, loaded: null, ratio: placed ? 1 : first.rows / first.columns, figure };
     if (placed) {
-      panel.picture = new Image();
-      panel.picture.onload = () => { panel.ratio = panel.picture.naturalHeight / panel.picture.naturalWidth; show(); };
-      panel.picture.src = sample.images[group.image];
+      panel.loaded = new Image();
+      panel.loaded.onload = () => { panel.ratio = panel.loaded.naturalHeight / panel.loaded.naturalWidth; show(); };
+      panel.loaded.src = sample.images[group.image];
     }
     canvas.addEventListener("pointermove", (event) => point(panel, event));
     canvas.addEventListener("pointerdown", (event) => point(panel, event));
@@ -111,7 +111,7 @@ function showPanel(panel) {
   canvas.width = Math.round(width * scale);
   canvas.height = Math.round(width * panel.ratio * scale);
   const pen = canvas.getContext("2d"), map = mapOf(state.head);
-  if (panel.picture?.complete) pen.drawImage(panel.picture, 0, 0, canvas.width, canvas.height);
+  if (panel.loaded?.complete) pen.drawImage(panel.loaded, 0, 0, canvas.width, canvas.height);
   paint(canvas, panel.views, map);
   pen.lineWidth = 1;
   for (const number of panel.views) {
@@ -283,7 +283,7 @@ function bars(svg, values, height, color) {
   values.forEach((value, layer) => {
     if (value === null) return;
     const tall = Math.max(1.5, (height - 1) * value);
-    svg.append(draw("rect", { x: spot(layer) + gap * width / 2, y: height - tall, width: width * (1 - gap), height: tall, fill: color(layer) }));
+    svg.append(draw("rect", { x: spot(layer) + gap * width / 2, y: height - tall, width: width * (1 - gap), height: tall, fill: color(layer), class: "value" }));
   });
 }
 
@@ -291,9 +291,9 @@ const lesionsOf = (kind) => Array.from({ length: data.depth }, (_, layer) => sam
 
 function makeRows() {
   const rows = [];
-  const strip = (name, layers, color) => row([name], 14, (svg) => bars(svg, Array.from({ length: data.depth }, (_, layer) => layers.includes(layer) ? 1 : .12), 14, (layer) => layers.includes(layer) ? color : "var(--cell)"));
-  if (data.region) rows.push(strip("region", data.region, "var(--run-2)"));
-  if (data.route) rows.push(strip("route of image tokens", data.route, "var(--run-3)"));
+  const marks = (name, layers, color) => row([name], 14, (svg) => bars(svg, Array.from({ length: data.depth }, (_, layer) => layers.includes(layer) ? 1 : .12), 14, (layer) => layers.includes(layer) ? color : "var(--cell)"));
+  if (data.region) rows.push(marks("region", data.region, "var(--run-2)"));
+  if (data.route) rows.push(marks("route of image tokens", data.route, "var(--run-3)"));
   const { image, text } = sample.influence, top = Math.max(1e-6, ...image.concat(text).filter((value) => value !== null));
   const has = image.some((value) => value !== null);
   rows.push(row(["block influence, up to ", top.toFixed(2), ": ", ...(has ? [key("var(--run-0)"), "image ", ] : []), key("var(--run-1)"), "text"], 60, (svg) => {
@@ -307,7 +307,7 @@ function makeRows() {
     if (!found[0]) continue;
     rows.push(row([`likelihood, layer ${name}`], 56, (svg) => {
       bars(svg, found.map((one) => one[2]), 56, (layer) => found[layer][3] === null ? "var(--quiet)" : "var(--wrong)");
-      found.forEach((one, layer) => { if (one[3] !== null) svg.append(draw("circle", { cx: spot(layer) + WIDE / data.depth / 2, cy: 4, r: 3, fill: "var(--wrong)" })); });
+      found.forEach((one, layer) => { if (one[3] !== null) svg.append(draw("path", { class: "mark", d: `M${spot(layer) + WIDE / data.depth / 2},5h0`, "vector-effect": "non-scaling-stroke" })); });
       const y = 56 - 55 * sample.likelihood;
       svg.append(draw("line", { class: "clean", x2: WIDE, y1: y, y2: y, "vector-effect": "non-scaling-stroke" }));
     }));
@@ -339,7 +339,7 @@ function showLesions() {
   const kinds = Object.keys(KINDS).filter((kind) => sample.lesions.some((one) => one[1] === kind));
   const names = [`layer ${state.layer}`, ...new Set(sample.lesions.map((one) => one[0]).filter((name) => !name.startsWith("layer ")))];
   const cell = ([, , likelihood, answer]) => make("td", {},
-    answer === null ? make("span", {}, "same") : make("span", { class: "changed" }, make("span", { "aria-hidden": "true" }, "≠ "), make("span", { class: "hidden" }, "changed: "), answer.trim() || "(nothing)"),
+    answer === null ? make("span", {}, "same") : make("span", { class: "changed", title: answer }, make("span", { "aria-hidden": "true" }, "≠ "), make("span", { class: "hidden" }, "changed: "), answer.trim() || "(nothing)"),
     make("small", {}, percent(likelihood)));
   at(".lesions thead").replaceChildren(make("tr", {}, make("th", { scope: "col" }, "layers"), ...kinds.map((kind) => make("th", { scope: "col" }, KINDS[kind]))));
   const clean = make("tr", {}, make("th", { scope: "row" }, "unchanged"), make("td", { colspan: kinds.length }, make("b", {}, sample.answer.trim() || "(nothing)"), make("small", {}, percent(sample.likelihood))));
