@@ -17,6 +17,8 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demos, "QUICK", demos.DemoSize(train=32, test=2, text=2, steps=2))
     found = demos.demo(out=tmp_path / "demo", quick=True)
     assert "OpenMoji" in found.report.read_text()
+    assert found.explored == tmp_path / "demo" / "explore.html"
+    assert "layer by layer" in found.explored.read_text()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["depth"] == 12
     assert set(summary["runs"]) == {"backbone", "all", "uniform", "first", "last"}

@@ -106,7 +106,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
         )
     explored = explore(
         runs["uniform"].path, data=world / "test.json", images=world / "images", out=out / "explore.html",
-        backbone=str(MODELS / "backbone"), options=replace(EXPLORE, samples=4, device="cpu"),
+        options=replace(EXPLORE, samples=2, device="cpu"),
     )  # fmt: skip
     path = report([run.path for run in runs.values()], out=out / "report.html", title="striate demo")
     summary = summarize(runs, seed=seed, seconds=time.monotonic() - began)
