@@ -169,10 +169,14 @@ def resolve(text: Region | str | None, trained: Region) -> Region | None:
         return None
     if text == "same":
         return Region(tuple({0, *trained}), trained.depth, "same")
+    if isinstance(text, str) and text.startswith("auto:"):
+        raise UserError(f"--route {text}: tune and align measure it; here, give a region such as uniform:25%")
     try:
         region = Region.parse(text, trained.depth) if isinstance(text, str) else text
     except UserError as error:
-        raise UserError(f"--route {text}: {error}; or none, or same (the layers that train, and layer 0)") from None
+        raise UserError(
+            f"--route {text}: {error}; or none, same (the layers that train, and layer 0), auto:25% (measured)"
+        ) from None
     check_route(region, trained.depth)
     return region if len(region) < region.depth else None
 
