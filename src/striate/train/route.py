@@ -14,7 +14,7 @@ from striate.train.options import TrainOptions
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device
 
-AUTO, METRIC, SAMPLES = "auto:", "layer_contribution", 32
+METRIC, SAMPLES = "layer_contribution", 32
 
 
 def find_route(
@@ -30,18 +30,14 @@ def find_route(
         UserError: an unknown form, another depth, or an empty region; `auto` without images or with weights that are
             not on one device yet.
     """
-    if not isinstance(route, str) or not route.startswith(AUTO):
+    size = routing.auto_size(route, vlm.depth)
+    if size is None:
         return routing.resolve(route, region)
     if options.shard or options.frozen_layers != "as_saved":
         raise UserError(
             f"--route {route} measures the model on one device, where --shard and --frozen-layers nf4 never have it: "
             f"score it first, then --route top:25%@RUN:{METRIC}"
         )
-    size = route.removeprefix(AUTO)
-    try:  # a wrong size is reported before the work
-        region_by_score("top", size, [0.0] * vlm.depth, "high", METRIC)
-    except UserError as error:
-        raise UserError(f"--route {route}: {error}") from None
     routing.unroute(vlm.model)  # in a layer outside its route, image tokens would contribute nothing
     torch.nn.Module.to(vlm.model, options.device or default_device())
     measured = score(
@@ -51,4 +47,4 @@ def find_route(
     values = [float("inf"), *measured[METRIC].values[1:]]  # layer 0 comes first
     found = region_by_score("top", size, values, "high", METRIC)
     first = rank.gather(found.layers)[0]  # devices round differently, and all processes need one route
-    return routing.resolve(Region(first, vlm.depth, route), region)
+    return routing.resolve(Region(first, vlm.depth, str(route)), region)
