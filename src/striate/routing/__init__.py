@@ -300,11 +300,14 @@ class Routed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass."""
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        before, self.running.tokens = self.running.tokens, self._split(given)
+        before, tokens = self.running.tokens, self._split(given)
+        self.running.tokens = tokens
         try:
             return self._own(*args, **kwargs)
         finally:
             self.running.tokens = before
+            if tokens:
+                tokens.end()
 
     def _split(self, inputs: Mapping[str, Any]) -> Tokens | None:
         """Which tokens keep their states: image tokens, and padding in a batch that has any."""
