@@ -416,7 +416,7 @@ def test_forms_of_a_route() -> None:
     ("text", "message"),
     [
         ("0-9", "--route 0-9: layer 9 does not exist; this model's depth is 8"),
-        ("auto", "unknown region form 'auto'.*; or none, or same"),
+        ("auto", "unknown region form 'auto'.*; or none, same"),
         ("first:0", "asks for 0"),
         (Region((0, 2), 6), "the route 0,2 is for 6 decoder layers, this model has 8"),
         (Region((), 8), "the route has no layer"),
