@@ -196,7 +196,8 @@ def against_lora(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     about = shapes.About(
         options.shape, options.device, dtype, options.steps, options.batch, "", depth=options.depth
     )  # fmt: skip
-    found = shapes.take_turns(["all", "all-recomputed", "striate", "striate-routed"], about, options.turns)
+    names = ["all", "all-recomputed", "striate", "striate-routed"]
+    *_, found = shapes.take_turns(names, about, options.turns, limit=None, more=[])
     shapes.compare(found)
     return found
 
@@ -261,8 +262,8 @@ def main() -> None:
         found["rows"] = rows(found)
         for name, row in found["rows"].items():
             print(f"{dtype} {name:48}", *(f"{key} {value:.2f}" for key, value in row.items() if value), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import striate
 from striate.runs.cli import VERBS
+from striate.runs.help import groups_of
 from striate.runs.options import Option, options_of
 
 OPTIONS, API = "<!-- options -->", "<!-- api -->"
@@ -30,11 +31,15 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def options(verb: str) -> str:
-    """The options of a verb: those without a default first, each with its values and its default."""
+    """The options of a verb in the groups of `--help-all`, each with its values and its default."""
     module, _, attribute = VERBS[verb][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
-    listed = sorted(options_of(function), key=lambda option: not option.required)
-    return "\n".join(["## Options", "", *(line for option in listed for line in entry(option)), *raises(function)])
+    known = {option.name: option for option in options_of(function)}
+    lines = ["## Options", ""]
+    for title, names in groups_of(verb, list(known)).items():
+        lines += [f"### {title[:1].upper()}{title[1:]}", ""]
+        lines += [line for name in names for line in entry(known[name])]
+    return "\n".join([*lines, *raises(function)])
 
 
 def entry(option: Option) -> Iterator[str]:

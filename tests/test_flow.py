@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 import striate
+from striate.routing import read_route
 from striate.runs.run import Run
 from striate.studies import demo as demos
 from striate.studies.report import table
@@ -21,8 +23,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layer by layer" in found.explored.read_text()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["depth"] == 12
-    assert set(summary["runs"]) == {"backbone", "all", "uniform", "first", "last"}
-    assert [summary["runs"][name]["region"] for name in ("uniform", "first", "last")] == ["0,4,8", "0-2", "9-11"]
+    assert list(summary["runs"]) == ["backbone", "usual", "all", "uniform", "routed", "last"]
+    assert [one["region"] for one in summary["runs"].values()][2:] == ["all", "0,4,8", "0,4,8", "9-11"]
+    assert read_route(AutoConfig.from_pretrained(tmp_path / "demo" / "routed" / "checkpoint")).layers == (0, 4, 8)
     assert set(summary["runs"]["uniform"]["tasks"]) == {
         "name", "count", "exists", "colour", "position", "read", "know", "facts", "arithmetic", "stories",
     }  # fmt: skip
@@ -34,7 +37,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(run.predictions()) == 7 * 2 + 3 * 2
         assert striate.load(path).depth == 12
     assert list(found.runs) == runs
-    assert table(runs).row_count == 5
+    assert table(runs).row_count == 6
     with pytest.raises(striate.UserError, match="holds another run"):
         demos.demo(out=tmp_path / "demo", quick=True)
 
@@ -42,13 +45,15 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("best", [0.8, 0.0])
 def test_retention_is_the_share_of_all_layers(tmp_path: Path, best: float) -> None:
     runs = {}
-    for number, name in enumerate(["backbone", *demos.REGIONS]):
+    for number, name in enumerate(["backbone", *demos.ARMS]):
         runs[name] = Run.create(tmp_path / name, verb="tune", options={})
         runs[name].update(depth=12)
         tasks = {"read": {"value": best}}
         runs[name].write_results({"visual": best * (1 if name == "all" else number / 10), "text": 0.5, "tasks": tasks})
     summary = demos.summarize(runs, seed=0, seconds=1.0)
-    assert summary["retention"] == ({"all": 1.0, "uniform": 0.2, "first": 0.3, "last": 0.4} if best else {})
+    assert summary["retention"] == (
+        {"backbone": 0.0, "all": 1.0, "uniform": 0.2, "routed": 0.3, "last": 0.4} if best else {}
+    )
 
 
 def test_what_ships_is_small_and_plain() -> None:

@@ -28,6 +28,7 @@ from striate.runs.run import Run
 from striate.studies.report import ComparedRun, compare, table
 from striate.studies.report import report as report_with_figures
 from striate.studies.report.figures import KINDS, figures
+from striate.studies.report.headline import headline
 from striate.studies.report.lines import removed_lines, trained_lines
 from striate.studies.report.treatment import kind, treatment
 
@@ -784,6 +785,15 @@ def test_the_headline_names_the_reference_and_the_ties(tmp_path: Path) -> None:
     assert f"uniform:25%, 3 of 12 layers, tied with first:25%, {finding}" in words
     words = text_of(report([paths[0], *paths[:0:-1]], out=tmp_path / "report.html"))
     assert f"first:25%, 3 of 12 layers, tied with uniform:25%, {finding}" in words
+
+
+def test_a_headline_against_all_layers_tuned_another_way(tmp_path: Path) -> None:
+    usual = make_run(tmp_path / "usual", seconds=400.0)
+    Run(usual).update(training=Run(usual).info["training"] | {"method": "lora", "peak_memory_gb": 6.0})
+    runs = [usual, make_run(tmp_path / "all"), make_run(tmp_path / "quarter", region="uniform:25%", seconds=80.0)]
+    _, remarks = headline(compare(runs, runs[1]))
+    assert remarks[-1] == "Against usual (all layers, lora): 0.20 of the time and 0.25 of the memory."
+    assert not any("Against" in remark for remark in headline(compare(runs[1:]))[1])
 
 
 def test_a_headline_of_a_region_that_is_tied_with_the_reference(tmp_path: Path) -> None:

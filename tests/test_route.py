@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -25,7 +27,7 @@ from transformers import AutoModelForImageTextToText
 import striate
 from striate.data import Batch
 from striate.region import Region
-from striate.routing import ENTRY, multiply_adds, read_route, resolve, route, verify, write_route
+from striate.routing import ENTRY, multiply_adds, read_route, resolve, route, running_tokens, verify, write_route
 from striate.studies.cost.tally import FORMULAS
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record
@@ -326,6 +328,24 @@ for formula in RAW.values():
     vars(formula)["_get_raw"] = True
 
 
+@pytest.mark.parametrize("fast_paths", [PADDED, PACKED])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_nothing_of_a_pass_outlives_it(llava: tuple[Vlm, Batch], fast_paths: FastPaths, recomputed: bool) -> None:
+    # Without a reference cycle: activations in one would stay until Python looks for cycles, many steps later.
+    vlm, batch = llava
+    tokens: list[weakref.ref[Any]] = []
+    hook = vlm.layers[1].register_forward_pre_hook(lambda *_: tokens.append(weakref.ref(running_tokens(vlm.model))))
+    gc.disable()
+    try:
+        with route(vlm, alternating(vlm)), checkpointed(vlm) if recomputed else nullcontext():
+            losses_and_gradients(vlm, batch, fast_paths)
+        assert tokens
+        assert [one for one in tokens if one() is not None] == []
+    finally:
+        gc.enable()
+        hook.remove()
+
+
 @pytest.mark.parametrize("name", ["llava_llama", "llava_phi3", "llava_gemma2", "qwen3_vl"])
 def test_the_formula_counts_what_is_multiplied(name: str) -> None:
     wide = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 160}
@@ -396,7 +416,7 @@ def test_forms_of_a_route() -> None:
     ("text", "message"),
     [
         ("0-9", "--route 0-9: layer 9 does not exist; this model's depth is 8"),
-        ("auto", "unknown region form 'auto'.*; or none, or same"),
+        ("auto", "unknown region form 'auto'.*; or none, same"),
         ("first:0", "asks for 0"),
         (Region((0, 2), 6), "the route 0,2 is for 6 decoder layers, this model has 8"),
         (Region((), 8), "the route has no layer"),

@@ -18,6 +18,7 @@ from training import OPTIONS, changed, weights, write_data
 from transformers import AutoModelForImageTextToText
 
 import striate
+from striate import routing
 from striate.data import read
 from striate.evaluation import Prediction
 from striate.region import Region
@@ -128,6 +129,27 @@ def test_align_is_routed(model: Path, data: Path, tmp_path: Path) -> None:
     assert json.loads((run.path / "checkpoint" / "region.json").read_text())["route"] == [0, 2]
 
 
+def test_auto_routes_through_layer_0_and_those_that_contribute_most(routed: Run, data: Path, tmp_path: Path) -> None:
+    # A checkpoint with a route of its own, under which other layers would contribute nothing.
+    vlm, settings = load(routed.path, device="cpu"), replace(OPTIONS, steps=1)
+    values = striate.score(
+        vlm, read(data), metrics="layer_contribution", batch=settings.micro_batch, max_length=settings.max_length
+    )["layer_contribution"].values
+    best = max(range(1, vlm.depth), key=values.__getitem__)
+    run = training.tune(
+        routed.checkpoint, data=data, out=tmp_path / "run", region="3", route="auto:2", method="full", options=settings
+    )
+    route = Region((0, best), vlm.depth)
+    assert best != 2  # its own route was 0,2
+    assert read_route(load(run.path).model.config) == route
+    assert json.loads((run.path / "region.json").read_text())["route"] == list(route)
+    assert striate.tune(vlm, read(data), region="3", route="auto:50%", method="full", options=settings).route == route
+    with pytest.raises(striate.UserError, match="auto:2: tune and align measure it"):
+        routing.resolve("auto:2", Region((3,), vlm.depth))
+    with pytest.raises(striate.UserError, match="asks for 9 layers"):
+        striate.tune(vlm, read(data), region="3", route="auto:9", options=settings)
+
+
 def test_training_a_routed_checkpoint_without_a_route_makes_it_plain(routed: Run, data: Path, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=1)
     run = training.tune(routed.path, data=data, out=tmp_path / "run", region="1", options=options)
@@ -221,7 +243,7 @@ def test_layers_dropped_in_memory_leave_the_route(routed: Run) -> None:
     [
         ("0,9", "--route 0,9: layer 9 does not exist; this model's depth is 4"),
         ("first:0", "--route first:0: "),
-        ("auto:25%", "--route auto:25%: unknown region form"),
+        ("auto:0", "--route auto:0: '0' asks for 0 layers"),
     ],
 )
 def test_a_bad_route_is_one_line(

@@ -15,9 +15,11 @@ import torch
 import yaml
 from pico import pico_tokenizer
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from striate.evaluation.metrics import share_named
+from striate.region import Region
+from striate.routing import read_route
 from striate.runs.run import Run
 from striate.studies.demo.scene import Scene
 from striate.studies.sweep.plan import read_plan
@@ -123,24 +125,42 @@ def test_sheets_are_sweeps_of_the_start(study: ModuleType, tmp_path: Path) -> No
         for sheet in filter(None, sheets):
             (tmp_path / "sheet.yaml").write_text(yaml.safe_dump(sheet), encoding="utf-8")
             assert read_plan(tmp_path / "sheet.yaml").recipes
-    assert study.sheet("places", tmp_path, seed=0, everything=True) == []
+    assert study.sheet("places", tmp_path, seed=0, everything=True) == {}
+
+
+def test_a_route_at_evaluation_alone(study: ModuleType, tmp_path: Path) -> None:
+    import world
+
+    tuned = tmp_path / study.CELLS / "seed-0_uniform-25%"
+    shutil.copytree(begin(study, tmp_path).path, tuned)
+    Region.parse("uniform:25%", 30).save(tuned / "region.json")
+    Run(tuned).write_results({})
+    world.write_world(tmp_path / "world", train=2, test=1)
+    study.evaluate_routed(tmp_path, 0)
+    routed = Run(tmp_path / study.CELLS / "seed-0_uniform-25%+routed-at-evaluation")
+    assert read_route(AutoConfig.from_pretrained(routed.checkpoint)) == routed.region
+    assert routed.results["tasks"].keys() >= {*world.TASKS}
+    assert routed.info["options"]["route"] == "uniform:25%, at evaluation only"
 
 
 def test_what_has_finished_is_collected_and_compared(study: ModuleType, tmp_path: Path) -> None:
     import results
     import table
 
-    for region, score in (("all", 1.0), ("last:25%", 0.0)):
-        run = Run.create(tmp_path / "cells" / f"seed-0_{region}", verb="tune", options={"region": region, "seed": 0})
+    for region, route, score in (("all", None, 1.0), ("last:25%", None, 0.0), ("all", "first:25%", 0.5)):
+        options = {"region": region, "route": route, "seed": 0}
+        run = Run.create(tmp_path / "cells" / f"seed-0_{region}_{route}", verb="tune", options=options)
         tasks = {task: {"value": score} for task in (*table.TASKS, "facts", "prose")}
         scored = [{"task": task, "score": score, "metric": "exact_match"} for task in tasks for _ in range(4)]
         run.write_predictions(scored)
         run.write_results({"tasks": tasks, "visual": score, "text": score})
         run.update(status="finished", training={"seconds": 1.0, "peak_memory_gb": 2.0})
     file = tmp_path / "results.json"
-    assert results.collect(tmp_path, file) == 2
+    assert results.collect(tmp_path, file) == 3
     rows = table.regions_table(results.load(file)).splitlines()
     assert "-100.0 [-100.0, -100.0]" in next(line for line in rows if "last:25%" in line)
     assert "tie" not in "".join(rows)
+    *_, row = table.route_table(results.load(file)).splitlines()
+    assert row.startswith("| all, image tokens through first:25% | 1 | 50.0 | -50.0 [-50.0, -50.0] | 50.0 | 50 |")
     table.figure(results.load(file), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size

@@ -18,8 +18,10 @@ import torch
 import yaml
 from results import CELLS, RESULTS, collect
 from start import START, start
+from transformers import AutoConfig
 from world import write_world
 
+from striate.routing import write_route
 from striate.runs.cli import main as striate
 from striate.runs.evaluating import evaluate
 from striate.runs.options import call_arguments, options_of
@@ -58,8 +60,9 @@ SHEETS: dict[str, dict[str, Any]] = {
         },
         "prune": {"samples": 64, "region": "uniform:25%", "steps": 40},
     },
-    # Image tokens pass through a quarter of the layers; for the region it is `same`, as layer 0 is in it.
-    "route": {"grid": {"region": ["all", "uniform:25%"], "route": ["uniform:25%"]}},
+    # Image tokens pass through a quarter of the layers: those that train (`same`), those that contribute most to image
+    # tokens, and some without layer 0.
+    "route": {"grid": {"region": ["all", "uniform:25%"], "route": ["uniform:25%", "auto:25%", "uniform:25%@2"]}},
     "lora": {
         "grid": {"region": ["all", "uniform:25%"]},
         "out": "lora",
@@ -78,12 +81,15 @@ TRIALS = {
 }
 
 
-def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any] | None:
-    """One seed of a sheet as a sweep file: its cells that tune all layers, or those that tune a region, if any."""
+def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any]:
+    """One seed of a sheet as a sweep file: its cells that tune all layers, or those that tune a region; empty if it has
+    none."""
     own = (SHEETS | TRIALS)[name]
     world = out / ("validation" if name in TRIALS else "world")
     grid: dict[str, Any] = {"seed": [seed]} | own["grid"]
     grid["region"] = [region for region in grid["region"] if (region == "all") == everything]
+    if "route" in grid and everything:
+        grid["route"] = grid["route"][:1]
     tune = {
         "method": "full", "steps": STEPS, "batch": BATCH, "micro_batch": BATCH,
         "learning_rate": ALL_RATE if everything else REGION_RATE, "projector_learning_rate": PROJECTOR_RATE,
@@ -98,7 +104,9 @@ def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any
         grid = grid | {"prune.heal": [str(world / file) for file in grid["prune.heal"]]}
         healing = ("batch", "micro_batch", "learning_rate", "max_length", "attn", "device")
         prune |= {key: tune[key] for key in healing}
-    return grid["region"] and {
+    if not grid["region"]:
+        return {}
+    return {
         "model": str(out / "start"), "data": str(world / "train.json"), "images": str(world / "images"),
         "eval": asked, "out": str(out / own.get("out", CELLS)),
         "tune": {key: value for key, value in tune.items() if key not in grid},
@@ -130,6 +138,8 @@ def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: lis
                 if status := striate(["sweep", str(file), "--workers", str(workers)]):
                     return status
                 print(f"{name}, seed {seed}: {collect(out, results)} runs in {results}", flush=True)
+            if name == "route":
+                evaluate_routed(out, seed)
     evaluate_start(out)
     collect(out, results)
     return 0
@@ -137,11 +147,31 @@ def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: lis
 
 def evaluate_start(out: Path) -> None:
     """Ask the start what its tuned cells are asked."""
-    run, asked = Run(out / "start"), sheet("four", out, seed=0, everything=True)
-    if asked and run.results is None:
-        settings = asked["eval"] | {"model": run.path, "images": out / "world" / "images"}
-        defaults = {option.name: option.default for option in options_of(evaluate)}
-        evaluate(**call_arguments(evaluate, defaults | settings))
+    run = Run(out / "start")
+    if run.results is None:
+        ask(run, out)
+
+
+def evaluate_routed(out: Path, seed: int) -> None:
+    """Ask the quarter that was tuned without a route, with one: what a route costs that no training went through."""
+    tuned, run = (Run(out / CELLS / f"seed-{seed}_uniform-25%{end}") for end in ("", "+routed-at-evaluation"))
+    if tuned.results is None or run.results is not None:
+        return
+    shutil.rmtree(run.path, ignore_errors=True)
+    shutil.copytree(tuned.path, run.path, ignore=shutil.ignore_patterns("results.json", "predictions*"))
+    config = AutoConfig.from_pretrained(run.checkpoint)
+    write_route(config, run.region)
+    config.save_pretrained(run.checkpoint)
+    run.update(options=run.info["options"] | {"route": "uniform:25%, at evaluation only"})
+    ask(run, out)
+
+
+def ask(run: Run, out: Path) -> None:
+    """Evaluate a run as the tuned cells are evaluated."""
+    settings = sheet("four", out, seed=0, everything=True)["eval"]
+    settings |= {"model": run.path, "images": out / "world" / "images"}
+    defaults = {option.name: option.default for option in options_of(evaluate)}
+    evaluate(**call_arguments(evaluate, defaults | settings))
 
 
 def main() -> int:

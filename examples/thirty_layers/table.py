@@ -104,16 +104,26 @@ def _said(found: Interval) -> str:
     return f"{ends}{' tie' if within_noise(found) else ''}"
 
 
-def regions_table(runs: Sequence[Run], folder: str = "cells", route: str | None = None) -> str:
+def regions_table(runs: Sequence[Run], folder: str = "cells") -> str:
     """All tuned regions of a folder, the start first; nothing if there are none."""
-    found = tuned(runs, folder, route=route)
+    found = tuned(runs, folder)
     if not found:
         return ""
-    reference = tuned(runs, folder).get("all", {})
+    reference = found.get("all", {})
     start = [run for run in runs if run["verb"] == "assemble"]
     rows = [row("nothing (the start)", {0: start[0]}, {})] if start else []
     rows += [row(name, by_seed, reference) for name, by_seed in found.items()]
     return table(HEAD, rows)
+
+
+def route_table(runs: Sequence[Run]) -> str:
+    """Image tokens through a part of the layers, each run against the one of its region without a route."""
+    plain, rows = tuned(runs), []
+    for route in dict.fromkeys(run["options"]["route"] for run in runs if "route" in run["options"]):
+        for region, by_seed in tuned(runs, route=route).items():
+            rows.append(row(f"{region}, image tokens through {route}", by_seed, plain.get(region, {})))
+    head = ("tuned", "seeds", "visual", "minus unrouted (95 %)", "kept of unrouted %", *HEAD[5:])
+    return table(head, rows) if rows else ""
 
 
 def pairs_table(runs: Sequence[Run], other: str = "uniform:25%") -> str:
@@ -177,7 +187,7 @@ def main() -> None:
     runs = load()
     sections = {
         "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs), "Data": data_table(runs),
-        "Images through `uniform:25%` alone": regions_table(runs, route="uniform:25%"), "Pruning": pruning_table(runs),
+        "Route": route_table(runs), "Pruning": pruning_table(runs),
         "LoRA": regions_table(runs, "lora"), "Three times the steps": regions_table(runs, "longer"),
     }  # fmt: skip
     parts = [

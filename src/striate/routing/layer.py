@@ -107,6 +107,7 @@ class Unrouted:
         try:
             self._plainly(kept, settings | {CACHE: _Caught(self._blank() if cache is None else cache)})
         except _Caught as caught:
+            caught.with_traceback(None)  # its frames refer to it: a cycle, which would keep their tensors
             if all(part.shape[-2] == kept.shape[1] for part in caught.pair):
                 return caught.pair
         finally:

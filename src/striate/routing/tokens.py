@@ -43,6 +43,11 @@ class Tokens:
         self._joined: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._shared: tuple[Tensor, dict[Any, Tensor]] | None = None
 
+    def end(self) -> None:
+        """Drop the states of a forward pass that has ended: their graph refers to these tokens, and a cycle of
+        references would keep all activations until Python looks for cycles."""
+        self._joined = self._shared = None
+
     def place(self, rows: Tensor) -> Tensor:
         """The places of tokens [B, R] among the computed ones; of a kept token, any place."""
         places = torch.cat(self.parts, dim=1).argsort(dim=1)

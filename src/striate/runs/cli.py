@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot encode must not raise
             stream.reconfigure(errors="backslashreplace")
     # Read by torch when it is imported. Threads that wait for each other busily take the cores from other programs, and
-    # from each other: beside one busy program two threads were 2 to 7 times slower, alone no faster (performance.md).
+    # from each other: beside busy programs two threads were 2 to 2.5 times slower, alone no faster (research/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
@@ -132,7 +132,7 @@ def run_verb(name: str, words: list[str], *, debug: bool) -> int:
         return 0
     parse_call(name, signature, words)  # a wrong option is reported before anything slow is imported
     if not debug:
-        _quiet()
+        quiet()
     module, _, attribute = VERBS[name][0].partition(":")
     function = getattr(importlib.import_module(module), attribute)
     call = parse_call(name, function, words)
@@ -192,7 +192,7 @@ def parser_of(name: str, function: Callable[..., Any]) -> Parser:
     return parser
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence the progress bars and notes of libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -40,7 +40,8 @@ def help_of(verb: str, function: Callable[..., Any], *, subject: str | None, eve
     rest = len(options) - SHORT
     more = f"{rest} more options: striate {verb} --help-all" if rest > 0 and not everything else None
     parser = argparse.ArgumentParser(usage=usage, description=text, epilog=more, add_help=False)
-    for title, names in _groups(verb, list(options), everything=everything).items():
+    shown = groups_of(verb, list(options)) if everything else {"options": _first(verb, list(options))}
+    for title, names in shown.items():
         group = parser.add_argument_group(title)
         for name in names:
             _add(group, options[name])
@@ -59,13 +60,16 @@ def metavar(hint: Any) -> str:
     return METAVARS.get(get_origin(hint) or hint, "PATH")
 
 
-def _groups(verb: str, names: list[str], *, everything: bool) -> dict[str, list[str]]:
-    if not everything:
-        return {"options": FIRST[verb].split() if verb in FIRST else names[:SHORT]}
+def groups_of(verb: str, names: list[str]) -> dict[str, list[str]]:
+    """All options of a verb by group; those in no group come first, under the verb's name."""
     groups = {title: [name for name in group.split() if name in names] for title, group in GROUPS.items()}
     grouped = {name for group in groups.values() for name in group}
     groups = {verb: [name for name in names if name not in grouped], **groups}
     return {title: group for title, group in groups.items() if group}
+
+
+def _first(verb: str, names: list[str]) -> list[str]:
+    return FIRST[verb].split() if verb in FIRST else names[:SHORT]
 
 
 def _add(group: argparse._ArgumentGroup, option: Option) -> None:

@@ -11,7 +11,6 @@ from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import verify
-from striate.routing import resolve
 from striate.runs.options import Only
 from striate.runs.run import Run
 from striate.runs.stage import Resume, Stage
@@ -24,6 +23,7 @@ from striate.train import (
     TrainOptions,
     check_images,
     check_tuning,
+    find_route,
     num_samples,
 )
 from striate.train import align as align_model
@@ -61,7 +61,8 @@ def align(
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: download images given as URLs.
         tower: train the vision encoder too, for one with fresh weights.
-        route: the layers that image tokens pass through, in any form of a region; default: all layers.
+        route: the layers that image tokens pass through, in any form of a region, or auto:25% (those that contribute
+            most to image tokens); default: all layers.
         resume: resume the interrupted run in `out`; auto: resume if there is one, else start; changed: resume although
             data, model, code or options have changed.
         progress: show a progress bar.
@@ -79,10 +80,10 @@ def align(
     vlm = _open_model(model, options)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     check_images(records)
-    resolve(route, Region((), vlm.depth))
+    chosen_route = find_route(vlm, records, route, Region((), vlm.depth), options=options, rank=stage.rank)
     with stage.recording(previous) as run:
         log = _begin(run, vlm, stage, progress=progress)
-        trained = align_model(vlm, records, tower=tower, route=route, options=options, log=log, state=run.state)
+        trained = align_model(vlm, records, tower=tower, route=chosen_route, options=options, log=log, state=run.state)
         _end(run, trained, stage)
     return run
 
@@ -116,7 +117,7 @@ def tune(
         allow_urls: download images given as URLs.
         region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
         route: the layers that image tokens pass through, in any form of a region; same: the region and layer 0;
-            default: all layers.
+            auto:25%: layer 0 and those that contribute most to image tokens, measured first; default: all layers.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
             are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
@@ -142,10 +143,10 @@ def tune(
         return previous
     vlm = _open_model(model, options)
     chosen = Region.parse(region, vlm.depth)
-    chosen_route = resolve(route, chosen)
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     if samples is not None:
         num_samples(samples, len(records))
+    chosen_route = find_route(vlm, records, route, chosen, options=options, rank=stage.rank)
     with stage.recording(previous) as run:
         run.write_region(chosen, chosen_route)
         log = _begin(run, vlm, stage, progress=progress)

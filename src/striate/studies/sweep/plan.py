@@ -23,6 +23,7 @@ from striate.evaluation import resolve, sample_tasks
 from striate.prune import Criterion, protected_layers
 from striate.prune.plan import PruneRequest
 from striate.region import SCORES, Region
+from striate.routing import auto_size
 from striate.routing import resolve as resolve_route
 from striate.runs.options import options_of
 from striate.runs.provenance import Contents, difference
@@ -43,12 +44,13 @@ CONTENTS = ("model", "data", "heal", "scores")
 class Recipe:
     """Every option of the verbs of one cell, except the run folders.
 
-    `prunings` belong to the cell's runs but the first. `trainable` counts parameters.
+    `route` is a text where `tune` measures it. `prunings` belong to the cell's runs but the first. `trainable` counts
+    parameters.
     """
 
     cell: Cell
     region: Region
-    route: Region | None
+    route: Region | str | None
     tune: Values
     eval: Values
     prunings: tuple[Values, ...]
@@ -224,7 +226,7 @@ def _recipes(sheet: Sheet, depth: int) -> Iterator[Recipe]:
         with at("grid.region" if "region" in chosen else "tune.region"):
             region = Region.parse(tune["region"], depth)
         with at("grid.route" if "route" in chosen else "tune.route"):
-            route = resolve_route(tune["route"], region)
+            route = tune["route"] if auto_size(tune["route"], depth) else resolve_route(tune["route"], region)
         # Defaults that the sections override:
         evaluate = _defaults("eval") | {"images": sheet.images} | sheet.eval
         shared = {"data": sheet.data, "images": sheet.images, "seed": tune["seed"]}
@@ -265,7 +267,7 @@ def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
     for values in recipe.prunings:
         with at(f"prune of {recipe.cell.name}"):
             request = PruneRequest(values["region"], values["remove"], values["layers"])
-            kept = recipe.region | recipe.route if recipe.route else recipe.region
+            kept = recipe.region | recipe.route if isinstance(recipe.route, Region) else recipe.region
             keep = Region.parse(values["region"], vlm.depth) if values["region"] else kept
             protected = protected_layers(vlm)
             candidates = [layer for layer in range(vlm.depth) if layer not in keep and layer not in protected]
