@@ -24,9 +24,9 @@ LIBRARY = [
 ORDER = [*LIBRARY, "runs", "studies", "__main__"]
 # Every option of every verb: a new one is a decision.
 OPTIONS = {
-    "inspect": "model data images region record",
+    "inspect": "model data images region modules record",
     "cost": (
-        "model region route method projector rank batch micro_batch checkpointing image_tokens text_tokens "
+        "model region route modules method projector rank batch micro_batch checkpointing image_tokens text_tokens "
         "answer_tokens gpu devices shard link fit plot"
     ),
     "assemble": (
@@ -39,8 +39,8 @@ OPTIONS = {
         "report_to"
     ),
     "tune": (
-        "model data out images allow_urls region route samples method projector rank alpha dropout resume "
-        "epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
+        "model data out images allow_urls region route modules samples method projector rank alpha dropout "
+        "resume epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
         "weight_decay max_grad_norm max_length truncate_text on_bad_record packing checkpointing "
         "frozen_layers skip_nonfinite shard save_steps workers seed deterministic device dtype attn "
         "report_to"

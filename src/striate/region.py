@@ -162,10 +162,12 @@ class Region:
         blocks = [[layer for _, layer in g] for _, g in groupby(enumerate(self.layers), lambda p: p[1] - p[0])]
         return ",".join(f"{b[0]}-{b[-1]}" if len(b) > 2 else ",".join(map(str, b)) for b in blocks)
 
-    def to_json(self, route: Region | None = None) -> dict[str, Any]:
-        """`{"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}`; `"route": [0, 4, 8]` if one is given."""
+    def to_json(self, route: Region | None = None, *, modules: str = "all") -> dict[str, Any]:
+        """`{"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}`; `"route": [0, 4, 8]` if one is given, and
+        `"modules": "gate_up"` if not all matrices of these layers are meant."""
         routed = {} if route is None else {"route": list(route)}
-        return {"layers": list(self.layers), "depth": self.depth, "origin": self.origin, **routed}
+        part = {} if modules == "all" else {"modules": modules}
+        return {"layers": list(self.layers), "depth": self.depth, "origin": self.origin, **routed, **part}
 
     @classmethod
     def from_json(cls, data: Any) -> Region:
@@ -178,9 +180,9 @@ class Region:
             raise UserError('expected {"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}')
         return cls(tuple(data["layers"]), data["depth"], str(data.get("origin", "")))
 
-    def save(self, path: Path, route: Region | None = None) -> None:
-        """Write the region as a JSON file, with the route of its model if it has one."""
-        Path(path).write_text(json.dumps(self.to_json(route)) + "\n", encoding="utf-8")
+    def save(self, path: Path, route: Region | None = None, *, modules: str = "all") -> None:
+        """Write the region as a JSON file, with the route of its model and the modules that trained, see `to_json`."""
+        Path(path).write_text(json.dumps(self.to_json(route, modules=modules)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Region:

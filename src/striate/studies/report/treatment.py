@@ -19,6 +19,7 @@ ASIDE = ("seed", "out", "progress", "device", "workers", "save_steps", "report_t
 LOADED = ("model", "backbone", "scores", "vision", "llm", "projector")
 GENERATED = ("data", "images", "heal", "visual", "text")
 FILES = (*LOADED, *GENERATED)
+DEFAULTS = {"modules": "all"}  # of options that older runs do not have
 DEEP = 8  # parents of parents that are followed
 BLOCKS = ("uniform", "first", "last", "middle", "hybrid")
 
@@ -41,7 +42,7 @@ def settings(info: Mapping[str, Any], *, deep: int = DEEP) -> dict[str, Any]:
     return {
         key: origin_of(key, value, info, deep) if key in FILES else value
         for key, value in given.items()
-        if key not in ASIDE and value is not None  # the default of an option that older runs do not have
+        if key not in ASIDE and value != DEFAULTS.get(key)
     }
 
 
