@@ -46,7 +46,7 @@ OPTIONS = {
         "report_to"
     ),
     "score": (
-        "model data images out metrics backbone samples batch max_length seed on_bad_record device dtype allow_urls"
+        "model data images out metrics backbone by samples batch max_length seed on_bad_record device dtype allow_urls"
     ),
     "revert": (
         "model backbone groups out visual text images samples batch max_length seed on_bad_record device "

@@ -72,7 +72,7 @@ def kind(region: Region) -> str:
         return str(region)
     form, _, rest = region.origin.partition(":")
     if form in ("top", "bottom", "spread") and rest:
-        return f"{form} by {rest.rpartition(':')[2]}"
+        return f"{form} by {_score_name(rest)}"
     if region.origin in PAPER:
         return region.origin
     if form in (*BLOCKS, "random"):
@@ -84,6 +84,13 @@ def kind(region: Region) -> str:
     shifted = (offset for offset in range(1, region.depth) if _same(region, f"uniform:{len(region)}@{offset}"))
     offset = next(shifted, None)
     return f"uniform@{offset}" if offset is not None else "listed"
+
+
+def _score_name(place: str) -> str:
+    """The score, and the tasks, in 8@runs/scores:NAME and 8@runs/scores:NAME:TASKS."""
+    _, *names = place.split(":")[-3:]
+    score, *tasks = names if len(names) == 2 and re.fullmatch(r"[a-z_]+", names[0]) else names[-1:]
+    return f"{score}, {tasks[0]}" if tasks else score
 
 
 def _same(region: Region, form: str) -> bool:
