@@ -34,7 +34,7 @@ METRICS: dict[str, Metric] = {
             "visual_swap",
             needs=("records", "images"),
             range="nats per answer token; 0: nothing is lost",
-            source="own: mean answer loss with the image keys and values of layer l those of a gray image, minus without",
+            source="our own: mean answer loss with image keys and values of a gray image in layer l, minus the loss",
         ),
         Metric(
             "bypass_perplexity",

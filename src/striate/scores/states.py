@@ -37,7 +37,7 @@ METRICS = {
             needs=_TEXT,
             range="0..1",
             direction="low",
-            source="Kornblith et al. 2019 (arXiv 1905.00414), linear CKA; as a score: Ogawa et al. 2026 (arXiv 2602.05988)",
+            source="linear CKA: Kornblith et al. 2019 (arXiv 1905.00414); as a score: Ogawa et al. 2026 (2602.05988)",
         ),
         Metric("image_attention", needs=_VISUAL, range="0..1", source=f"{_WANG}, figure 5"),
     )
