@@ -52,6 +52,7 @@ OPTIONS = {
         "model backbone groups out visual text images samples batch max_length seed on_bad_record device "
         "dtype allow_urls"
     ),
+    "choose": ("model data images budget gpu out samples batch max_length seed on_bad_record device dtype allow_urls"),
     "prune": (
         "model out region remove by layers data images scores samples iterative dry_run heal heal_layers "
         "allow_urls steps batch micro_batch learning_rate max_length seed device attn"
@@ -68,7 +69,8 @@ OPTIONS = {
 
 def test_verbs() -> None:
     assert list(VERBS) == [
-        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report", "demo",
+        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "choose", "prune", "eval", "sweep", "report",
+        "demo",
     ]  # fmt: skip
 
 

@@ -80,8 +80,8 @@ def profiles(scores: Mapping[str, Profile], region: Region | None = None) -> Fig
 def task_heatmaps(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """One panel per score, tasks by layers: `scores` [score][task][layer], NaN without a value.
 
-    Every row is scaled to its own range, so that it shows which layers its task needs, not which task scores high. A dot
-    marks the layer with the highest value.
+    Every row is scaled to its own range, so that it shows which layers its task needs, not which task scores high.
+    A dot marks the layer with the highest value.
     """
     tasks = list(next(iter(scores.values())))
     height = 0.55 + 0.17 * len(tasks)

@@ -32,7 +32,7 @@ def render(run: Run, verb: str) -> RenderableType:
 def heat_strips(scores: Scores) -> RenderableType:
     """One heat strip per score, and per task of it, taller and lighter for higher values; above it the range and the
     top layers."""
-    wide = max(1, min(WIDEST, WIDTH // scores.depth))
+    wide = layer_width(scores.depth)
     lines: list[Text] = []
     for score in scores.scores.values():
         lines += [_heading(score.name, score), _bars(score, wide)]
@@ -41,6 +41,11 @@ def heat_strips(scores: Scores) -> RenderableType:
     step = 8 // wide
     numbers = "".join(f"{layer:<{wide * step}}" for layer in range(0, scores.depth, step))
     return Group(*lines, Text(numbers.rstrip(), "dim"))
+
+
+def layer_width(depth: int) -> int:
+    """Columns of one layer in a heat strip."""
+    return max(1, min(WIDEST, WIDTH // depth))
 
 
 def reversions(found: Mapping[str, RevertProfile]) -> Table:

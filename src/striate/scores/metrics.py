@@ -103,7 +103,7 @@ def measure(
         yield _split_by_task(measuring, rank.interleave(tasks)) if by_task else measuring.scores()
 
 
-def _split_by_task(measuring: Measure, tasks: Sequence[Sequence[str]]) -> list[Score]:
+def _split_by_task(measuring: Measure, tasks: Sequence[tuple[str, ...]]) -> list[Score]:
     """The scores, with those over the samples of every task; `tasks` has one name per sample, by batch."""
     by_task: dict[str, dict[str, Score]] = {}
     for task in sorted({task for batch in tasks for task in batch}):
