@@ -43,9 +43,9 @@ def stability(scores: Sequence[Score], choose: Callable[[Sequence[int]], Sequenc
     kept = 0
     for _ in range(DRAWS):
         rows = torch.randint(number, (number,), generator=draw)
-        drawn = [
+        resampled = [
             Score(score.name, tuple(values[rows].nanmean(0).tolist()), direction=score.direction)
             for score, values in zip(scores, samples, strict=True)
         ]
-        kept += len(chosen & {*choose(consensus(drawn))})
+        kept += len(chosen & {*choose(consensus(resampled))})
     return kept / (DRAWS * len(chosen))
