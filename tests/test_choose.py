@@ -3,7 +3,6 @@ what was measured."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,11 @@ from striate.scores import Score, rank_correlation
 from striate.scores.consensus import agreement, consensus, stability
 from striate.scores.sampling import Sampling
 from striate.studies.choose import Budget, Choice, propose
-from striate.studies.choose.choice import Sureness, duration
+from striate.studies.choose.choice import Sureness
+from striate.studies.choose.fitting import fit
 from striate.studies.choose.image_route import RouteLoss
 from striate.studies.cost import Machine
+from striate.vlm import load_on_meta
 
 MACHINE = Machine("a machine of the test", 1e9, 1e9)
 PLENTY = Budget(1e9, None, MACHINE, "float32")
@@ -82,30 +83,32 @@ def test_where_scores_agree_each_stretch_has_its_best_layer(choice: Choice) -> N
 
 def test_where_they_do_not_uniform_stays(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("striate.studies.choose.AGREE", 1.01)
+    monkeypatch.setattr("striate.studies.choose.METRICS", ("block_influence",))
     found = proposed(model, data)
     assert found.region == Region.parse("uniform:25%", 8)
     assert "evenly spread, as in the paper: the scores" in found.reasons[0]
 
 
-def test_the_first_way_that_fits_is_taken(choice: Choice, model: Path, data: Path) -> None:
+def test_the_first_way_that_fits_is_taken(choice: Choice, model: Path) -> None:
     assert (choice.method, choice.modules, choice.fit.refused) == ("full", "all", ())
-    smaller = proposed(model, data, replace(PLENTY, memory=choice.fit.step.memory.peak / 4))
-    assert smaller.fit.step.memory.peak <= 0.9 * smaller.budget.memory
-    assert smaller.fit.step.setup.micro_batch < 16 or smaller.fit.step.setup.checkpointing
+    vlm, setup, peak = load_on_meta(model), choice.fit.step.setup, choice.fit.step.memory.peak
+    smaller = fit(vlm, setup, replace(PLENTY, memory=peak / 4), 1000)
+    assert smaller.step.memory.peak <= 0.9 * peak / 4
+    assert smaller.step.setup.micro_batch < 16 or smaller.step.setup.checkpointing
     with pytest.raises(striate.UserError, match=r"--budget 1e-06GB: the least is .* GB \(") as caught:
-        proposed(model, data, replace(PLENTY, memory=1000))
+        fit(vlm, setup, replace(PLENTY, memory=1000), 1000)
     assert "\n" not in str(caught.value)
 
 
-def test_time_becomes_steps(choice: Choice, model: Path, data: Path) -> None:
+def test_time_becomes_steps(choice: Choice, model: Path) -> None:
     assert (choice.fit.steps, choice.fit.shortened) == (8, False)  # 1000 records in batches of 128
     assert "steps" not in choice.recipe()
-    second = choice.fit.step.seconds(*MACHINE.reached)
-    shorter = proposed(model, data, replace(PLENTY, seconds=3.5 * second))
+    vlm, setup, second = load_on_meta(model), choice.fit.step.setup, choice.fit.step.seconds(*MACHINE.reached)
+    shorter = replace(choice, fit=fit(vlm, setup, replace(PLENTY, seconds=3.5 * second), 1000))
     assert shorter.recipe()["steps"] == 3
     assert "3 steps of the 8 of an epoch" in shorter.reasons[2]
     with pytest.raises(striate.UserError, match=r"is less than the .* s of one step of 128 records"):
-        proposed(model, data, replace(PLENTY, seconds=0.5 * second))
+        fit(vlm, setup, replace(PLENTY, seconds=0.5 * second), 1000)
 
 
 def test_a_route_is_proposed_where_the_loss_does_not_rise(choice: Choice) -> None:
@@ -142,7 +145,7 @@ def test_tune_takes_the_recipe(model: Path, data: Path, tmp_path: Path, capsys: 
     small = ["--batch", "4", "--micro-batch", "2", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
     assert main(["tune", "--config", str(plan), "--out", str(tmp_path / "run"), *small]) == 0
     run = Run.open(tmp_path / "run")
-    assert str(run.region) == json.loads(json.dumps(run.info["options"]))["region"]
+    assert str(run.region) == run.info["options"]["region"]
     assert main([*words]) == 2  # the recipe exists
 
 
@@ -166,4 +169,3 @@ def test_budgets() -> None:
     assert (both.memory, both.seconds) == (24e9, 5400)
     assert Budget.parse("2h", gpu="h100").memory == 80e9
     assert Budget.parse(None, gpu="h100").seconds is None
-    assert [duration(seconds) for seconds in (45, 720, 12240)] == ["45 s", "12 min", "3.4 h"]

@@ -1,4 +1,4 @@
-"""A proposal of what to train: the reasons, the picture, and the recipe for `striate tune --config`."""
+"""A proposal of what to train: the reasons, the scores, and the recipe for `striate tune --config`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.console import Group
 from rich.text import Text
 
 from striate.region import Region
-from striate.runs.terminal import heat_strips, layer_width
+from striate.runs import terminal
 from striate.scores.table import Scores
 from striate.studies.choose.budget import Budget
 from striate.studies.choose.fitting import Fit
 from striate.studies.choose.image_route import RouteLoss
+from striate.studies.sweep.display import duration
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ class Choice:
 
     def __rich__(self) -> Group:
         """The scores as heat strips, the region under them, and the reasons."""
-        wide = layer_width(self.scores.depth)
+        wide = terminal.layer_width(self.scores.depth)
         cells = [("■" if layer in self.region else "·") * wide for layer in range(self.scores.depth)]
-        return Group(heat_strips(self.scores), Text("".join(cells), "bold cyan"), *map(Text, self.reasons))
+        return Group(terminal.heat_strips(self.scores), Text("".join(cells), "bold cyan"), *map(Text, self.reasons))
 
     def _why_region(self) -> str:
         share = f"{len(self.region)} of {self.region.depth} layers"
@@ -112,6 +113,8 @@ class Choice:
         return f"{share}, evenly spread, as in the paper: the scores ({self._names()}) are no better guide here"
 
     def _why_modules(self) -> str:
+        if self.method == "lora":
+            return "adapters on every linear module; with trained weights not even gate_up fits"
         if self.modules == "all":
             return "whole layers fit. gate_up alone forgets less in one paper (arXiv 2510.08564); not measured here"
         return "whole layers do not fit; gate_up learned almost as much in one paper (arXiv 2510.08564)"
@@ -150,11 +153,3 @@ class Choice:
 
     def _names(self) -> str:
         return ", ".join(self.scores.scores)
-
-
-def duration(seconds: float) -> str:
-    """A time with two digits: 45 s, 12 min, 3.4 h."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s"
