@@ -89,12 +89,13 @@ def test_where_they_do_not_uniform_stays(model: Path, data: Path, monkeypatch: p
     assert "evenly spread, as in the paper: the scores" in found.reasons[0]
 
 
-def test_the_first_way_that_fits_is_taken(choice: Choice, model: Path) -> None:
+def test_the_first_way_that_fits_is_taken(choice: Choice, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (choice.method, choice.modules, choice.fit.refused) == ("full", "all", ())
     vlm, setup, peak = load_on_meta(model), choice.fit.step.setup, choice.fit.step.memory.peak
     smaller = fit(vlm, setup, replace(PLENTY, memory=peak / 4), 1000)
     assert smaller.step.memory.peak <= 0.9 * peak / 4
     assert smaller.step.setup.micro_batch < 16 or smaller.step.setup.checkpointing
+    monkeypatch.setattr("striate.studies.choose.fitting.SHARES", ("1",))
     with pytest.raises(striate.UserError, match=r"--budget 1e-06GB: the least is .* GB \(") as caught:
         fit(vlm, setup, replace(PLENTY, memory=1000), 1000)
     assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 
 import torch
@@ -28,7 +28,7 @@ def agreement(scores: Sequence[Score]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def stability(scores: Sequence[Score], choose: Callable[[Sequence[int]], Sequence[int]], *, seed: int = 0) -> float:
+def stability(scores: Sequence[Score], choose: Callable[[Sequence[int]], Iterable[int]], *, seed: int = 0) -> float:
     """Share of the chosen layers that are chosen again from another sample, in [0, 1]; NaN for fewer than two samples.
 
     `choose` takes the layers that count from all layers by importance. A bootstrap over records: each draw takes as

@@ -118,8 +118,10 @@ class Score:
     @classmethod
     def from_json(cls, name: str, data: Mapping[str, Any]) -> Score:
         """The inverse of `to_json`. Raises `LookupError`, `TypeError` or `ValueError` for data in another format."""
-        rows = {key: tuple(map(_with_nan, data[key])) for key in ("table", "samples") if data.get(key) is not None}
-        about = {key: str(data[key]) for key in ("direction", "range", "source") if key in data}
+        about: dict[str, Any] = {key: str(data[key]) for key in ("direction", "range", "source") if key in data}
+        rows: dict[str, Any] = {
+            key: tuple(map(_with_nan, data[key])) for key in ("table", "samples") if data.get(key) is not None
+        }
         tasks = {task: cls.from_json(name, {**about, **one}) for task, one in data.get("tasks", {}).items()}
         return cls(
             name,
