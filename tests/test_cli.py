@@ -76,7 +76,7 @@ def test_errors_are_one_line_with_the_fix(tmp_path: Path, capsys: pytest.Capture
         (["--steps", "ten"], "--steps: 'ten' is not a whole number"),
         (["--method", "ful"], "--method: 'ful' is not one of auto, full, lora"),
         (["--learning-rate", "high"], "--learning-rate: 'high' is not a number"),
-        (["--config", "typo.yaml"], "no option 'modle'; nearest: model"),
+        (["--config", "typo.yaml"], "no option 'modle'; nearest: modules, model"),
         (["--config", "kind.yaml"], "--batch: '[1, 2]' is not a whole number"),
         (["--config", "gone.yaml"], "--config: File does not exist: "),
         (["--config", "torn.yaml"], "Problems parsing config: while parsing"),

@@ -71,12 +71,13 @@ class Real:
         torch.manual_seed(0)
         self.vlm = Vlm.of(AutoModelForImageTextToText.from_config(config).train())
         chosen = Region.parse(region, self.vlm.depth)
-        select(self.vlm, chosen, projector=setup.projector)
+        select(self.vlm, chosen, modules=setup.modules, projector=setup.projector)
         self.network: nn.Module = self.vlm.model
         if setup.method == "lora":
             self.network, _ = adapt(
-                self.vlm, chosen, projector=setup.projector, rank=setup.rank, alpha=2 * setup.rank, dropout=0.05
-            )
+                self.vlm, chosen, modules=setup.modules, projector=setup.projector, rank=setup.rank,
+                alpha=2 * setup.rank, dropout=0.05,
+            )  # fmt: skip
         if setup.checkpointing:
             self.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.vlm.model.disable_input_require_grads()  # else the frozen tower gets a backward pass for nothing
@@ -136,6 +137,9 @@ ARMS: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "none", {}),
     ("gemma2", "middle:50%", {"projector": False}),
     ("gemma2", "all", {"method": "lora", "micro_batch": 1}),
+    ("llama", "uniform:25%", {"modules": "gate_up"}),
+    ("qwen2", "last:25%", {"modules": "o", "projector": False}),
+    ("llama", "uniform:25%", {"modules": "attention", "method": "lora"}),
 ]
 
 
@@ -158,6 +162,7 @@ def test_flops_are_those_of_a_real_step(model: str, region: str, changes: dict[s
         ("llama", "all", {"checkpointing": True}),
         ("qwen2", "uniform:25%", {"method": "lora"}),
         ("gemma2", "last:25%", {"projector": False}),
+        ("llama", "all", {"modules": "gate_up"}),
     ],
 )
 def test_peak_memory_is_that_of_a_real_step(model: str, region: str, changes: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from striate.evaluation.metrics import (
     mmmu_accuracy,
     perplexity,
     relaxed_accuracy,
+    rouge_l,
     scienceqa_accuracy,
     vqa_accuracy,
 )
@@ -46,6 +47,25 @@ def test_contains_wants_whole_words() -> None:
     assert contains("It is the big, red cat.", ["dog", "A red cat"]) == 1
     assert contains("concatenate", ["cat"]) == 0
     assert contains("-3.5 degrees", ["3.5"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("The cat sat.", "the CAT sat", 1),
+        ("police killed the gunman", "police kill the gunman", 3 / 4),  # Lin 2004, section 3.1
+        ("the gunman kill police", "police kill the gunman", 2 / 4),
+        ("a red cat", "a big red cat on a mat", 2 * 3 / (3 + 7)),
+        ("no", "a cat", 0),
+        ("", "a cat", 0),
+        ("...", "...", 0),
+    ],
+)
+def test_rouge_l(prediction: str, answer: str, score: float) -> None:
+    assert rouge_l(prediction, [answer]) == pytest.approx(score)
+    assert rouge_l(prediction, ["zebra", answer]) == pytest.approx(score)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    assert scorer.score(answer, prediction)["rougeL"].fmeasure == pytest.approx(score)
 
 
 @pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
@@ -237,6 +257,7 @@ def test_every_metric_is_found_by_its_name() -> None:
         "exact_match",
         "contains",
         "share_named",
+        "rouge_l",
         "vqa_accuracy",
         "anls",
         "relaxed_accuracy",

@@ -152,6 +152,8 @@ def test_the_papers_lists_are_for_32_layers_only() -> None:
         ("spread:3@2", "spread:3@scores.json:NAME"),
         ("bottom:3@scores.json", "bottom:3@scores.json:NAME"),
         ("top:3@:score", "top:3@scores.json:NAME"),
+        ("known:vica", "'known:vica' was published for LLaVA-1.5 of 32 or 40 layers; this model's depth is 12"),
+        ("known:vicar", "unknown region form"),
         ("best:3@scores.json:block_influence", "unknown region form"),
         ("top:13@scores.json:block_influence", "13 layers"),
         ("spread:0%@scores.json:block_influence", "0%"),
@@ -304,3 +306,33 @@ def test_a_score_that_is_none(tmp_path: Path, score: object) -> None:
     file.write_text(json.dumps({"depth": 4, "scores": {"odd": score}}))
     with pytest.raises(UserError, match="odd has no"):
         Region.parse(f"top:2@{file}:odd", 4)
+
+
+def test_published_sets_are_those_of_their_papers() -> None:
+    sets = [set(layers(f"known:{name}", 32)) for name in ("shortv", "vica", "cka-lora")]
+    assert list(map(len, sets)) == [13, 8, 16]
+    assert set.intersection(*sets) == {1, 7, 8, 9, 10, 11, 14}
+    assert layers("known:vica", 40) == (0, 6, 8, 9, 10, 13, 14, 16)
+
+
+def test_regions_by_the_score_of_a_task(tmp_path: Path) -> None:
+    run = tmp_path / "a:run"  # a path with a colon
+    run.mkdir()
+    tasks = {"read": {"values": [5.0, 4.0, 0.0, 0.0, 0.0, 0.0]}, "count": {"values": [0.0, 0.0, 0.0, 0.0, 3.0, 9.0]}}
+    scores = {"gradient": {"values": [0.0, 0.0, 9.0, 8.0, 0.0, 0.0], "tasks": tasks}, "plain": {"values": [0.0] * 6}}
+    (run / "scores.json").write_text(json.dumps({"depth": 6, "scores": scores}))
+    for place in (run, run / "scores.json"):
+        assert layers(f"top:2@{place}:gradient", 6) == (2, 3)
+        assert layers(f"top:2@{place}:gradient:read", 6) == (0, 1)
+        assert layers(f"top:2@{place}:gradient:read,count", 6) == (0, 5)  # the best of each
+        assert layers(f"top:4@{place}:gradient:read,count", 6) == (0, 1, 4, 5)
+        assert layers(f"spread:2@{place}:gradient:read,count", 6) == (0, 5)
+    for text, message in (
+        ("gradient:reed", "has no task 'reed'; nearest: read"),
+        ("gradient:read,", "has no task ''"),
+        ("plain:read", "plain was not measured by task: `striate score --by task` does"),
+        ("gradiant:read", "has no score 'gradiant'; nearest: gradient"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            layers(f"top:2@{run}:{text}", 6)
+        assert "\n" not in str(caught.value)

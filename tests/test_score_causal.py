@@ -25,12 +25,12 @@ from striate.scores.backbone import Backbone
 from striate.scores.causal import METRICS, Causal, skip
 from striate.scores.gradient import Gradient
 from striate.scores.likelihood import AnswerTokens, perplexity
-from striate.scores.replay import Replay, divergence
+from striate.scores.replay import GRAY, Replay, divergence
 from striate.scores.revert import parse_groups, revert
 from striate.vlm import Vlm, load
 
 CAUSAL = ("layer_contribution", "bypass_perplexity")
-EVERYTHING = (*CAUSAL, "revert_perplexity")
+EVERYTHING = ("layer_contribution", "visual_swap", "bypass_perplexity", "revert_perplexity")
 
 RECORDS = [
     answered(record("what is this ?", image=10), "a red cat"),
@@ -162,6 +162,62 @@ def test_every_family_resumes_at_the_given_layer(name: str) -> None:
     assert calls == list(range(vlm.depth))
 
 
+def swapped(vlm: Vlm, batch: Batch, layer: int) -> torch.Tensor:
+    """All logits [B, T, V] with keys and values replaced where they are made, and the image tokens' output kept."""
+    module, image = vlm.layers[layer], batch.image_mask[..., None]
+    blank = {key: value.where(value == 0, GRAY) for key, value in batch.inputs.items() if value.is_floating_point()}
+    outputs: dict[tuple[str, bool], torch.Tensor] = {}
+    parts = {"k": module.self_attn.k_proj, "v": module.self_attn.v_proj, "layer": module}  # type: ignore[union-attr]
+
+    def note(name: str, gray: bool) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            outputs[name, gray] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def replaced(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            new = torch.where(image, outputs[name, name != "layer"], hidden)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return hook
+
+    with torch.no_grad():
+        for gray, inputs in ((False, batch.inputs), (True, {**batch.inputs, **blank})):
+            hooks = [part.register_forward_hook(note(name, gray)) for name, part in parts.items()]
+            vlm.model(**inputs, use_cache=False)
+            for hook in hooks:
+                hook.remove()
+        hooks = [part.register_forward_hook(replaced(name)) for name, part in parts.items()]
+        logits = vlm.model(**batch.inputs, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3"])
+def test_a_visual_swap_is_that_of_keys_and_values(name: str) -> None:
+    vlm = loud(in_family(name))
+    batch = family_batch(vlm, name)
+    found = measured(vlm, [batch], ("visual_swap",))["visual_swap"]
+    positions, tokens = batch.targets()
+    counts = positions.sum(dim=1).tolist()
+    seen = batch.image_mask.any(1)
+    with torch.no_grad():
+        clean = vlm.model(**batch.inputs, use_cache=False).logits
+    for layer in range(vlm.depth):
+        losses = [
+            nn.functional.cross_entropy(logits[positions], tokens, reduction="none").split(counts)
+            for logits in (clean, swapped(vlm, batch, layer))
+        ]
+        lost = torch.stack([new.mean() - old.mean() for old, new in zip(*losses, strict=True)])
+        assert found.values[layer] == pytest.approx(float(lost[seen].mean()), rel=1e-2, abs=1e-5)
+    assert max(map(abs, found.values)) > 1e-3
+    assert found.n == int(seen.sum())
+
+
 def test_experts_are_changed_like_any_layer(vlm: Vlm) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     text = {**pico.FAMILIES["llava"]["text_config"], "model_type": "qwen3_moe", **experts}
@@ -194,9 +250,9 @@ def test_scores_do_not_depend_on_batch_size_or_padding(vlm: Vlm, folder: Path) -
     ):
         other = measured(vlm, batches, EVERYTHING, backbone=folder)
         for name, score in together.items():
-            assert other[name].values == pytest.approx(score.values, rel=1e-3)
-            assert other[name].stderr == pytest.approx(score.stderr, rel=1e-3)
-            assert other[name].n == score.n == (3 if name == "layer_contribution" else 4)
+            assert other[name].values == pytest.approx(score.values, rel=1e-3, abs=1e-5)
+            assert other[name].stderr == pytest.approx(score.stderr, rel=1e-3, abs=1e-5)
+            assert other[name].n == score.n == (3 if "images" in METRICS[name].needs else 4)
             assert score.range == METRICS[name].range
 
 

@@ -26,6 +26,7 @@ from striate.scores.states import (
     block_influence,
     cosine,
     image_attention,
+    linear_cka,
     multimodal_block_influence,
     token_kinds,
 )
@@ -120,6 +121,24 @@ def test_angular_distance_by_hand() -> None:
 def test_small_angles_are_not_lost_in_rounding() -> None:
     states = torch.tensor([[[1.0, 0.0], [1.0, 1e-5]]])  # in float32 the cosine is 1
     assert angular_distance(states).item() == pytest.approx(1e-5 / math.pi, rel=1e-3)
+
+
+def test_linear_cka_is_that_of_full_feature_matrices() -> None:
+    """Kornblith et al. 2019, in the form with D x D matrices, of the tokens that count alone."""
+    draw = torch.Generator().manual_seed(0)
+    entering, leaving = (torch.randn(2, 9, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    tokens = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
+    expected = []
+    for x, y, own in zip(entering, leaving, tokens, strict=True):
+        x, y = (states[own] - states[own].mean(dim=0) for states in (x, y))
+        expected.append(float((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())))
+    assert linear_cka(entering, leaving, tokens).tolist() == pytest.approx(expected)
+    assert linear_cka(entering.float(), leaving.float(), tokens).tolist() == pytest.approx(expected, rel=1e-4)
+    leaving[1, 6:] = math.nan  # padding
+    assert linear_cka(entering, leaving, tokens).tolist() == pytest.approx(expected)
+    turned = torch.linalg.qr(torch.randn(5, 5, generator=draw, dtype=torch.float64)).Q
+    assert linear_cka(entering, 3 * entering @ turned + 1, tokens).tolist() == pytest.approx([1, 1])
+    assert linear_cka(entering[:, :1], leaving[:, :1], tokens[:, :1]).isnan().all()  # one token has no spread
 
 
 def test_image_attention_by_hand() -> None:
@@ -342,6 +361,15 @@ def test_only_what_is_named_is_measured(vlm: Vlm, monkeypatch: pytest.MonkeyPatc
     assert list(found) == ["angular_distance", "block_influence"]
     for name, score in found.items():
         assert (score.range, score.source, score.direction) == (METRICS[name].range, METRICS[name].source, "high")
+
+
+def test_cka_of_a_model_is_that_of_its_hidden_states(vlm: Vlm) -> None:
+    batch = batch_of(vlm, records())
+    found, states = scores_of(vlm, batch)["cka"], hidden_states(vlm, batch, normed=False)
+    attended = batch.inputs["attention_mask"].bool()
+    for layer, (entering, leaving) in enumerate(pairwise(states)):
+        assert found.values[layer] == pytest.approx(float(linear_cka(entering, leaving, attended).mean()), rel=1e-4)
+    assert (found.direction, found.n) == ("low", 3)
 
 
 def test_what_was_measured_before_an_interrupt_stays(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:

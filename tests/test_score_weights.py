@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pico
 import pytest
 import torch
@@ -22,7 +23,16 @@ from striate.errors import UserError
 from striate.runs.run import Run
 from striate.scores import weights
 from striate.scores.table import Score
-from striate.scores.weights import METRICS, StoredLayers, parameter_change, weight_angle, weight_scores
+from striate.scores.weights import (
+    FORMULAS,
+    METRICS,
+    StoredLayers,
+    parameter_change,
+    signal_scores,
+    signal_share,
+    weight_angle,
+    weight_scores,
+)
 
 TEXT = {key: value for key, value in pico.FAMILIES["llava"]["text_config"].items() if key != "model_type"}
 
@@ -80,7 +90,7 @@ def test_chunks_and_narrow_numbers_change_nothing(monkeypatch: pytest.MonkeyPatc
 
 def in_memory(tuned: dict[str, Tensor], base: dict[str, Tensor], mark: str) -> dict[str, list[float]]:
     """Both scores in plain loops; `mark` is what the decoder's layers are called in `tuned`."""
-    found = {name: [0.0] * DEPTH for name in METRICS}
+    found = {name: [0.0] * DEPTH for name in FORMULAS}
     for name, weight in base.items():
         if name.startswith("model.layers.") and weight.dim() > 1:
             layer = int(name.split(".")[2])
@@ -96,7 +106,7 @@ def test_streamed_equals_in_memory_whatever_the_shards(tuned: Path, backbone: Pa
     expected = in_memory(names, load_file(backbone / "model.safetensors"), mark)
     for folder in (tuned, backbone):
         found = by_name(weight_scores(tuned, backbone))
-        assert set(found) == set(METRICS)
+        assert set(found) == set(FORMULAS)
         for name, score in found.items():
             assert score.values == pytest.approx(expected[name], rel=1e-9)
             assert (score.stderr, score.n, score.source) == (None, 0, METRICS[name].source)
@@ -136,8 +146,8 @@ def test_two_tensors_are_in_memory_at_a_time(tuned: Path, backbone: Path, monkey
 
 def test_a_model_did_not_move_from_itself(tuned: Path) -> None:
     found = weight_scores(tuned, tuned)
-    assert [score.name for score in found] == list(METRICS)
-    assert [score.values for score in found] == [(0.0,) * DEPTH] * len(METRICS)
+    assert [score.name for score in found] == list(FORMULAS)
+    assert [score.values for score in found] == [(0.0,) * DEPTH] * len(FORMULAS)
 
 
 def test_any_checkpoint_of_the_family_is_a_backbone(tuned: Path, backbone: Path, tmp_path: Path) -> None:
@@ -207,3 +217,45 @@ def test_broken_and_missing_checkpoints(tuned: Path, backbone: Path, tmp_path: P
     refused("llm has no model.safetensors: weights are read from safetensors only")
     (backbone / "model.safetensors.index.json").write_text("{")
     refused("cannot read .*index.json")
+
+
+def test_signal_share_against_singular_values_of_numpy() -> None:
+    draw = np.random.default_rng(0)
+    noise = draw.normal(size=(60, 40))
+    spiked = noise + 30 * np.outer(np.ones(60), np.ones(40)) / np.sqrt(60 * 40)
+    for matrix, above in ((noise, 0), (spiked, 1), (np.eye(60, 40), 0)):
+        edge = np.sqrt((matrix**2).mean()) * (np.sqrt(matrix.shape[0]) + np.sqrt(matrix.shape[1]))
+        values = np.linalg.svd(matrix, compute_uv=False)
+        assert (values > edge).sum() == above
+        found = signal_share(torch.tensor(matrix, dtype=torch.float32))
+        assert found == signal_share(torch.tensor(matrix.T.copy())) == above / len(values)
+    assert signal_share(torch.tensor(np.stack([noise, spiked]))) == 1 / 80  # two experts
+    assert signal_share(torch.zeros(3, 4)) == 0
+
+
+def test_signal_by_module_and_layer(backbone: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
+    with torch.no_grad():  # a strong direction is above the edge of the random ones
+        model.model.layers[2].mlp.down_proj.weight.add_(1)
+    model.save_pretrained(tmp_path / "spiked")
+    found = signal_scores(tmp_path / "spiked")
+    assert set(found.parts) == {"attention", "mlp", "gate_up", "down", "qkv", "o"}
+    assert found.parts["down"][2] == 1 / 32
+    for layer in range(DEPTH):
+        weights_of = dict(model.model.layers[layer].named_parameters())
+        shares = {name: signal_share(weight.data) for name, weight in weights_of.items() if weight.dim() == 2}
+        assert found.values[layer] == pytest.approx(sum(shares.values()) / 7)
+        assert found.parts["gate_up"][layer] == pytest.approx(
+            (shares["mlp.gate_proj.weight"] + shares["mlp.up_proj.weight"]) / 2
+        )
+    assert Score.from_json("snr", json.loads(json.dumps(found.to_json()))) == found
+    assert found.stderr is None
+
+
+def test_signal_of_broken_weights_is_one_line(backbone: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(backbone)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight is quantized, or has NaN"):
+        signal_scores(tmp_path / "nan")

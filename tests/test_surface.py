@@ -24,9 +24,9 @@ LIBRARY = [
 ORDER = [*LIBRARY, "runs", "studies", "__main__"]
 # Every option of every verb: a new one is a decision.
 OPTIONS = {
-    "inspect": "model data images region record",
+    "inspect": "model data images region modules record",
     "cost": (
-        "model region route method projector rank batch micro_batch checkpointing image_tokens text_tokens "
+        "model region route modules method projector rank batch micro_batch checkpointing image_tokens text_tokens "
         "answer_tokens gpu devices shard link fit plot"
     ),
     "assemble": (
@@ -39,19 +39,20 @@ OPTIONS = {
         "report_to"
     ),
     "tune": (
-        "model data out images allow_urls region route samples method projector rank alpha dropout resume "
-        "epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
+        "model data out images allow_urls region route modules samples method projector rank alpha dropout "
+        "resume epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
         "weight_decay max_grad_norm max_length truncate_text on_bad_record packing checkpointing "
         "frozen_layers skip_nonfinite shard save_steps workers seed deterministic device dtype attn "
         "report_to"
     ),
     "score": (
-        "model data images out metrics backbone samples batch max_length seed on_bad_record device dtype allow_urls"
+        "model data images out metrics backbone by samples batch max_length seed on_bad_record device dtype allow_urls"
     ),
     "revert": (
         "model backbone groups out visual text images samples batch max_length seed on_bad_record device "
         "dtype allow_urls"
     ),
+    "choose": ("model data images budget gpu out samples batch max_length seed on_bad_record device dtype allow_urls"),
     "prune": (
         "model out region remove by layers data images scores samples iterative dry_run heal heal_layers "
         "allow_urls steps batch micro_batch learning_rate max_length seed device attn"
@@ -69,7 +70,7 @@ OPTIONS = {
 
 def test_verbs() -> None:
     assert list(VERBS) == [
-        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "prune", "eval", "sweep", "report",
+        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "choose", "prune", "eval", "sweep", "report",
         "explore", "demo",
     ]  # fmt: skip
 

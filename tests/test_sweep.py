@@ -106,6 +106,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"grid": {"region": ["all", "last:9"]}}, "sweep.yaml: grid.region: 'last:9' asks for 9 layers"),
     ({"grid": {"seed": [0, 0]}}, "sweep.yaml: grid.seed: 0 is given twice"),
     ({"grid": {"steps": [1, 2]}}, "sweep.yaml: grid.steps is set under tune as well"),
+    ({"grid": {"modules": ["all", "attn"]}}, "sweep.yaml: tune of modules-attn: --modules 'attn'; there are: all"),
     ({"grid": {"eval.batch": [1]}}, "sweep.yaml: grid.eval.batch: only options of tune"),
 ]
 
@@ -411,3 +412,11 @@ def test_two_cells_on_ray(here: Path) -> None:
     assert ended.returncode == 1, ended.stderr
     assert [cell.status for cell in cells("out")] == ["failed", "finished", "finished"]
     assert "schedule-nonsense failed" in ended.stderr
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_modules_vary_like_regions(here: Path, method: str) -> None:
+    plan = read_plan(sheet(tune=tune(method=method, projector="freeze"), grid={"modules": ["all", "mlp", "gate_up"]}))
+    whole, mlp, gate_up = (recipe.trainable for recipe in plan.recipes)
+    assert whole > mlp > gate_up > 0
+    assert [cell.name for cell in plan.cells] == ["modules-all", "modules-mlp", "modules-gate-up"]

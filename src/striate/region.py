@@ -22,13 +22,23 @@ SCORES = "scores.json"
 FORMS = (
     "all, none, 0,4,8-11, uniform:8, uniform:25%, uniform:8@2 (offset 2), first:8, middle:8, last:8, "
     "hybrid:8, random:8@7 (seed 7), paper, paper-code, top:8@scores.json:NAME (the most important by a score), "
-    "bottom:8@..., spread:8@... (the best of each of 8 blocks), a saved region.json or a run folder that holds one"
+    "top:8@scores.json:NAME:TASK (over the records of a task; TASK,TASK: the best of each), bottom:8@..., spread:8@... "
+    "(the best of each of 8 blocks), known:shortv, known:vica, known:cka-lora (published sets), a saved region.json or "
+    "a run folder that holds one"
 )
 PAPER = {
     "paper": (0, 4, 8, 12, 18, 22, 26, 30),
     "paper-code": (1, 5, 9, 13, 19, 23, 27, 31),  # the default of the script released with the paper
 }
 PAPER_DEPTH = 32
+# Published sets of layers of LLaVA-1.5, by depth (7B: 32, 13B: 40): where image tokens are updated (Yuan et al. 2025,
+# ShortV, arXiv 2504.00502), where text reads images (ViCA, arXiv 2602.07574), which LoRA adapts (Ogawa et al. 2026,
+# arXiv 2602.05988).
+KNOWN: dict[str, dict[int, str]] = {
+    "known:shortv": {32: "1,4-11,13-16"},
+    "known:vica": {32: "0,1,7-11,14", 40: "0,6,8-10,13,14,16"},
+    "known:cka-lora": {32: "1,3,5-16,18,31"},
+}
 
 
 def _random(k: int, depth: int, seed: int) -> Sequence[int]:
@@ -105,6 +115,7 @@ class Region:
         `random.Random(seed).random()`, the same in every Python version. Without "@" the offset or seed is 0.
         `top` and `bottom` are the most and the least important layers (`rank_layers`) by a score of scores.json or
         of a run folder; `spread` takes the most important layer of each block [i * depth // k, (i + 1) * depth // k).
+        By a score of several tasks, layers are ranked by their best rank in any of them (`merge_ranks`).
 
         Raises:
             UserError: the text is not a region of this depth; the message lists the accepted forms.
@@ -116,6 +127,11 @@ class Region:
             if depth != PAPER_DEPTH:
                 raise _region_error(f"the list {text!r} is for {PAPER_DEPTH} layers", depth)
             return cls(PAPER[text], depth, text)
+        if text in KNOWN:
+            if depth not in KNOWN[text]:
+                depths = " or ".join(map(str, KNOWN[text]))
+                raise _region_error(f"{text!r} was published for LLaVA-1.5 of {depths} layers", depth)
+            return cls(tuple(_parse_list(KNOWN[text][depth], depth)), depth, text)
         if match := _SCORED.fullmatch(text):
             return cls(tuple(_choose_by_score(match, depth)), depth, text)
         if match := _COUNTED.fullmatch(text):
@@ -162,10 +178,12 @@ class Region:
         blocks = [[layer for _, layer in g] for _, g in groupby(enumerate(self.layers), lambda p: p[1] - p[0])]
         return ",".join(f"{b[0]}-{b[-1]}" if len(b) > 2 else ",".join(map(str, b)) for b in blocks)
 
-    def to_json(self, route: Region | None = None) -> dict[str, Any]:
-        """`{"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}`; `"route": [0, 4, 8]` if one is given."""
+    def to_json(self, route: Region | None = None, *, modules: str = "all") -> dict[str, Any]:
+        """`{"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}`; `"route": [0, 4, 8]` if one is given, and
+        `"modules": "gate_up"` if not all matrices of these layers are meant."""
         routed = {} if route is None else {"route": list(route)}
-        return {"layers": list(self.layers), "depth": self.depth, "origin": self.origin, **routed}
+        part = {} if modules == "all" else {"modules": modules}
+        return {"layers": list(self.layers), "depth": self.depth, "origin": self.origin, **routed, **part}
 
     @classmethod
     def from_json(cls, data: Any) -> Region:
@@ -178,9 +196,9 @@ class Region:
             raise UserError('expected {"layers": [0, 4, 8], "depth": 12, "origin": "uniform:25%"}')
         return cls(tuple(data["layers"]), data["depth"], str(data.get("origin", "")))
 
-    def save(self, path: Path, route: Region | None = None) -> None:
-        """Write the region as a JSON file, with the route of its model if it has one."""
-        Path(path).write_text(json.dumps(self.to_json(route)) + "\n", encoding="utf-8")
+    def save(self, path: Path, route: Region | None = None, *, modules: str = "all") -> None:
+        """Write the region as a JSON file, with the route of its model and the modules that trained, see `to_json`."""
+        Path(path).write_text(json.dumps(self.to_json(route, modules=modules)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Region:
@@ -235,7 +253,7 @@ def _choose_by_score(match: re.Match[str], depth: int) -> Sequence[int]:
     """The layers of a form with a score, such as top:8@scores.json:block_influence."""
     form, number, percent, place = match.groups()
     k = _count(match[0], number, percent, depth)
-    path, _, name = (place or "").rpartition(":")
+    path, name, tasks = _find_score(place or "")
     if not (path and name):
         raise _region_error(f"{match[0]!r} names no score; expected {form}:{number}{percent}@scores.json:NAME", depth)
     saved = read_scores(path)
@@ -243,30 +261,64 @@ def _choose_by_score(match: re.Match[str], depth: int) -> Sequence[int]:
         raise _region_error(f"{path} holds the scores of a model with {saved['depth']} layers", depth)
     if name not in saved["scores"]:
         raise UserError(f"{path} has no score {nearest(name, saved['scores'])}", see="scores")
-    score = saved["scores"][name]
-    values = score.get("values") if isinstance(score, dict) else None
+    return SCORED[form](k, _rank_saved(saved["scores"][name], depth, f"{path}: {name}", tasks))
+
+
+def _find_score(place: str) -> tuple[str, str, str]:
+    """Path, name and tasks in PATH:NAME or PATH:NAME:TASKS; a path may have colons, so the one that exists counts."""
+    path, _, name = place.rpartition(":")
+    shorter, _, middle = path.rpartition(":")
+    if shorter and middle and not os.path.exists(path) and os.path.exists(shorter):
+        return shorter, middle, name
+    return path, name, ""
+
+
+def _rank_saved(score: Any, depth: int, source: str, tasks: str = "") -> list[int]:
+    """The layers by importance by a score of scores.json: over all records, or over those of the `tasks`."""
+    if not tasks:
+        return _rank_values(score, score, depth, source)
+    found = score.get("tasks") if isinstance(score, dict) else None
+    if not found:
+        raise UserError(f"{source} was not measured by task: `striate score --by task` does", see="scores")
+    rankings = []
+    for task in tasks.split(","):
+        if task not in found:
+            raise UserError(f"{source} has no task {nearest(task, found)}", see="scores")
+        rankings.append(_rank_values(found[task], score, depth, f"{source}, task {task}"))
+    return merge_ranks(rankings)
+
+
+def _rank_values(measured: Any, score: Any, depth: int, source: str) -> list[int]:
+    """The layers by importance; `measured` has the values, `score` the direction."""
+    values = measured.get("values") if isinstance(measured, dict) else None
     if not isinstance(values, list) or len(values) != depth:
-        raise UserError(f"{path}: {name} has no list of {depth} 'values'", see="scores")
+        raise UserError(f"{source} has no list of {depth} 'values'", see="scores")
     for layer, value in enumerate(values):
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(
-                f"{path}: {name} has no value for layer {layer}, so its layers cannot be ranked", see="scores"
-            )
-    return SCORED[form](k, rank_layers(values, score.get("direction", "high")))
+            raise UserError(f"{source} has no value for layer {layer}, so its layers cannot be ranked", see="scores")
+    return rank_layers(values, score.get("direction", "high"))
 
 
-def region_by_score(form: str, size: int | str, values: Sequence[float], direction: str, name: str) -> Region:
-    """The region of `size` layers (8, 25%) chosen by one score value per layer; `form` is top, bottom or spread.
+def region_by_score(form: str, size: int | str, ranked: Sequence[int], name: str) -> Region:
+    """The region of `size` layers (8, 25%) chosen from all layers ranked by a score; `form` is top, bottom or spread.
 
     Raises:
         UserError: `size` is not a number of layers of this model.
     """
-    depth, number = len(values), str(size).removesuffix("%")
+    depth, number = len(ranked), str(size).removesuffix("%")
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number):
         raise _region_error(f"{size!r} is not a number of layers", depth)
     count = _count(str(size), number, "%" if str(size).endswith("%") else "", depth)
-    chosen = SCORED[form](count, rank_layers(values, direction))
+    chosen = SCORED[form](count, ranked)
     return Region(tuple(sorted(chosen)), depth, f"{form}:{size}@scores:{name}")
+
+
+def merge_ranks(rankings: Sequence[Sequence[int]]) -> list[int]:
+    """All layers by their best rank in any of several rankings; ties go to the better sum of ranks, then the lower
+    index. The first k layers hold about the first k / len(rankings) of each."""
+    ranks = [{layer: rank for rank, layer in enumerate(ranking)} for ranking in rankings]
+    by_layer = {layer: [one[layer] for one in ranks] for layer in rankings[0]}
+    return sorted(by_layer, key=lambda layer: (min(by_layer[layer]), sum(by_layer[layer]), layer))
 
 
 def rank_layers(values: Sequence[float], direction: str) -> list[int]:

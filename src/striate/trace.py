@@ -44,6 +44,13 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def with_layer_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a decoder layer with another hidden state [B, T, D]."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
 @torch.inference_mode()
 def forward(vlm: Vlm, batch: Batch) -> None:
     """One forward pass, for its hooks. Logits are computed at one position only."""

@@ -26,14 +26,15 @@ class Batch:
     """B examples padded to T tokens.
 
     `inputs` are the model's inputs (`input_ids` [B, T], `attention_mask` [B, T], `pixel_values`, ...).
-    `labels` [B, T] is -100 outside the answers, `image_mask` [B, T] true at image tokens. `skipped` are the
-    records that are missing from the batch; a batch can be empty.
+    `labels` [B, T] is -100 outside the answers, `image_mask` [B, T] true at image tokens. `tasks` are those of the
+    records, "" for one without. `skipped` are the records that are missing from the batch; a batch can be empty.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
     image_mask: Tensor
     ids: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
@@ -95,6 +96,7 @@ def collate(examples: Sequence[Example | Skipped], *, pad_id: int, side: str = "
         labels=rows([example.labels for example in kept], IGNORED),
         image_mask=rows([example.image_mask for example in kept], False),
         ids=tuple(example.id for example in kept),
+        tasks=tuple(example.task for example in kept),
         skipped=skipped,
     )
 

@@ -37,6 +37,7 @@ class Example:
     image_mask: Tensor
     id: str
     source: str
+    task: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +84,7 @@ def encode(
     if image_mask.any() and not record.images:
         mark = processor.tokenizer.convert_ids_to_tokens(image_token)
         raise RecordError(record.source, f"its text contains {mark}, but it has no image")
-    return Example(tokens | encoded.vision, labels, image_mask, record.id, record.source)
+    return Example(tokens | encoded.vision, labels, image_mask, record.id, record.source, record.task)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,16 @@ def share_named(prediction: str, answers: Sequence[str]) -> float:
     return fmean(contains(prediction, [answer]) for answer in answers)
 
 
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L: the best F1 over the answers of the longest common subsequence of words, in [0, 1].
+
+    For long answers, which single words do not judge: with l words in common, in order, precision is l over the words
+    of the prediction and recall l over those of the answer. Case and punctuation are ignored, words are not stemmed.
+    Source: Lin 2004, section 3.1, with beta = 1 as the rouge-score package has it.
+    """
+    return max(_rouge_l(_words(prediction), _words(answer)) for answer in answers)
+
+
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """The mean over leave-one-out subsets of the people's answers of min(1, matches / 3), in [0, 1].
 
@@ -139,7 +149,7 @@ def _ignore_choices(metric: Callable[[str, Sequence[str]], float]) -> Metric:
 Metric = Callable[..., float]
 METRICS: dict[str, Metric] = {
     metric.__name__: _ignore_choices(metric)
-    for metric in (exact_match, contains, share_named, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
+    for metric in (exact_match, contains, share_named, rouge_l, vqa_accuracy, anls, relaxed_accuracy, multiple_choice)
 } | {metric.__name__: metric for metric in (mmmu_accuracy, scienceqa_accuracy)}
 """Every metric by its name, as a function of the prediction, the answers and the choices."""
 
@@ -166,6 +176,21 @@ def _normalize(text: str) -> str:
     text = text.casefold()
     words = (_MARK.sub("", text) or text).split()
     return " ".join([word for word in words if word not in ARTICLES] or words)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def _rouge_l(words: Sequence[str], others: Sequence[str]) -> float:
+    """2 l / (m + n), which is the F1 of l / m and l / n."""
+    lengths = [0] * (len(others) + 1)  # of the common subsequence with the words so far, by prefix of the others
+    for word in words:
+        before = 0  # the length one word and one prefix earlier
+        for place, other in enumerate(others, start=1):
+            longest = before + 1 if word == other else max(lengths[place - 1], lengths[place])
+            before, lengths[place] = lengths[place], longest
+    return 2 * lengths[-1] / (len(words) + len(others)) if lengths[-1] else 0.0
 
 
 _VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'

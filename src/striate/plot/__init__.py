@@ -8,7 +8,16 @@ value of a point (`tip`). Figures are narrow enough for a phone and have no back
 from matplotlib.figure import Figure
 
 from striate.plot.curves import Curve, Panel, curves, grid
-from striate.plot.layers import Profile, RevertProfile, blocks, instances, overlay, profiles, revert_profiles
+from striate.plot.layers import (
+    Profile,
+    RevertProfile,
+    blocks,
+    instances,
+    overlay,
+    profiles,
+    revert_profiles,
+    task_heatmaps,
+)
 from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks, thin
 from striate.plot.style import DARK, INK, PALETTE, SHAPES, Estimate, Mark, css, marks, save, svg, tip
 
@@ -40,6 +49,7 @@ __all__ = [
     "revert_profiles",
     "save",
     "svg",
+    "task_heatmaps",
     "tasks",
     "thin",
     "tip",

@@ -77,6 +77,38 @@ def profiles(scores: Mapping[str, Profile], region: Region | None = None) -> Fig
 
 
 @rc_context(STYLE)
+def task_heatmaps(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """One panel per score, tasks by layers: `scores` [score][task][layer], NaN without a value.
+
+    Every row is scaled to its own range, so that it shows which layers its task needs, not which task scores high.
+    A dot marks the layer with the highest value.
+    """
+    tasks = list(next(iter(scores.values())))
+    height = 0.55 + 0.17 * len(tasks)
+    figure = Figure(figsize=(WIDTH, height * len(scores) + 0.3), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(len(scores), 1, squeeze=False)[:, 0], scores.items(), strict=True):
+        scaled = np.array([_scale_row(row) for row in rows.values()])
+        axes.imshow(scaled, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="none")
+        for row, values in enumerate(scaled):
+            if np.isfinite(values).any():
+                axes.plot(int(np.nanargmax(values)), row, ".", color="#111111", markersize=3)
+        axes.set_yticks(range(len(tasks)), [label(task) for task in tasks], fontsize=8)
+        axes.set_title(label(name.replace("_", " ")), fontsize=9)
+        _whole_numbers(axes)
+    axes.set_xlabel("layer")
+    return figure
+
+
+def _scale_row(values: Sequence[float]) -> np.ndarray:
+    """Values from 0 (the lowest) to 1; zeros where all are equal."""
+    row = np.array(values, dtype=float)
+    if not np.isfinite(row).any():
+        return row
+    low, high = np.nanmin(row), np.nanmax(row)
+    return (row - low) / (high - low or 1)
+
+
+@rc_context(STYLE)
 def blocks(table: Sequence[Sequence[float]]) -> Figure:
     """Angular distances over blocks of layers: `table` [start][length - 1], NaN where a block does not fit.
 

@@ -51,6 +51,10 @@ VERBS = {
         "layer scores, to choose a region by",
     ),
     "revert": ("striate.runs.scoring:revert", "perplexity with groups of layers reverted to the backbone"),
+    "choose": (
+        "striate.studies.choose:choose",
+        "region, modules, method and route for a model, data and budget, as a recipe",
+    ),
     "prune": (
         "striate.runs.pruning:prune",
         "remove layers outside the region from a checkpoint, verified",

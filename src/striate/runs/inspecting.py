@@ -14,7 +14,7 @@ from striate.data import IGNORED, Example, encode, read
 from striate.errors import UserError
 from striate.prune.protected import protected_layers
 from striate.region import Region
-from striate.vlm import Vlm, load_on_meta, select
+from striate.vlm import Selection, Vlm, load_on_meta, select
 from striate.vlm.template import end_tokens
 
 STYLES = {"image": "magenta", "prompt": "cyan", "answer": "bold green"}
@@ -26,6 +26,7 @@ def inspect(
     data: Path | None = None,
     images: Path | None = None,
     region: str = "uniform:25%",
+    modules: str = "all",
     record: int = 1,
 ) -> RenderableType:
     """Show the parts of a model, the parameters that a region trains, and one encoded record.
@@ -37,13 +38,14 @@ def inspect(
         data: records, to show one of them encoded, colored by role.
         images: the folder that image paths are relative to; default: the folder of the data.
         region: the layers to train.
+        modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o.
         record: number of the record to show, from 1.
 
     Raises:
         UserError: the model, region or record does not exist, or the record cannot be encoded.
     """
     vlm = load_on_meta(model)
-    blocks: list[RenderableType] = [_parts(vlm, Region.parse(region, vlm.depth))]
+    blocks: list[RenderableType] = [_parts(vlm, select(vlm, region, modules=modules))]
     if data is not None:
         found = read(data, images=images)
         records = found.records
@@ -54,8 +56,8 @@ def inspect(
     return Group(*blocks)
 
 
-def _parts(vlm: Vlm, region: Region) -> Table:
-    plan = select(vlm, region)
+def _parts(vlm: Vlm, plan: Selection) -> Table:
+    region = plan.region
     sizes = dict(vlm.model.named_parameters())
 
     def count(*prefixes: str) -> str:
@@ -77,7 +79,8 @@ def _parts(vlm: Vlm, region: Region) -> Table:
     table.add_row("", "", diagram)
     for group, number in plan.counts.items():
         if number:
-            table.add_row(f"trains: {group}", f"{number:,}", f"{number / plan.total:.1%} of the model")
+            own = f", {plan.modules}" if group == "layers" and plan.modules != "all" else ""
+            table.add_row(f"trains: {group}", f"{number:,}", f"{number / plan.total:.1%} of the model{own}")
     for reason, items in groupby(protected_layers(vlm).items(), key=lambda item: item[1]):
         layers = Region(tuple(layer for layer, _ in items), vlm.depth)
         table.add_row("never cut", str(layers), reason)

@@ -186,9 +186,9 @@ class Run:
         data = self._read(REGION)
         return None if data is None else Region.from_json(data)
 
-    def write_region(self, region: Region, route: Region | None = None) -> None:
-        """Save the region, and the route if there is one; `Region.parse` accepts the run folder afterwards."""
-        self._write(REGION, region.to_json(route))
+    def write_region(self, region: Region, route: Region | None = None, *, modules: str = "all") -> None:
+        """Save the region, with route and modules as in `to_json`; `Region.parse` accepts the run folder afterwards."""
+        self._write(REGION, region.to_json(route, modules=modules))
 
     @property
     def scores(self) -> dict[str, Any] | None:

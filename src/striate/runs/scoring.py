@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from striate import plot
 from striate.distributed import Rank, init_distributed
@@ -31,6 +31,7 @@ def score(
     out: Path | None = None,
     metrics: str | Sequence[str] = "all",
     backbone: str | None = None,
+    by: Literal["task"] | None = None,
     progress: bool = False,
     options: ReadOptions = ReadOptions(),  # noqa: B008 (frozen)
 ) -> Run:
@@ -46,12 +47,14 @@ def score(
         out: the run folder to write; default: the run that `model` is.
         metrics: names of scores, separated by commas; default: all that the other arguments allow.
         backbone: the language model before visual training, for scores that compare with it.
+        by: task: each score also over the records of every task alone, for regions such as
+            `top:25%@RUN:layer_contribution:reading`.
         progress: show a progress bar.
         options: how records and the model are read.
 
     Raises:
-        UserError: `out` is missing, a score is unknown or needs data, images or a backbone, a record is bad, the
-            model's weights are corrupted.
+        UserError: `out` is missing, a score is unknown or needs data, images or a backbone, no record has a task, a
+            record is bad, the model's weights are corrupted.
     """
     recorded = flat(locals())
     rank = init_distributed(options.device)
@@ -67,7 +70,7 @@ def score(
         open_model = cache(partial(_open_model, model, options, run, rank))
         try:
             for table in scores_in_turn(
-                model, open_model, names, options, sample, backbone=backbone, rank=rank, progress=progress
+                model, open_model, names, options, sample, backbone=backbone, by=by, rank=rank, progress=progress
             ):
                 run.write_scores(table.to_json())
             if rank.first and "image_attention" in names:

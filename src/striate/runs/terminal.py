@@ -30,14 +30,22 @@ def render(run: Run, verb: str) -> RenderableType:
 
 
 def heat_strips(scores: Scores) -> RenderableType:
-    """One heat strip per score, taller and lighter for higher values; above it the range and the top layers."""
-    wide = max(1, min(WIDEST, WIDTH // scores.depth))
+    """One heat strip per score, and per task of it, taller and lighter for higher values; above it the range and the
+    top layers."""
+    wide = layer_width(scores.depth)
     lines: list[Text] = []
     for score in scores.scores.values():
-        lines += [_heading(score), _bars(score, wide)]
+        lines += [_heading(score.name, score), _bars(score, wide)]
+        for task, one in score.tasks.items():
+            lines += [_heading(f"  {task}, n {one.n}", one), _bars(one, wide)]
     step = 8 // wide
     numbers = "".join(f"{layer:<{wide * step}}" for layer in range(0, scores.depth, step))
     return Group(*lines, Text(numbers.rstrip(), "dim"))
+
+
+def layer_width(depth: int) -> int:
+    """Columns of one layer in a heat strip."""
+    return max(1, min(WIDEST, WIDTH // depth))
 
 
 def reversions(found: Mapping[str, RevertProfile]) -> Table:
@@ -56,12 +64,12 @@ def reversions(found: Mapping[str, RevertProfile]) -> Table:
     return table
 
 
-def _heading(score: Score) -> Text:
+def _heading(title: str, score: Score) -> Text:
     known = [value for value in score.values if math.isfinite(value)]
     span = f"{min(known):.3g} to {max(known):.3g}" if known else "not measured"
     top = [layer for layer in order(score) if math.isfinite(score.values[layer])][:TOP]
     low = ", low is important" * (score.direction == "low")
-    line = Text.assemble((score.name, "bold"), f"  {span}{low}", (f"  top: {' '.join(map(str, top))}", "dim"))
+    line = Text.assemble((title, "bold"), f"  {span}{low}", (f"  top: {' '.join(map(str, top))}", "dim"))
     line.truncate(WIDTH, overflow="ellipsis")
     return line
 

@@ -31,6 +31,7 @@ from striate.train import tune as tune_model
 from striate.train.precision import dtypes_of, size_in
 from striate.train.saved import check_room
 from striate.vlm import Vlm, load
+from striate.vlm.modules import parse_modules
 
 # The projector trains as LLaVA's does: AdamW's settings and the schedule keep their defaults.
 PROJECTOR_OPTIONS = Only(
@@ -97,6 +98,7 @@ def tune(
     allow_urls: bool = False,
     region: str = "uniform:25%",
     route: str | None = None,
+    modules: str = "all",
     samples: int | str | None = None,
     method: Literal["auto", "full", "lora"] = "auto",
     projector: Literal["train", "freeze"] = "train",
@@ -118,6 +120,8 @@ def tune(
         region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
         route: the layers that image tokens pass through, in any form of a region; same: the region and layer 0;
             auto:25%: layer 0 and those that contribute most to image tokens, measured first; default: all layers.
+        modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,
+            separated by commas.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
             are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
@@ -134,8 +138,9 @@ def tune(
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
     arguments: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
-    arguments |= {"region": region, "route": route, "samples": samples and str(samples), "method": method}
-    arguments |= {"projector": projector, "rank": rank, "alpha": alpha, "dropout": dropout}
+    modules = parse_modules(modules)
+    arguments |= {"region": region, "route": route, "modules": modules, "samples": samples and str(samples)}
+    arguments |= {"method": method, "projector": projector, "rank": rank, "alpha": alpha, "dropout": dropout}
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     stage = Stage("tune", out, arguments, options, init_distributed(options.device))
     previous = stage.previous(resume)
@@ -143,16 +148,17 @@ def tune(
         return previous
     vlm = _open_model(model, options)
     chosen = Region.parse(region, vlm.depth)
+    vlm.region_parameters(chosen, modules)  # raises an error if they are not there
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     if samples is not None:
         num_samples(samples, len(records))
     chosen_route = find_route(vlm, records, route, chosen, options=options, rank=stage.rank)
     with stage.recording(previous) as run:
-        run.write_region(chosen, chosen_route)
+        run.write_region(chosen, chosen_route, modules=modules)
         log = _begin(run, vlm, stage, progress=progress)
         trained = tune_model(
-            vlm, records, region=chosen, route=chosen_route, samples=samples, method=method, projector=projector,
-            rank=rank, alpha=alpha, dropout=dropout, options=options, log=log, state=run.state,
+            vlm, records, region=chosen, route=chosen_route, modules=modules, samples=samples, method=method,
+            projector=projector, rank=rank, alpha=alpha, dropout=dropout, options=options, log=log, state=run.state,
         )  # fmt: skip
         _end(run, trained, stage)
     return run
@@ -184,8 +190,9 @@ def _end(run: Run, trained: Trained, stage: Stage) -> None:
         return
     trained.vlm.model.save_pretrained(run.checkpoint)
     trained.vlm.processor.save_pretrained(run.checkpoint)
-    trained.region.save(run.checkpoint / REGION_FILE, trained.route)
-    (run.checkpoint / "README.md").write_text(model_card(run.info, trained.region, trained.route), encoding="utf-8")
+    trained.region.save(run.checkpoint / REGION_FILE, trained.route, modules=trained.modules)
+    card = model_card(run.info, trained.region, trained.route, modules=trained.modules)
+    (run.checkpoint / "README.md").write_text(card, encoding="utf-8")
     if note := verify(trained.vlm, run.checkpoint, attn=stage.options.attn, sharded=stage.options.shard):
         run.warn(note)
     shutil.rmtree(run.state, ignore_errors=True)

@@ -51,10 +51,11 @@ Route: image tokens pass only through layers `{route}`, in training and when it 
 """
 
 
-def model_card(info: dict[str, Any], region: Region, route: Region | None = None) -> str:
-    """Markdown from the content of run.json, the region that was trained, and the route."""
+def model_card(info: dict[str, Any], region: Region, route: Region | None = None, *, modules: str = "all") -> str:
+    """Markdown from the content of run.json, the region and the modules of it that were trained, and the route."""
     training = info["training"]
-    parts = [f"{len(region)} decoder layers"] * bool(region.layers)
+    own = "" if modules == "all" else f"the {modules.replace(',', ', ')} matrices of "
+    parts = [f"{own}{len(region)} decoder layers"] * bool(region.layers)
     parts += [name for name in ("projector", "tower") if training["groups"].get(name)]
     return CARD.format(
         name=info["name"],

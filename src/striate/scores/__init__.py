@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 OnBad = Literal["stop", "skip"]
+By = Literal["task"]
 
 
 def score(
@@ -49,6 +50,7 @@ def score(
     *,
     metrics: str | Sequence[str] = "all",
     backbone: str | None = None,
+    by: By | None = None,
     samples: int = 64,
     batch: int = 8,
     max_length: int = 2048,
@@ -62,6 +64,7 @@ def score(
         records: records with answers; scores of weights alone need none.
         metrics: names of scores, separated by commas; default: all scores whose inputs are given.
         backbone: the language model before visual training, for scores that compare with it; a folder.
+        by: task: each score also over the records of every task alone (not those of weights).
         samples: number of records to measure, sampled from those with an answer.
         batch: records per forward pass; the scores do not depend on it.
         max_length: maximum number of tokens of a record, image tokens included; longer text is truncated at its end.
@@ -69,13 +72,13 @@ def score(
         on_bad_record: stop at a record that cannot be used, or skip it.
 
     Raises:
-        UserError: a score is unknown or lacks records, images or a backbone, a record cannot be used, or the weights
-            give NaN or Inf.
+        UserError: a score is unknown or lacks records, images or a backbone, no record has a task, a record cannot be
+            used, or the weights give NaN or Inf.
     """
     sampling = Sampling(samples, batch, max_length, seed, on_bad_record)
     sample = RecordSample(()) if records is None else sampling.draw(records)
     names = choose(metrics, backbone=backbone is not None, data=records is not None, images=sample.has_images)
-    *_, scores = scores_in_turn(vlm.source, lambda: vlm, names, sampling, sample, backbone=backbone)
+    *_, scores = scores_in_turn(vlm.source, lambda: vlm, names, sampling, sample, backbone=backbone, by=by)
     return scores
 
 
@@ -87,23 +90,34 @@ def scores_in_turn(
     sample: RecordSample,
     *,
     backbone: str | None,
+    by: By | None = None,
     rank: Rank = Rank(),  # noqa: B008 (frozen)
     progress: bool = False,
 ) -> Iterator[Scores]:
     """All scores so far, each time that more were measured; those of weights first, which need no open model."""
+    if by and not any(record.task for record in sample.records):
+        raise UserError('--by task: none of the records has a task; add "task" to each, such as "task": "reading"')
     scores: dict[str, Score] = {}
     weight_names = [name for name in names if name in weights.METRICS]
-    if weight_names and backbone is not None:
-        scores = {score.name: score for score in weights.weight_scores(model, backbone, names=weight_names)}
+    if weight_names:
+        scores = {score.name: score for score in _measure_weights(model, backbone, weight_names)}
         yield _assemble(scores, model, partial=True)
     if len(weight_names) < len(names):
         vlm = open_model()
         batches = partial(sampling.show_batches, vlm, sample, progress=progress)
-        for measured in measure(vlm, names, batches, backbone=backbone, rank=rank):
+        for measured in measure(vlm, names, batches, backbone=backbone, by_task=by == "task", rank=rank):
             scores |= {score.name: score for score in measured}
             if scores:
                 yield _assemble(scores, model, partial=True)
     yield _assemble(scores, model)
+
+
+def _measure_weights(model: str | Path, backbone: str | None, names: Sequence[str]) -> Iterator[Score]:
+    compared = [name for name in names if name in weights.FORMULAS]
+    if compared and backbone is not None:
+        yield from weights.weight_scores(model, backbone, names=compared)
+    if "snr" in names:
+        yield weights.signal_scores(model)
 
 
 def revert(

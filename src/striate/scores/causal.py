@@ -31,6 +31,12 @@ METRICS: dict[str, Metric] = {
             source="ShortV (Yuan et al. 2025, arXiv 2504.00502): KL(p || p with the image tokens frozen in layer l)",
         ),
         Metric(
+            "visual_swap",
+            needs=("records", "images"),
+            range="nats per answer token; 0: nothing is lost",
+            source="our own: mean answer loss with image keys and values of a gray image in layer l, minus the loss",
+        ),
+        Metric(
             "bypass_perplexity",
             needs=("records",),
             range="1..",
@@ -45,9 +51,10 @@ METRICS: dict[str, Metric] = {
     )
 }
 
-# The changes behind each score: `image` and `text` freeze those tokens in a layer.
+# The changes behind each score: `image` and `text` freeze those tokens in a layer, `swap` changes what it reads.
 KINDS = {
     "layer_contribution": ("image", "text"),
+    "visual_swap": ("swap",),
     "bypass_perplexity": ("bypass",),
     "revert_perplexity": ("revert",),
 }
@@ -59,9 +66,11 @@ class Causal:
     `layer_contribution`: KL divergence in nats at the positions that predict answer tokens, mean over a sample's
     answer tokens, then over samples. `image` (the score itself): the image tokens leave layer l as they entered it,
     while text tokens still read them; `text`: the other way round. Samples without images have no value for `image`.
+    `visual_swap`: what the answers lose, in nats per answer token, when the text tokens of layer l read a gray image
+    (`Replay.run_with_gray_keys`): large where the layer fetches what the answers need. Below 0 where they gain.
     `bypass_perplexity`, `revert_perplexity`: over all answer tokens, see `perplexity` for the standard error.
 
-    Each kind of change (image, text, bypass, revert) costs about depth / 2 forward passes without tower and full
+    Each kind of change (image, text, swap, bypass, revert) costs about depth / 2 forward passes without tower and full
     logits. A batch is stored as a whole: after an interrupt, `scores` covers the complete batches.
 
     Args:
@@ -101,13 +110,17 @@ class Causal:
         value, error = perplexity(torch.cat([clean for _, clean, _ in self.results]), self._counts())
         return float(value), float(error)
 
-    def scores(self) -> list[Score]:
-        """The scores over the samples measured so far; none before the first batch.
+    def scores(self, keep: Sequence[Tensor] | None = None) -> list[Score]:
+        """The scores over the samples measured so far, or over those that are true in `keep`, [B] per batch; none
+        before the first batch.
 
         Raises:
-            UserError: `layer_contribution` is requested and no sample has an image.
+            UserError: a score of images is requested and no sample at all has one.
         """
-        return [self._score(METRICS[name]) for name in self.names] if self.results else []
+        if not self.results:
+            return []
+        chosen = torch.cat(list(keep)) if keep is not None else torch.ones(len(self._counts()), dtype=torch.bool)
+        return [self._score(METRICS[name], chosen) for name in self.names]
 
     def _counts(self) -> Tensor:
         """Number of answer tokens per sample [N]."""
@@ -119,8 +132,11 @@ class Causal:
 
     def _measure(self, replay: Replay, layer: int, kind: str) -> Tensor:
         answers, image_mask = replay.answers, replay.batch.image_mask
-        if kind == "image" and not image_mask.any():
+        if kind in ("image", "swap") and not image_mask.any():
             return torch.full((len(answers.counts),), torch.nan, dtype=torch.float64)
+        if kind == "swap":
+            lost = answers.nll(replay.run_with_gray_keys(layer)) - answers.nll(replay.logits)
+            return answers.means(lost).where(image_mask.any(dim=1), torch.nan)
         if kind in ("image", "text"):
             tokens = image_mask if kind == "image" else ~image_mask
             values = answers.means(divergence(replay.logits, replay.run_with(layer, freeze(tokens))))
@@ -132,14 +148,16 @@ class Causal:
         with self.backbone.layer(layer):
             return answers.sums(answers.nll(replay.run(layer)))
 
-    def _score(self, metric: Metric) -> Score:
-        kinds = {kind: torch.cat([one[kind] for one, _, _ in self.results]) for kind in KINDS[metric.name]}  # N L each
-        if metric.name == "layer_contribution":
-            if kinds["image"].isnan().all():
-                raise UserError("layer_contribution needs image tokens, and no record has an image")
-            return Score.of_samples(metric, kinds["image"], parts=kinds)
+    def _score(self, metric: Metric, chosen: Tensor) -> Score:
+        every = {kind: torch.cat([one[kind] for one, _, _ in self.results]) for kind in KINDS[metric.name]}  # N L each
+        kinds = {kind: values[chosen] for kind, values in every.items()}
+        if "images" in metric.needs:
+            main = KINDS[metric.name][0]
+            if every[main].isnan().all():
+                raise UserError(f"{metric.name} needs image tokens, and no record has an image")
+            return Score.of_samples(metric, kinds[main], parts=kinds if len(kinds) > 1 else None)
         (losses,) = kinds.values()
-        values, errors = perplexity(losses, self._counts())
+        values, errors = perplexity(losses, self._counts()[chosen])
         return Score.of(metric, tuple(values.tolist()), stderr=tuple(errors.tolist()), n=len(losses))
 
 

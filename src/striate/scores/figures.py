@@ -38,6 +38,10 @@ def figures(scores: Scores, region: Region | None = None) -> Iterator[NamedFigur
     profiles = {name: plot.Profile(one.values, one.stderr, one.parts) for name, one in scores.scores.items()}
     caption = "Each score by layer, with a band of one standard error over samples."
     yield NamedFigure("scores", "Layer scores", plot.profiles(profiles, marked), caption)
+    if by_task := {name: one.tasks for name, one in scores.scores.items() if one.tasks}:
+        rows = {name: {task: part.values for task, part in tasks.items()} for name, tasks in by_task.items()}
+        caption = "Each row is a score over the records of one task, from its lowest value (dark) to its highest (dot)."
+        yield NamedFigure("tasks", "Layer scores by task", plot.task_heatmaps(rows), caption)
     attention, distance = scores.scores.get("image_attention"), scores.scores.get("angular_distance")
     if attention and attention.samples:
         caption = "Attention of text tokens on image tokens, one thin line per sample."

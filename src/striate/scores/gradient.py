@@ -73,11 +73,13 @@ class Gradient:
                 break
         return found / scale**2
 
-    def scores(self) -> list[Score]:
-        """The score over the samples measured so far; none before the first batch."""
+    def scores(self, keep: Sequence[Tensor] | None = None) -> list[Score]:
+        """The score over the samples measured so far, or over those that are true in `keep`, [B] per batch; none
+        before the first batch."""
         if not self.results:
             return []
-        return [Score.of_samples(METRICS[name], torch.cat(self.results)) for name in self.names]
+        rows = self.results if keep is None else [row[own] for row, own in zip(self.results, keep, strict=True)]
+        return [Score.of_samples(METRICS[name], torch.cat(rows)) for name in self.names]
 
     @contextmanager
     def _record_squares(self) -> Iterator[Squares]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from torch import Tensor, nn
 
 from striate.data import Batch
 from striate.scores.likelihood import AnswerTokens
-from striate.trace import layer_input
+from striate.trace import forward, layer_input, watch_layers, with_layer_input
 from striate.vlm import Vlm
+from striate.vlm.matching import TOKEN_KEYS
 from striate.vlm.modes import Forward, override_forward
 
+GRAY = 1e-3
+"""The value of gray pixels; not 0, which is padding (Idefics drops images of zeros)."""
 Change = Callable[[Tensor, Tensor], Tensor]
 """The output of a changed layer [B, T, D], from its input and its unchanged output."""
 
@@ -76,6 +81,37 @@ class Replay:
     def _senses(self) -> dict[nn.Module, Forward]:
         """Forward functions of tower and projector that replay their outputs."""
         return {module: _player(outputs) for module, outputs in self._encoded.items() if outputs}
+
+    def run_with_gray_keys(self, layer: int) -> Tensor:
+        """Logits [N, V] with the image tokens' keys and values in one layer those of gray images (`gray`).
+
+        The layer runs on the states of gray images at the image tokens, and its output there is replaced by the
+        unchanged one: the text tokens alone see the difference, and in this layer alone.
+        """
+        own, output, image = self.layers[layer].forward, self._outputs[layer], self.batch.image_mask
+        gray = self.gray[layer]  # runs the model, so before the layer is replaced
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            leaving = output if self._resumes else own(*args, **kwargs)
+            swapped = layer_input(args, kwargs).clone()
+            swapped[image] = gray
+            args, kwargs = with_layer_input(args, kwargs, swapped)
+            changed = _hidden(own(*args, **kwargs))
+            return replace_hidden(leaving, torch.where(image.unsqueeze(-1), _hidden(leaving), changed))
+
+        with override_forward({self.layers[layer]: run}):
+            return self.run(layer)
+
+    @cached_property
+    def gray(self) -> list[Tensor]:
+        """The states [M, D] that enter each layer at the M image tokens when every image is gray: its values, as the
+        processor normalizes them, are `GRAY`."""
+        images = {key: value for key, value in self.batch.inputs.items() if key not in TOKEN_KEYS}
+        blank = {key: value.where(value == 0, GRAY) for key, value in images.items() if value.is_floating_point()}
+        states: list[Tensor] = []
+        with watch_layers(self.vlm, lambda _, entering, __: states.append(entering[self.batch.image_mask])):
+            forward(self.vlm, replace(self.batch, inputs={**self.batch.inputs, **blank}))
+        return states
 
     def _players_below(self, start: int) -> dict[nn.Module, Forward]:
         """Forward functions of the layers below, which replay the output of the uppermost."""

@@ -6,7 +6,7 @@ Every score is a function of tensors. `States` computes their arguments from the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -32,6 +32,13 @@ METRICS = {
         Metric("block_influence", needs=_TEXT, range="0..2", source="Men et al. 2024 (arXiv 2403.03853), BI"),
         Metric("multimodal_block_influence", needs=_VISUAL, range="0..2", source=f"{_WANG}, multimodal BI"),
         Metric("angular_distance", needs=_TEXT, range="0..1", source="Gromov et al. 2024 (arXiv 2403.17887), eq. 7"),
+        Metric(
+            "cka",
+            needs=_TEXT,
+            range="0..1",
+            direction="low",
+            source="linear CKA: Kornblith et al. 2019 (arXiv 1905.00414); as a score: Ogawa et al. 2026 (2602.05988)",
+        ),
         Metric("image_attention", needs=_VISUAL, range="0..1", source=f"{_WANG}, figure 5"),
     )
 }
@@ -100,6 +107,30 @@ def angular_distance(states: Tensor) -> Tensor:
     return blocks.masked_fill(ends > depth, math.nan)
 
 
+def linear_cka(entering: Tensor, leaving: Tensor, tokens: Tensor) -> Tensor:
+    """||Y'X||^2 / (||X'X|| ||Y'Y||), Frobenius norms: likeness of a layer's input X and output Y over its tokens.
+
+    X and Y are [T, D] less their mean over tokens. `entering` and `leaving` [B, T, D], `tokens` [B, T] true at those
+    that count -> [B], float64, in [0, 1], NaN where all tokens are alike. Low: important, the layer changes more than
+    the scale and the axes of the states. Computed from the T x T matrices XX' and YY', one sample at a time.
+
+    Kornblith et al. 2019 (arXiv 1905.00414), section 3. Ogawa et al. 2026 (arXiv 2602.05988) adapt layers of low CKA.
+    """
+    return torch.stack([_linear_cka(*sample) for sample in zip(entering, leaving, tokens, strict=True)])
+
+
+def _linear_cka(entering: Tensor, leaving: Tensor, tokens: Tensor) -> Tensor:
+    counts = tokens.unsqueeze(-1)
+    grams = []
+    for states in (entering, leaving):
+        exact = states.double() if states.dtype == torch.float64 else states.float()
+        known = exact.where(counts, 0)
+        centered = (known - known.sum(dim=0) / counts.sum()).where(counts, 0)
+        grams.append(centered @ centered.T)
+    x, y = grams
+    return (x * y).sum().double() / ((x * x).sum().double() * (y * y).sum().double()).sqrt()
+
+
 def image_attention(attention: Tensor, tokens: Tensor, image: Tensor) -> Tensor:
     """Mean over query tokens of their attention on image tokens, itself a mean over heads.
 
@@ -143,22 +174,26 @@ class States:
         """
         if not len(batch):
             return
-        attention = any(metric.name == "image_attention" for metric in self.metrics)
+        names = {metric.name for metric in self.metrics}
         with eval_mode(self.vlm.model):
-            recording = _record(self.vlm, batch, attention=attention)
+            recording = _record(self.vlm, batch, attention="image_attention" in names, cka="cka" in names)
         blocks = angular_distance(recording.last_states).cpu()  # B L L
         self.results.append((_by_sample(recording, blocks), blocks.sum(dim=0), len(batch)))
 
-    def scores(self) -> list[Score]:
-        """The scores of the batches so far."""
-        return [self._score(metric) for metric in self.metrics]
+    def scores(self, keep: Sequence[Tensor] | None = None) -> list[Score]:
+        """The scores of the batches so far; `keep`, [B] per batch, is true at the samples that count (no `table`)."""
+        return [self._score(metric, keep) for metric in self.metrics]
 
-    def _score(self, metric: Metric) -> Score:
+    def _score(self, metric: Metric, keep: Sequence[Tensor] | None) -> Score:
         none = torch.empty(0, self.vlm.depth)
         by_batch = [values[metric.name] for values, _, _ in self.results] or [{"all": none}]
+        if keep is not None:
+            by_batch = [
+                {part: values[own] for part, values in one.items()} for one, own in zip(by_batch, keep, strict=True)
+            ]
         parts = {part: torch.cat([one[part] for one in by_batch]) for part in by_batch[0]}
         table = None
-        if metric.name == "angular_distance" and self.results:
+        if metric.name == "angular_distance" and self.results and keep is None:
             _, blocks, numbers = zip(*self.results, strict=True)
             table = tuple(tuple(row) for row in (torch.stack(blocks).sum(dim=0) / sum(numbers)).tolist())
         return Score.of_samples(metric, parts.pop("all"), parts=parts, table=table)
@@ -171,15 +206,16 @@ class _Recording:
     """Values recorded in one forward pass: one per token and layer, and the hidden states of the last tokens.
 
     A layer that does not run (mllama's cross-attention without an image) has a cosine of 1; one without self-attention
-    has NaN for attention.
+    has NaN for attention. `cka` is filled on request alone: it takes T x T products.
     """
 
-    def __init__(self, depth: int, batch: Batch) -> None:
+    def __init__(self, depth: int, batch: Batch, *, cka: bool) -> None:
         self.kinds = token_kinds(batch)
         self.attended = self.kinds["image"] | self.kinds["text"]  # B T
         shape, device = (depth, *self.attended.shape), self.attended.device
         self.cosines = torch.ones(shape, dtype=torch.float64, device=device)
         self.to_images = torch.full(shape, math.nan, device=device)
+        self.cka = torch.ones(shape[:2], dtype=torch.float64, device=device) if cka else None  # L B
         self.embedded = self.last_states = torch.empty(0, device=device)
         self.has_attention = False
         last = (self.attended * torch.arange(shape[2], device=device)).argmax(dim=1)
@@ -187,6 +223,8 @@ class _Recording:
 
     def layer(self, layer: int, entering: Tensor, leaving: Tensor) -> None:
         self.cosines[layer] = cosine(entering, leaving)
+        if self.cka is not None:
+            self.cka[layer] = linear_cka(entering, leaving, self.attended)
         if layer == 0:
             self.embedded = cosine(entering, entering)  # B T
             self.last_states = entering.new_full((len(entering), len(self.cosines) + 1, entering.shape[-1]), math.nan)
@@ -202,8 +240,8 @@ class _Recording:
         return (states.isnan() & self.attended).any(dim=-1).any(dim=-1)
 
 
-def _record(vlm: Vlm, batch: Batch, *, attention: bool) -> _Recording:
-    recording = _Recording(vlm.depth, batch)
+def _record(vlm: Vlm, batch: Batch, *, attention: bool, cka: bool) -> _Recording:
+    recording = _Recording(vlm.depth, batch, cka=cka)
     kind = vlm.model.config.model_type
     with ExitStack() as watch:
         watch.enter_context(watch_layers(vlm, recording.layer))
@@ -239,4 +277,6 @@ def _by_sample(recording: _Recording, blocks: Tensor) -> SampleValues:
         "angular_distance": {"all": blocks[:, :, 0].T},
         "image_attention": {"all": text, "prompt": prompt, "answer": answer},
     }
+    if recording.cka is not None:
+        by_layer["cka"] = {"all": recording.cka}
     return {name: {part: values.T.cpu() for part, values in parts.items()} for name, parts in by_layer.items()}

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from striate.errors import UserError, nearest
-from striate.region import Region, rank_layers, read_scores, region_by_score
+from striate.region import Region, merge_ranks, rank_layers, read_scores, region_by_score
+from striate.vlm.modules import MODULES
 
 KINDS = ("image", "text", "prompt", "answer")  # of token; "text" = prompt and answer
+PARTS = (*KINDS, *MODULES)
+NO_TASK = "no task"
+"""The task of records without one, where others have one."""
 WIDE = 10.0
 """Values that span more than this factor are shown on a logarithmic scale."""
 MOST_SAMPLES = 200
@@ -27,7 +31,7 @@ class Metric:
     """The description of a score.
 
     `needs` names its inputs: "records", "images" in some of them, "backbone" (the weights of the language model before
-    visual training). `direction` "high": high values mean important.
+    visual training). `direction` "high": high values mean important. `in_all`: measured with `--metrics all`, too.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Metric:
     range: str
     source: str
     direction: str = "high"
+    in_all: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class Score:
     """One value per decoder layer, with its source.
 
     `values` and `stderr` have one entry per layer (`stderr` is None for scores of weights, which have no samples).
-    `parts` splits the score by kind of token ("image", "prompt", "answer", "text" = prompt and answer), each with one
-    entry per layer, NaN without such tokens. `table` [start][length - 1] is for scores of blocks of layers.
+    `parts` splits the score by kind of token ("image", "prompt", "answer", "text" = prompt and answer) or by module
+    ("gate_up", ...), each with one entry per layer, NaN without such tokens. `tasks` are the scores over the samples of
+    each task. `table` [start][length - 1] is for scores of blocks of layers.
     `samples` [sample][layer] are the single measurements, with `values` as their mean. `n` is the number of samples.
     """
 
@@ -54,6 +60,7 @@ class Score:
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     table: tuple[tuple[float, ...], ...] | None = None
     samples: tuple[tuple[float, ...], ...] | None = None
+    tasks: Mapping[str, Score] = field(default_factory=dict)
     direction: str = "high"
     range: str = ""
     source: str = ""
@@ -93,21 +100,37 @@ class Score:
             data["table"] = self.table
         if self.samples is not None:
             data["samples"] = [[float(f"{value:.6g}") for value in row] for row in self.samples[:MOST_SAMPLES]]
+        if self.tasks:
+            data["tasks"] = {task: one.brief() for task, one in self.tasks.items()}
         return {key: _without_nan(value) for key, value in data.items()}
+
+    def task(self, name: str) -> Score:
+        """The score over the records of one task. Raises `UserError` when there is none."""
+        if name not in self.tasks:
+            found = nearest(name, self.tasks) if self.tasks else f"{name!r}: it was not measured by task (--by task)"
+            raise UserError(f"{self.name} has no task {found}", see="scores")
+        return self.tasks[name]
+
+    def brief(self) -> dict[str, Any]:
+        """`{"values", "stderr", "n"}`, for the score of a task in the file."""
+        return {"values": _without_nan(self.values), "stderr": _without_nan(self.stderr), "n": self.n}
 
     @classmethod
     def from_json(cls, name: str, data: Mapping[str, Any]) -> Score:
         """The inverse of `to_json`. Raises `LookupError`, `TypeError` or `ValueError` for data in another format."""
-        rows = {key: tuple(map(_with_nan, data[key])) for key in ("table", "samples") if data.get(key) is not None}
+        about: dict[str, Any] = {key: str(data[key]) for key in ("direction", "range", "source") if key in data}
+        rows: dict[str, Any] = {
+            key: tuple(map(_with_nan, data[key])) for key in ("table", "samples") if data.get(key) is not None
+        }
+        tasks = {task: cls.from_json(name, {**about, **one}) for task, one in data.get("tasks", {}).items()}
         return cls(
             name,
             _with_nan(data["values"]),
             stderr=None if data.get("stderr") is None else _with_nan(data["stderr"]),
             n=int(data.get("n", 0)),
-            parts={kind: _with_nan(data[kind]) for kind in KINDS if kind in data},
-            direction=str(data.get("direction", "high")),
-            range=str(data.get("range", "")),
-            source=str(data.get("source", "")),
+            parts={kind: _with_nan(data[kind]) for kind in PARTS if kind in data},
+            tasks=tasks,
+            **about,
             **rows,
         )
 
@@ -136,13 +159,19 @@ class Scores:
             raise UserError(f"no score {nearest(name, self.scores)}", see="scores")
         return self.scores[name]
 
-    def top(self, name: str, size: int | str, *, form: Literal["top", "bottom", "spread"] = "top") -> Region:
+    def top(
+        self, name: str, size: int | str, *, form: Literal["top", "bottom", "spread"] = "top", tasks: str = ""
+    ) -> Region:
         """The region of the most important layers by a score: 8, or "25%" of all.
 
         With "bottom" the least important ones, with "spread" the most important of each of as many equal stretches.
-        Raises `UserError` when the score does not exist or the model has fewer layers.
+        `tasks`, separated by commas: by the score over their records alone; of several, each has its best layers.
+        Raises `UserError` when the score or a task does not exist or the model has fewer layers.
         """
-        return region_by_score(form, size, self[name].values, self[name].direction, name)
+        score = self[name]
+        measured = [score.task(task) for task in tasks.split(",")] if tasks else [score]
+        ranked = merge_ranks([order(one) for one in measured])
+        return region_by_score(form, size, ranked, f"{name}:{tasks}" if tasks else name)
 
     def to_json(self) -> dict[str, Any]:
         """`{"model", "depth", "samples", "partial", "scores": {name: {"values": [...], ...}}}`."""

@@ -1,4 +1,5 @@
-"""Scores of weights: each decoder layer's change from the backbone by tuning, read from disk tensor by tensor."""
+"""Scores of weights, read from disk tensor by tensor: each decoder layer's change from the backbone by tuning, and the
+signal in its matrices."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from striate.errors import UserError
 from striate.scores.table import Metric, Score
+from striate.vlm.devices import default_device
+from striate.vlm.modules import MODULES, role_of
 from striate.vlm.reading import model_folder
 from striate.weights import StoredTensor, tensors
 
@@ -30,6 +34,14 @@ METRICS: dict[str, Metric] = {
             needs=("backbone",),
             range="0.. (sum over the layer's weight matrices, each 0..1)",
             source="released code of arXiv 2412.12785: sum of arccos(cos(W', W)) / pi",
+        ),
+        Metric(
+            "snr",
+            needs=(),
+            in_all=False,  # minutes, for a large model
+            range="0..1 (mean over the layer's weight matrices)",
+            source="share of singular values above the Marchenko-Pastur edge of noise: Martin and Mahoney 2021 "
+            "(arXiv 1810.01075); to choose layers by: Hartford et al. 2024 (Spectrum, arXiv 2406.06623)",
         ),
     )
 }
@@ -131,13 +143,31 @@ def weight_angle(tuned: Tensor, base: Tensor) -> float:
     return 2 * math.atan2(apart, along) / math.pi
 
 
+def signal_share(weight: Tensor) -> float:
+    """Share of a matrix' singular values above those of noise of the same size and root mean square, in [0, 1].
+
+    For `weight` [m, n] with independent entries of root mean square s, the singular values end at s (sqrt(m) +
+    sqrt(n)): the edge of the Marchenko-Pastur distribution. Experts [E, m, n] count as E matrices. High: important,
+    more directions of the matrix are not noise.
+
+    Martin and Mahoney 2021 (JMLR 22, arXiv 1810.01075), section 3.
+    """
+    matrices = weight.flatten(0, -3) if weight.dim() > 2 else weight.unsqueeze(0)
+    shares = []
+    for matrix in matrices:
+        exact = matrix.to(default_device()).float()
+        edge = exact.square().mean().sqrt() * sum(math.sqrt(side) for side in exact.shape)
+        shares.append(float((torch.linalg.svdvals(exact) > edge).double().mean()))
+    return sum(shares) / len(shares)
+
+
 FORMULAS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "parameter_change": parameter_change,
     "weight_angle": weight_angle,
 }
 
 
-def weight_scores(model: str | Path, backbone: str | Path, *, names: Sequence[str] = tuple(METRICS)) -> list[Score]:
+def weight_scores(model: str | Path, backbone: str | Path, *, names: Sequence[str] = tuple(FORMULAS)) -> list[Score]:
     """Scores of a tuned model's layers relative to its backbone.
 
     Both are model or run folders; two tensors are in memory at a time. A layer's value is the sum over its weight
@@ -158,6 +188,43 @@ def weight_scores(model: str | Path, backbone: str | Path, *, names: Sequence[st
                 sums[name][layer] += FORMULAS[name](*weights)
             del weights  # free them before the next two are read
     return [Score.of(METRICS[name], tuple(values)) for name, values in sums.items()]
+
+
+def signal_scores(model: str | Path) -> Score:
+    """`signal_share` of a model's layers: the mean over a layer's matrices, and by module (`parts`).
+
+    Of a model or run folder; one tensor is in memory at a time. Matrices without a role (routers) are left out; modules
+    that a layer does not have are NaN there.
+
+    Raises:
+        UserError: a matrix is quantized or has NaN or Inf (names it), or a layer has no matrix with a role.
+    """
+    by_role: dict[str, list[list[float]]] = {}
+    depth = len(layers := StoredLayers.open(model).layers)
+    for index, layer in enumerate(layers):
+        for name, one in sorted(layer.items()):
+            role = role_of(name)
+            if role is None or len(one.shape) < 2:
+                continue
+            weight = one.read()
+            if not weight.is_floating_point() or not weight.isfinite().all():
+                raise UserError(f"{model}: {one.name} is quantized, or has NaN or Inf: snr needs its singular values")
+            by_role.setdefault(role, [[] for _ in range(depth)])[index].append(signal_share(weight))
+    parts = {
+        word: _means(*(by_role[role] for role in sorted(roles & by_role.keys())))
+        for word, roles in MODULES.items()
+        if roles & by_role.keys()
+    }
+    values = _means(*by_role.values())
+    if not by_role or any(map(math.isnan, values)):
+        raise UserError(f"{model}: a decoder layer has no matrix of attention or MLP to take singular values of")
+    return Score.of(METRICS["snr"], values, parts=parts)
+
+
+def _means(*measured: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The mean of each layer's values [L] over several lists [L][n]; NaN for a layer without any."""
+    together = [[value for values in layer for value in values] for layer in zip(*measured, strict=True)]
+    return tuple(sum(values) / len(values) if values else math.nan for values in together)
 
 
 def _pairs(tuned: StoredLayers, base: StoredLayers, layer: int) -> Iterator[tuple[StoredTensor, StoredTensor]]:

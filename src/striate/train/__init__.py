@@ -106,6 +106,7 @@ def tune(
     *,
     region: Region | str = "uniform:25%",
     route: Region | str | None = None,
+    modules: str = "all",
     samples: int | str | None = None,
     method: Method = "auto",
     projector: Projector = "train",
@@ -124,6 +125,8 @@ def tune(
         region: the layers to train, in any form of a region.
         route: the layers that image tokens pass through: a region in any form, `same` (the trained layers and layer 0),
             or `auto:25%` (measured, see `find_route`); default: all layers. See `striate.route`.
+        modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,
+            separated by commas.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
             are contained in larger ones; default: all.
         method: full fine-tuning, LoRA, or auto: full where its optimizer states fit into memory, else LoRA.
@@ -144,7 +147,7 @@ def tune(
     chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
     subset = sample_records(records, samples, seed=options.seed)
     log = _list_skipped(records, options, log or Log())
-    plan = select(vlm, chosen, projector=projector == "train")
+    plan = select(vlm, chosen, modules=modules, projector=projector == "train")
     chosen_route = _replace_route(vlm, find_route(vlm, subset, route, chosen, options=options, rank=process), log)
     saved_as = _prepare(vlm, chosen, options)
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
@@ -152,7 +155,8 @@ def tune(
     if full:
         named, rate = trainable_parameters(vlm, plan), 2e-5
     else:
-        network, named = adapt(vlm, chosen, projector=projector == "train", rank=rank, alpha=alpha, dropout=dropout)
+        lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
+        network, named = adapt(vlm, chosen, modules=plan.modules, projector=projector == "train", **lora)
         rate = 2e-4
     _cast_frozen(vlm, options)
     rates = {
@@ -160,7 +164,10 @@ def tune(
         "projector": _or_default(options.projector_learning_rate, 2e-5),
     }
     groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(vlm, network, chosen, subset, groups, options, route=chosen_route, rank=process, log=log, state=state)
+    trained = fit(
+        vlm, network, chosen, subset, groups, options, modules=plan.modules, route=chosen_route, rank=process, log=log,
+        state=state,
+    )  # fmt: skip
     if not (trained.stopped and state):
         _finish(vlm, network, trained, saved_as, options)
     return trained

@@ -22,34 +22,43 @@ if TYPE_CHECKING:
 
 
 def lora_config(
-    vlm: Vlm, region: Region, *, rank: int = 128, alpha: int = 256, dropout: float = 0.05, projector: bool = True
+    vlm: Vlm,
+    region: Region,
+    *,
+    modules: str = "all",
+    rank: int = 128,
+    alpha: int = 256,
+    dropout: float = 0.05,
+    projector: bool = True,
 ) -> LoraConfig:
     """A `peft.LoraConfig` for the region, for any trainer that accepts one.
 
     Target modules are listed by their full names: `layers_to_transform` would also adapt the vision blocks of the same
-    numbers, and would ignore a layer that does not exist. With `projector` its modules get full fine-tuning and are
-    saved beside the adapters (`modules_to_save`); a bare parameter beside them (LLaVA-NeXT's `image_newline`) stays
-    frozen, since peft saves modules only. Weights outside of linear modules (experts in one tensor, their router) stay
-    frozen, too: peft could adapt them without dropout only. (For a few model types with experts peft misreads module
-    names; `adapt` works around that.) Rank, alpha and dropout default to the paper's.
+    numbers, and would ignore a layer that does not exist. `modules` leaves those of other roles out, as in `select`.
+    With `projector` its modules get full fine-tuning and are saved beside the adapters (`modules_to_save`); a bare
+    parameter beside them (LLaVA-NeXT's `image_newline`) stays frozen, since peft saves modules only. Weights outside of
+    linear modules (experts in one tensor, their router) stay frozen, too: peft could adapt them without dropout only.
+    (For a few model types with experts peft misreads module names; `adapt` works around that.) Rank, alpha and dropout
+    default to the paper's.
 
     Raises:
         UserError: the region is empty or for another depth.
     """
     from peft import LoraConfig  # slow to import, and not needed without adapters
 
-    targets = vlm.linear_modules(region)
+    targets = vlm.linear_modules(region, modules)
     if not targets:
-        raise UserError(f"region {region} has no linear modules to adapt")
+        of = "" if modules == "all" else f" of --modules {modules}"
+        raise UserError(f"region {region} has no linear modules{of} to adapt")
     parts = zip(vlm.parts.projector, vlm.projector, strict=True)
-    modules = [one for name, part in parts if isinstance(part, nn.Module) for one in _module_names(name, part)]
+    saved = [one for name, part in parts if isinstance(part, nn.Module) for one in _module_names(name, part)]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         # A list would match by suffix; this pattern matches full names only.
         target_modules="|".join(re.escape(name) for name in targets),
-        modules_to_save=modules if projector else None,
+        modules_to_save=saved if projector else None,
         task_type="CAUSAL_LM",
     )
 
@@ -59,7 +68,9 @@ def _module_names(name: str, part: nn.Module) -> list[str]:
     return [f"{name}.{index}" for index in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
 
 
-def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[PeftModel, dict[str, Named]]:
+def adapt(
+    vlm: Vlm, region: Region, *, projector: bool, modules: str = "all", **lora: Any
+) -> tuple[PeftModel, dict[str, Named]]:
     """The model with adapters, and its trainable parameters by group (`layers`, `projector`), in float32.
 
     Raises:
@@ -68,8 +79,8 @@ def adapt(vlm: Vlm, region: Region, *, projector: bool, **lora: Any) -> tuple[Pe
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    inside = vlm.linear_modules(region)  # before the adapters add linear modules of their own
-    config = lora_config(vlm, region, projector=projector, **lora)
+    inside = vlm.linear_modules(region, modules)  # before the adapters add linear modules of their own
+    config = lora_config(vlm, region, projector=projector, modules=modules, **lora)
     with _without_model_type(vlm.model):
         network = get_peft_model(vlm.model, config)
     tuners: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

@@ -39,14 +39,16 @@ from striate.vlm.modes import eval_mode
 class Trained:
     """A trained model, and how it was trained.
 
-    `vlm` is the model, trained in place, and routed if there was a `route`; `log` has one entry per step. `seconds`
-    and `seen` (records trained on, over all epochs) count from the first start, also when the training was resumed;
-    `left_out` of the `records` were skipped. `groups` has the number of trained parameters of each part. `stopped`:
-    by a signal, before the last step; if the state was saved, adapters are not merged then.
+    `vlm` is the model, trained in place (of the layers of `region` the `modules`: all, attention, ...), and routed if
+    there was a `route`; `log` has one entry per step. `seconds` and `seen` (records trained on, over all epochs) count
+    from the first start, also when the training was resumed; `left_out` of the `records` were skipped. `groups` has the
+    number of trained parameters of each part. `stopped`: by a signal, before the last step; if the state was saved,
+    adapters are not merged then.
     """
 
     vlm: Vlm
     region: Region
+    modules: str
     route: Region | None
     log: Log
     method: str
@@ -68,7 +70,7 @@ class Trained:
     def save(self, folder: str | Path) -> None:
         """Write a plain checkpoint into a new folder and read it back. Raises `UserError` where it differs."""
         save(self.vlm, Path(folder))
-        self.region.save(Path(folder) / FILE, self.route)
+        self.region.save(Path(folder) / FILE, self.route, modules=self.modules)
 
     def to_json(self) -> dict[str, Any]:
         """The entry `training` of run.json."""
@@ -99,6 +101,7 @@ def fit(
     groups: dict[str, Group],
     options: TrainOptions,
     *,
+    modules: str = "all",
     route: Region | None = None,
     rank: Rank = Rank(),  # noqa: B008 (frozen)
     log: Log | None = None,
@@ -106,8 +109,9 @@ def fit(
 ) -> Trained:
     """Train `network` (the model, or its adapted form) in place.
 
-    `route`: the layers that image tokens pass through meanwhile; default: all. `state` is the folder for saved
-    states, the last of which is resumed; without it nothing is saved.
+    `modules` names the matrices of the region in `groups`; `route`: the layers that image tokens pass through
+    meanwhile; default: all. `state` is the folder for saved states, the last of which is resumed; without it nothing is
+    saved.
 
     Raises:
         UserError: the step-1 audit failed, too many records are bad, memory ran out, the model does not support an
@@ -153,6 +157,7 @@ def fit(
     return Trained(
         vlm,
         region,
+        modules,
         route,
         log,
         method="full" if network is vlm.model else "lora",

@@ -19,6 +19,7 @@ from striate.vlm.config import check_config
 from striate.vlm.devices import align_memory, check_device, default_device
 from striate.vlm.matching import check_match
 from striate.vlm.modes import override_forward
+from striate.vlm.modules import ALL, check_present, choose_names, parse_modules
 from striate.vlm.parts import Parts, find_parts
 from striate.vlm.processors import image_token_id, load_processor
 from striate.vlm.reading import check_size, model_folder, read_model
@@ -27,7 +28,8 @@ from striate.vlm.template import check_template, set_stop_tokens
 
 @dataclass(frozen=True)
 class Selection:
-    """The trainable parameters, by exact name. `total` counts all parameters of the model, including frozen ones."""
+    """The trainable parameters, by exact name. `total` counts all parameters of the model, including frozen ones;
+    `modules` are the matrices of the region's layers that train: all, or attention, mlp, gate_up, ..."""
 
     region: Region
     layers: tuple[str, ...]
@@ -35,6 +37,7 @@ class Selection:
     tower: tuple[str, ...]
     counts: dict[str, int]
     total: int
+    modules: str = ALL
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -174,24 +177,37 @@ class Vlm:
         """The token in `input_ids` that is replaced by one image feature; None where the config has none."""
         return next((token for token in self._image_tokens().values() if token is not None), None)
 
-    def region_parameters(self, region: Region) -> tuple[str, ...]:
-        """Exact names of the parameters in the region's decoder layers, in model order.
+    def region_parameters(self, region: Region, modules: str = ALL) -> tuple[str, ...]:
+        """Exact names of the parameters in the region's decoder layers, in model order; `modules` leaves others out.
 
         Raises:
-            UserError: the region is for another depth.
+            UserError: the region is for another depth, or its layers have no such modules.
         """
         self._check_depth(region)
-        return self.names_below(*(f"{self.parts.layers}.{layer}" for layer in region))
+        chosen, inside = parse_modules(modules), self._names_inside(region)
+        if region.layers:
+            check_present((own for names in inside.values() for own in names), chosen, self.model.config.model_type)
+        return tuple(f"{prefix}.{name}" for prefix, names in inside.items() for name in choose_names(names, chosen))
 
-    def linear_modules(self, region: Region) -> tuple[str, ...]:
+    def linear_modules(self, region: Region, modules: str = ALL) -> tuple[str, ...]:
         """Exact names of the linear modules in the region's layers, to which LoRA is added.
 
         Raises:
             UserError: the region is for another depth.
         """
         self._check_depth(region)
-        layers = {f"{self.parts.layers}.{layer}": self.layers[layer] for layer in region}
-        return tuple(f"{prefix}.{name}" for prefix, layer in layers.items() for name in linear_in(layer))
+        layers, chosen = {self._layer_name(layer): self.layers[layer] for layer in region}, parse_modules(modules)
+        return tuple(
+            f"{prefix}.{name}" for prefix, layer in layers.items() for name in choose_names(linear_in(layer), chosen)
+        )
+
+    def _names_inside(self, region: Region) -> dict[str, list[str]]:
+        """The names of the parameters within each layer of a region, by the layer's own."""
+        named = {self._layer_name(layer): self.layers[layer].named_parameters() for layer in region}
+        return {prefix: [name for name, _ in parameters] for prefix, parameters in named.items()}
+
+    def _layer_name(self, layer: int) -> str:
+        return f"{self.parts.layers}.{layer}"
 
     def _check_depth(self, region: Region) -> None:
         if region.depth != self.depth:
@@ -301,18 +317,21 @@ def load(
     return replace(Vlm.of(align_memory(model.to(place)), source=source), notes=notes)
 
 
-def select(vlm: Vlm, region: Region | str, *, projector: bool = True, tower: bool = False) -> Selection:
+def select(
+    vlm: Vlm, region: Region | str, *, modules: str = ALL, projector: bool = True, tower: bool = False
+) -> Selection:
     """Select the trainable parameters: the region's layers, optionally the projector and the tower; freeze all others.
 
-    Sets `requires_grad` of every parameter. `region` is a region, or a text form of one (uniform:25%).
+    Sets `requires_grad` of every parameter. `region` is a region, or a text form of one (uniform:25%). `modules` are
+    the matrices of its layers that train: all, or some of attention, mlp, gate_up, down, qkv, o, separated by commas.
 
     Raises:
-        UserError: the region is for another depth, or no parameter is selected.
+        UserError: the region is for another depth, no layer of it has such modules, or no parameter is selected.
     """
     chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
     in_projector = vlm.names_below(*vlm.parts.projector)
     groups = {
-        "layers": vlm.region_parameters(chosen),
+        "layers": vlm.region_parameters(chosen, modules),
         "projector": in_projector if projector else (),
         # In Qwen and GLM the projector (merger) is inside the tower; only the option `projector` selects it.
         "tower": tuple(name for name in vlm.names_below(vlm.parts.tower) if name not in in_projector) if tower else (),
@@ -325,7 +344,7 @@ def select(vlm: Vlm, region: Region | str, *, projector: bool = True, tower: boo
         parameter.requires_grad_(name in selected)
         sizes[name] = parameter.numel()
     counts = {group: sum(sizes[name] for name in names) for group, names in groups.items()}
-    return Selection(chosen, **groups, counts=counts, total=sum(sizes.values()))
+    return Selection(chosen, **groups, counts=counts, total=sum(sizes.values()), modules=parse_modules(modules))
 
 
 def load_on_meta(path: str | Path) -> Vlm:

@@ -26,6 +26,7 @@ from striate.studies.cost.machine import Machine, gpu_of, this_machine
 from striate.studies.cost.parallelism import Parallelism
 from striate.studies.cost.step import Counts, Memory, Setup, Step
 from striate.vlm.devices import default_device, has_native_bfloat16
+from striate.vlm.modules import parse_modules
 
 __all__ = [
     "Cost",
@@ -61,6 +62,7 @@ def cost(
     *,
     region: str = "uniform:25%",
     route: str | None = None,
+    modules: str = "all",
     method: Literal["full", "lora"] = "full",
     projector: Literal["train", "freeze"] = "train",
     rank: int = 128,
@@ -86,6 +88,7 @@ def cost(
         region: the layers that train.
         route: the layers that image tokens pass through; same: the region and layer 0. Adds the multiply-adds that
             are left of the decoder's forward pass; all else is counted without it.
+        modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o.
         method: full weights, or LoRA.
         projector: train it or leave it.
         rank: of LoRA.
@@ -114,7 +117,7 @@ def cost(
     setup = Setup(
         method, projector == "train", rank, checkpointing == "all", batch,
         max(1, min(micro_batch, batch // max(1, devices))), image_tokens or 0,
-        text_tokens, answer_tokens, devices,
+        text_tokens, answer_tokens, devices, parse_modules(modules),
     )  # fmt: skip
     _check(setup, image_tokens)
     parallelism = Parallelism(shard, link * 1e9)
@@ -130,7 +133,8 @@ def cost(
         seen = with_one_image(fake, setup) if image_tokens is None else setup
         models.append((fake, seen))
         step = largest(fake, seen, region, room, machine) if room else _step(fake, seen, region)
-        everything = Counts(fake, step.setup).step(Region.parse("all", fake.vlm.depth))
+        whole = replace(step.setup, modules="all")
+        everything = Counts(fake, whole).step(Region.parse("all", fake.vlm.depth))
         routed = resolve(route, step.region)
         rows.append(Cost(name, step, everything, machine, parallelism, fake, routed))
     if plot is not None:

@@ -116,7 +116,8 @@ def _layers(layers: tuple[int, ...]) -> str:
 
 def _method(step: Step) -> str:
     method = f"LoRA of rank {step.setup.rank}" if step.setup.method == "lora" else "full weights"
-    return f"{method}, projector {'trained' if step.setup.projector else 'frozen'}"
+    modules = "" if step.setup.modules == "all" else f" of {step.setup.modules.replace(',', ', ')}"
+    return f"{method}{modules}, projector {'trained' if step.setup.projector else 'frozen'}"
 
 
 def _parallelism_line(parallelism: Parallelism, devices: int) -> str:

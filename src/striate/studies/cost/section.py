@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from striate.studies.cost.fake_model import FakeModel, holder
 from striate.studies.cost.tally import Tally, Work
 from striate.vlm import linear_in
+from striate.vlm.modules import ALL, choose_names
 
 Trained = Literal["full", "lora"]
 
@@ -58,19 +59,22 @@ def layer_section(
     call: tuple[torch.Tensor, dict[str, Any]],
     *,
     trains: Trained | None,
+    modules: str = ALL,
     rank: int,
     upstream: bool,
     recomputed: bool,
 ) -> Section:
-    """A decoder layer, trained or frozen; `upstream`: whether something below it needs a gradient."""
+    """A decoder layer, its `modules` trained or all of it frozen; `upstream`: whether something below it needs a
+    gradient."""
     given, others = call
     layer = _copy(fake_model, layer)
     with fake_model.mode:
         if trains == "full":
-            _train(layer.parameters())
+            named = dict(layer.named_parameters())
+            _train(named[name] for name in choose_names(named, modules))
         hidden = torch.empty_like(given, requires_grad=upstream)
     if trains == "lora":
-        _adapt(fake_model, layer, rank)
+        _adapt(fake_model, layer, modules, rank)
 
     def forward() -> torch.Tensor:
         if recomputed:
@@ -91,11 +95,11 @@ def _copy(fake_model: FakeModel, layer: nn.Module) -> nn.Module:
         return copy.deepcopy(layer, fresh)
 
 
-def _adapt(fake_model: FakeModel, layer: nn.Module, rank: int) -> None:
+def _adapt(fake_model: FakeModel, layer: nn.Module, modules: str, rank: int) -> None:
     """Put LoRA on the linear modules of one layer, as training does: the adapters in float32, dropout and all."""
     from peft import LoraConfig, inject_adapter_in_model  # slow to import, and not needed without adapters
 
-    pattern = "|".join(map(re.escape, linear_in(layer)))
+    pattern = "|".join(map(re.escape, choose_names(linear_in(layer), modules)))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules=pattern)
     inject_adapter_in_model(config, layer, low_cpu_mem_usage=True)  # on `meta`: peft cannot make fake tensors
     for module in layer.modules():

@@ -14,7 +14,8 @@ from striate.region import Region
 from striate.studies.cost.fake_model import FakeModel, calls
 from striate.studies.cost.section import Section, Trained, head_section, layer_section, vision_section
 from striate.studies.cost.tally import Work, total
-from striate.vlm import select
+from striate.vlm import linear_in, select
+from striate.vlm.modules import choose_names
 
 STATES = 8  # bytes of AdamW's two moments of a trained parameter, in float32
 FLOAT = 4  # bytes of a trained weight, and of its gradient
@@ -26,7 +27,7 @@ STEP_TRAFFIC, ADDING_TRAFFIC = 40, 12
 
 @dataclass(frozen=True)
 class Setup:
-    """How a region trains. Tokens are those of one record; `devices` share the batch."""
+    """How the `modules` of a region train. Tokens are those of one record; `devices` share the batch."""
 
     method: Trained = "full"
     projector: bool = True
@@ -38,6 +39,7 @@ class Setup:
     text_tokens: int = 64
     answer_tokens: int = 64
     devices: int = 1
+    modules: str = "all"
 
     @property
     def tokens(self) -> int:
@@ -133,7 +135,8 @@ class Counts:
         alike = (type(layer), shapes, _settings(layer), trains, upstream)
         if alike not in self._layers:
             self._layers[alike] = layer_section(
-                self.fake_model, layer, call, trains=trains, rank=self.setup.rank, upstream=upstream,
+                self.fake_model, layer, call, trains=trains, modules=self.setup.modules, rank=self.setup.rank,
+                upstream=upstream,
                 recomputed=self.setup.checkpointing and (upstream or trains is not None),
             )  # fmt: skip
         return self._layers[alike]
@@ -145,11 +148,12 @@ class Counts:
             UserError: the region is for another depth, or nothing would train.
         """
         vlm, setup = self.fake_model.vlm, self.setup
-        plan = select(vlm, region, projector=setup.projector)
+        plan = select(vlm, region, modules=setup.modules, projector=setup.projector)
         vision = self.vision
-        lowest = min(region, default=0)
+        trained = {index for index in region if self._trains(vlm.layers[index])}
+        lowest = min(trained, default=vlm.depth)
         layers = [
-            self.layer(index, setup.method if index in region else None, setup.projector or index > lowest)
+            self.layer(index, setup.method if index in trained else None, setup.projector or index > lowest)
             for index in range(vlm.depth)
         ]
         sections = [vision, *layers, self.head]
@@ -169,6 +173,12 @@ class Counts:
             Work(Counter([optimizer])),
             self._memory(sections, trainable, weights=weights),
         )
+
+    def _trains(self, layer: nn.Module) -> bool:
+        """Whether a layer of the region has any of the modules: hybrid models have layers without attention."""
+        lora = self.setup.method == "lora"
+        names = linear_in(layer) if lora else [name for name, _ in layer.named_parameters()]
+        return bool(choose_names(names, self.setup.modules))
 
     def _memory(self, sections: list[Section], trainable: int, *, weights: int) -> Memory:
         """Follow a pass through its sections and back, and remember the most that was held."""

@@ -97,6 +97,15 @@ def _numbers(figure: str, scores: Scores) -> list[dict[str, Any]]:
                 zip(score.values, score.stderr or [math.nan] * len(score.values), strict=True)
             )
         ]
+    if figure == "tasks":
+        return [
+            {"score": name, "task": task, "layer": layer, "value": finite(value), "±": finite(error)}
+            for name, score in scores.scores.items()
+            for task, one in score.tasks.items()
+            for layer, (value, error) in enumerate(
+                zip(one.values, one.stderr or [math.nan] * len(one.values), strict=True)
+            )
+        ]
     score = scores.scores[figure]
     rows = score.samples if figure == "image_attention" else score.table
     names = ("sample", "layer") if figure == "image_attention" else ("first layer", "layers")

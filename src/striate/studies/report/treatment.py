@@ -19,6 +19,7 @@ ASIDE = ("seed", "out", "progress", "device", "workers", "save_steps", "report_t
 LOADED = ("model", "backbone", "scores", "vision", "llm", "projector")
 GENERATED = ("data", "images", "heal", "visual", "text")
 FILES = (*LOADED, *GENERATED)
+DEFAULTS = {"modules": "all"}  # of options that older runs do not have
 DEEP = 8  # parents of parents that are followed
 BLOCKS = ("uniform", "first", "last", "middle", "hybrid")
 
@@ -41,7 +42,7 @@ def settings(info: Mapping[str, Any], *, deep: int = DEEP) -> dict[str, Any]:
     return {
         key: origin_of(key, value, info, deep) if key in FILES else value
         for key, value in given.items()
-        if key not in ASIDE and value is not None  # the default of an option that older runs do not have
+        if key not in ASIDE and value != DEFAULTS.get(key)
     }
 
 
@@ -71,7 +72,7 @@ def kind(region: Region) -> str:
         return str(region)
     form, _, rest = region.origin.partition(":")
     if form in ("top", "bottom", "spread") and rest:
-        return f"{form} by {rest.rpartition(':')[2]}"
+        return f"{form} by {_score_name(rest)}"
     if region.origin in PAPER:
         return region.origin
     if form in (*BLOCKS, "random"):
@@ -83,6 +84,13 @@ def kind(region: Region) -> str:
     shifted = (offset for offset in range(1, region.depth) if _same(region, f"uniform:{len(region)}@{offset}"))
     offset = next(shifted, None)
     return f"uniform@{offset}" if offset is not None else "listed"
+
+
+def _score_name(place: str) -> str:
+    """The score, and the tasks, in 8@runs/scores:NAME and 8@runs/scores:NAME:TASKS."""
+    _, *names = place.split(":")[-3:]
+    score, *tasks = names if len(names) == 2 and re.fullmatch(r"[a-z_]+", names[0]) else names[-1:]
+    return f"{score}, {tasks[0]}" if tasks else score
 
 
 def _same(region: Region, form: str) -> bool:

@@ -32,7 +32,7 @@ from striate.studies.sweep.cell import FILE, NOTES, Cell
 from striate.studies.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
 from striate.train import num_samples
 from striate.train.memory import full_tuning_fits
-from striate.vlm import Vlm, load_on_meta, select
+from striate.vlm import Selection, Vlm, load_on_meta, select
 from striate.vlm.devices import default_device
 
 LONGEST = 80  # characters of a cell's name
@@ -263,7 +263,8 @@ def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
     Raises:
         UserError: a pruning is not possible, or the cell trains no parameter.
     """
-    select(vlm, recipe.region, projector=recipe.tune["projector"] != "freeze")
+    with at(f"tune of {recipe.cell.name}"):
+        _selection(recipe, vlm)
     for values in recipe.prunings:
         with at(f"prune of {recipe.cell.name}"):
             request = PruneRequest(values["region"], values["remove"], values["layers"])
@@ -280,12 +281,17 @@ def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
     return recipe
 
 
+def _selection(recipe: Recipe, vlm: Vlm) -> Selection:
+    tune = recipe.tune
+    return select(vlm, recipe.region, modules=tune["modules"], projector=tune["projector"] != "freeze")
+
+
 def _count_parameters(recipe: Recipe, vlm: Vlm) -> Recipe:
     """The recipe with the number of parameters that it trains."""
-    plan = select(vlm, recipe.region, projector=recipe.tune["projector"] != "freeze")
+    plan = _selection(recipe, vlm)
     number = plan.trainable
     if recipe.tune["method"] == "lora":
-        linear = [vlm.model.get_submodule(name) for name in vlm.linear_modules(recipe.region)]
+        linear = [vlm.model.get_submodule(name) for name in vlm.linear_modules(recipe.region, plan.modules)]
         sides = sum(module.in_features + module.out_features for module in linear if isinstance(module, nn.Linear))
         number = plan.counts["projector"] + recipe.tune["rank"] * sides
     return replace(recipe, trainable=number)
@@ -303,7 +309,7 @@ def _method(recipes: list[Recipe], vlm: Vlm, workers: int) -> str:
     """The method for "auto", one for all cells so that they can be compared: full if the largest of them fits."""
     named = recipes[0].tune["device"]
     device = torch.device(named) if named else default_device()
-    plans = [select(vlm, recipe.region, projector=recipe.tune["projector"] != "freeze") for recipe in recipes]
+    plans = [_selection(recipe, vlm) for recipe in recipes]
     # The frozen model is not in memory yet: in 16 bit its weights take an eighth of what a trained one takes.
     most = max(plan.trainable for plan in plans) + plans[0].total // 8
     return "full" if full_tuning_fits(most * (workers if device.type == "cpu" else 1), device) else "lora"

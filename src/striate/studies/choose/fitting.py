@@ -1,0 +1,98 @@
+"""What fits into a budget: method, modules and micro-batch, and the steps that there is time for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from striate.errors import UserError
+from striate.region import Region
+from striate.studies.choose.budget import Budget
+from striate.studies.cost import Counts, FakeModel, Setup, Step, fake_model
+from striate.studies.cost.fit import ROOM
+from striate.studies.cost.section import Trained
+from striate.vlm import Vlm
+
+# Methods and modules, the first that fits: whole layers, as the paper trains them; then fewer trained weights, whose
+# optimizer states take most of the memory; then fewer layers.
+WAYS: tuple[tuple[Trained, str], ...] = (("full", "all"), ("full", "gate_up"), ("lora", "all"))
+SHARES = ("25%", "12.5%", "1")
+MICRO_BATCHES = (16, 4, 1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The training step that fits; `steps` of it, and whether that is less than an epoch because of the time.
+
+    `refused` says, for each way of training that was preferred and did not fit, the memory it would take in bytes.
+    """
+
+    fake_model: FakeModel
+    step: Step
+    steps: int
+    shortened: bool
+    refused: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def region(self) -> Region:
+        """The layers that train."""
+        return self.step.region
+
+    def of(self, region: Region) -> Fit:
+        """The same for other layers, as many of them."""
+        return replace(self, step=Counts(self.fake_model, self.step.setup).step(region))
+
+
+def fit(vlm: Vlm, setup: Setup, budget: Budget, num_records: int) -> Fit:
+    """The first way of training (`WAYS`, for a quarter of the layers, then fewer) whose step fits into the memory.
+
+    Layers are `uniform`. With a time in the budget, as many steps as it allows, at most an epoch.
+
+    Raises:
+        UserError: nothing fits; names the least memory or time.
+    """
+    fake = fake_model(vlm.source, dtype=budget.dtype)
+    refused: list[tuple[str, float]] = []
+    for share in SHARES:
+        region = Region.parse(f"uniform:{share}", vlm.depth)
+        for method, modules in WAYS:
+            tried = replace(setup, method=method, modules=modules)
+            step = _largest_step(fake, tried, region, ROOM * budget.memory)
+            if step.memory.peak <= ROOM * budget.memory:
+                steps, shortened = _in_time(step, budget, num_records)
+                return Fit(fake, step, steps, shortened, tuple(refused))
+            refused.append((f"{method}, {modules}, {len(region)} layers", step.memory.peak / ROOM))
+    least, memory = min(refused, key=lambda one: one[1])
+    raise UserError(f"--budget {budget.memory / 1e9:.3g}GB: the least is {memory / 1e9:.3g} GB ({least})")
+
+
+def _largest_step(fake: FakeModel, setup: Setup, region: Region, room: float) -> Step:
+    """The step with the largest micro-batch that fits, recomputing activations only where that helps; if none fits, the
+    one that takes the least memory."""
+
+    def step(micro_batch: int, *, checkpointing: bool) -> Step:
+        tried = replace(setup, micro_batch=micro_batch, checkpointing=checkpointing)
+        return Counts(fake, tried).step(region)
+
+    smallest = step(MICRO_BATCHES[-1], checkpointing=True)
+    if smallest.memory.peak <= room:
+        for micro_batch in MICRO_BATCHES:
+            for checkpointing in (False, True):
+                if (found := step(micro_batch, checkpointing=checkpointing)).memory.peak <= room:
+                    return found
+    return smallest
+
+
+def _in_time(step: Step, budget: Budget, num_records: int) -> tuple[int, bool]:
+    """The steps of an epoch, or as many as the time allows; whether the time allows less than an epoch."""
+    epoch = math.ceil(num_records / step.setup.batch)
+    if budget.seconds is None:
+        return epoch, False
+    seconds = step.seconds(*budget.machine.reached)
+    steps = int(budget.seconds // seconds)
+    if not steps:
+        raise UserError(
+            f"--budget {budget.seconds:g}s is less than the {seconds:.3g} s of one step of {step.setup.batch} records "
+            f"on {budget.machine.name}"
+        )
+    return min(steps, epoch), steps < epoch
