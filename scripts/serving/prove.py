@@ -28,6 +28,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import api
 import models
 import torch
 from PIL import Image
@@ -37,7 +38,9 @@ from striate.runs.pruning import prune
 from striate.runs.training import tune
 from striate.train import TrainOptions
 
-RECORDS, NEW_TOKENS = 16, 16
+RECORDS, NEW_TOKENS = 16, api.NEW_TOKENS
+API = "llava"
+"""The family that is asked through OpenAI's API, too."""
 REGION, CUT = "0,1,5", "3,4"
 TOLERANCE = 1e-3
 """Of log-probabilities in float32, which two programs sum in another order."""
@@ -99,6 +102,8 @@ def main() -> int:
             print(f"{family}: the process failed")
     proofs = [json.loads(file.read_bytes()) for file in sorted(args.out.glob("*/proof.json"))]
     write_table(proofs)
+    if API in args.families:
+        check_api(args.out / API)
     return 0 if all(proof[kind]["proven"] for proof in proofs for kind in KINDS) else 1
 
 
@@ -142,6 +147,16 @@ def prove(family: str, out: Path) -> None:
             found[kind] = {"error": f"{type(error).__name__}: {error}", "proven": False}
         print(family, kind, found[kind], flush=True)
     (folder / "proof.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def check_api(folder: Path) -> None:
+    """Ask the pruned checkpoint through `vllm serve`; raises `RuntimeError` unless it answers as transformers does."""
+    checkpoint, data = folder / "pruned" / "checkpoint", folder / "data" / "records.json"
+    tokens = ask_transformers(checkpoint, data)[0].tokens
+    expected = AutoProcessor.from_pretrained(checkpoint).decode(tokens, skip_special_tokens=True)
+    if (found := api.ask(checkpoint, data.parent / "0.png", records(data)[0][1])) != expected:
+        raise RuntimeError(f"vllm serve answers {found!r}, transformers {expected!r}")
+    print(f"vllm serve answers as transformers does: {found!r}")
 
 
 def checkpoints(family: str, folder: Path, data: Path) -> dict[str, Path]:

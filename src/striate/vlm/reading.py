@@ -188,7 +188,7 @@ def keep_prefixes(model: PreTrainedModel, parts: Collection[str | None]) -> None
     transformers 5 drops a prefix when it reads them (`vision_model.` in the tower of LLaVA), and writes it only for a
     model that it has read so. vLLM and transformers 4 know no other names; the latter would start with a random tower.
     """
-    model._weight_conversions = [
+    vars(model)["_weight_conversions"] = [
         one
         for one in get_model_conversion_mapping(model, add_legacy=False)
         if not isinstance(one, PrefixChange) or one.scope_prefix in parts
