@@ -72,6 +72,7 @@ class Comparison:
 
     `equal` counts the records whose tokens are the same, `ties` those whose first different token has a gap of less
     than the tolerance to the next one. `largest` is the largest difference of log-probabilities of the same tokens.
+    `distinct` counts the different answers, which says how much the records tell.
     """
 
     records: int
@@ -109,19 +110,18 @@ def main() -> int:
 
 def write_table(proofs: list[dict[str, Any]]) -> None:
     """The table of docs/serving.md: one line per family and checkpoint."""
-    lines = [
-        "| family | checkpoint | same prompt | same answer | ties | log-probabilities differ by |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = ("family", "checkpoint", "same prompt", "same answer", "ties", "different answers", "largest difference")
+    rows = [header, ["---"] * len(header)]
     for proof in proofs:
-        for kind in KINDS:
+        for kind, name in NAMES.items():
             row = proof[kind]
             if "error" in row:
-                lines.append(f"| `{proof['family']}` | {NAMES[kind]} | {row['error'].splitlines()[0]} | | | |")
+                rows.append([proof["family"], name, row["error"].splitlines()[0], "", "", "", ""])
                 continue
-            counts = [f"{row[name]} of {row['records']}" for name in ("prompts", "equal")]
-            cells = [f"`{proof['family']}`", NAMES[kind], *counts, str(row["ties"]), f"{row['largest']:.0e}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            of = f" of {row['records']}"
+            cells = [f"{row['prompts']}{of}", f"{row['equal']}{of}", row["ties"], row["distinct"]]
+            rows.append([proof["family"], name, *map(str, cells), f"{row['largest']:.0e}"])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     versions = ", ".join(sorted({f"{name} {number}" for proof in proofs for name, number in proof["versions"].items()}))
     text = PAGE.read_text(encoding="utf-8")
     found = "\n".join(["<!-- table of scripts/serving/prove.py -->", f"{versions}:\n", *lines, "<!-- end of table -->"])
