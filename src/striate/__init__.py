@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from striate.data import Record, Records, read
     from striate.errors import UserError
-    from striate.evaluation import Results, evaluate
+    from striate.evaluation import Results, ask, evaluate
     from striate.exploration import explore
     from striate.prune import Pruned, bypass, drop_layers
     from striate.region import Region
@@ -36,6 +36,7 @@ _HOMES = {
     "UserError": "striate.errors",
     "Vlm": "striate.vlm",
     "align": "striate.train",
+    "ask": "striate.evaluation",
     "bypass": "striate.prune",
     "drop_layers": "striate.prune",
     "evaluate": "striate.evaluation",
@@ -65,6 +66,7 @@ __all__ = [
     "UserError",
     "Vlm",
     "align",
+    "ask",
     "bypass",
     "drop_layers",
     "evaluate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,20 @@ def test_quantized_weights_without_a_word_in_the_config_are_refused(model: Path,
     (source / "config.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"holds quantized weights .*, but its config\.json has no quantization_config"):
         load(source, device="cpu")
+
+
+def as_published(found: Names) -> Names:
+    """The names of the tower's weights in checkpoints on the hub."""
+    return {re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): found[name] for name in found}
+
+
+@pytest.mark.parametrize("name", ["FP8", "bitsandbytes, 4 bits", "bitsandbytes, 8 bits"])
+def test_dequantized_weights_are_saved_under_the_names_that_were_read(model: Path, tmp_path: Path, name: str) -> None:
+    """vLLM and transformers 4 know no other names; transformers 5 reads both."""
+    published = rewritten(model, tmp_path / "published", as_published)
+    vlm = load(FORMATS[name](published, tmp_path / "source"), device="cpu", dequantize=True)
+    vlm.model.save_pretrained(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(published / WEIGHTS).keys()
 
 
 # What is left over

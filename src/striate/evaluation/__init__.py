@@ -14,14 +14,17 @@ from striate.data import Record, Skipped
 from striate.errors import UserError, nearest
 from striate.evaluation import harness
 from striate.evaluation.answers import Likelihood, answer, choose, likelihood
+from striate.evaluation.asking import Reply, ask
 from striate.evaluation.prediction import PERPLEXITY, Prediction, by_task, predict, resolve, summary
 from striate.vlm import Vlm
 
 __all__ = [
     "Likelihood",
     "Prediction",
+    "Reply",
     "Results",
     "answer",
+    "ask",
     "choose",
     "evaluate",
     "likelihood",

@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +61,8 @@ VERBS = {
         "remove layers outside the region from a checkpoint, verified",
     ),
     "eval": ("striate.runs.evaluating:evaluate", "accuracy on visual and text tasks"),
+    "ask": ("striate.runs.asking:ask", "one question about images, to one model or two"),
+    "card": ("striate.runs.card:card", "the model card of a run, with its results"),
     "sweep": (
         "striate.studies.sweep:sweep",
         "a grid of options: tune, evaluate and prune each combination; resumable",
@@ -72,7 +75,10 @@ VERBS = {
     "demo": ("striate.studies.demo:demo", "the whole pipeline on a small generated world, in minutes on a CPU"),
 }
 # The option that the words after a verb belong to: `striate tune MODEL` is `striate tune --model MODEL`.
-SUBJECTS = ("model", "runs", "file")
+SUBJECTS = ("model", "runs", "run", "file")
+QUESTION = "question"
+"""The option of the word after the model, or else of the last one after `--image`: `ask MODEL --image X.png QUESTION`.
+"""
 
 output, errors = console(), console(stderr=True)
 
@@ -148,6 +154,11 @@ def run_verb(name: str, words: list[str], *, debug: bool) -> int:
 def parse_call(name: str, function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
     """The keyword arguments that a command line asks for; the first word may be the subject, without its option."""
     subject = _subject(function)
+    if QUESTION in inspect.signature(function).parameters and flag(QUESTION) not in words:
+        pairs = enumerate(pairwise(words), 1)
+        if loose := [at for at, pair in pairs if not any(word.startswith("-") for word in pair)]:
+            at = loose[0] if loose[0] == 1 else loose[-1]
+            words = [*words[:at], *words[at + 1 :], flag(QUESTION), words[at]]
     if subject and words and not words[0].startswith("-"):
         words = [flag(subject), *words]
     return call_arguments(function, parser_of(name, function).parse_args(words))

@@ -9,12 +9,12 @@ from typing import Literal
 from striate.prune.plan import Pruning
 from striate.prune.surgery import MAP, WEIGHT_FILES
 from striate.region import FILE as REGION_FILE
-from striate.runs.pruning_card import healing_note
+from striate.runs.card import CARD, add_text
+from striate.runs.pruning_card import healing_text
 from striate.runs.run import Run
 from striate.runs.training import tune
 from striate.train import TrainOptions
 
-CARD = "README.md"
 HealLayers = Literal["region", "neighbors", "projector"]
 
 
@@ -33,8 +33,7 @@ def heal_checkpoint(
             own = file.name in (CARD, MAP, REGION_FILE)
             if own or not (tuned.checkpoint / file.name).exists():
                 shutil.copyfile(file, tuned.checkpoint / file.name)
-    with (tuned.checkpoint / CARD).open("a", encoding="utf-8") as card:
-        card.write(healing_note(tuned.info))
+    add_text(tuned.checkpoint, run.info, healing_text(tuned.info))
     _merge_into(run, tuned)
 
 

@@ -19,12 +19,12 @@ from striate.prune.choice import Calibration, Criterion
 from striate.prune.plan import PruneRequest, Pruning, plan_pruning
 from striate.prune.surgery import CONFIG, MAP
 from striate.region import FILE as REGION_FILE
-from striate.region import Region
 from striate.roundtrip import free_memory
 from striate.routing import load, read_route
-from striate.runs.healing import CARD, HealLayers, heal_checkpoint
+from striate.runs.card import add_text
+from striate.runs.healing import HealLayers, heal_checkpoint
 from striate.runs.options import Only, flat
-from striate.runs.pruning_card import pruned_card
+from striate.runs.pruning_card import pruning_text
 from striate.runs.run import Run
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Scores
@@ -134,7 +134,9 @@ def _cut(run: Run, source: Path, pruning: Pruning, sample: RecordSample | None, 
     for note in cut_checkpoint(source, partial, pruning.numbers, records=records, options=options):
         run.warn(note)
     cut, route = pruning.to_json(parent), read_route(check_config(str(partial)))
-    _describe(partial, pruning.region, route, cut, name=run.info["name"], parent=parent)
+    pruning.region.save(partial / REGION_FILE, route)
+    (partial / MAP).write_text(json.dumps(cut, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    add_text(partial, run.info, pruning_text(cut, parent=parent))
     os.replace(partial, run.checkpoint)
     run.write_region(pruning.region, route)
     run.update(prune=cut)
@@ -151,17 +153,6 @@ def _choose(
     del vlm, calibration
     free_memory()
     return pruning
-
-
-def _describe(
-    folder: Path, region: Region, route: Region | None, cut: dict[str, Any], *, name: str, parent: str
-) -> None:
-    """Write region, route, layer map and model card beside the weights."""
-    region.save(folder / REGION_FILE, route)
-    (folder / MAP).write_text(json.dumps(cut, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    card = folder / CARD
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
-    card.write_text(pruned_card(before, cut, name=name, parent=parent), encoding="utf-8")
 
 
 def _check_out(out: Path | None) -> None:

@@ -1,18 +1,8 @@
-"""The model card of a pruned checkpoint."""
+"""What the model card says of a pruning."""
 
 from __future__ import annotations
 
 from typing import Any
-
-HEAD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [striate, visual-region]
----
-
-# {name}
-"""
 
 SECTION = """
 ## Pruned with striate
@@ -36,10 +26,10 @@ Healed: then {what} were trained on `{data}` ({steps} steps).
 """
 
 
-def pruned_card(before: str, cut: dict[str, Any], *, name: str, parent: str) -> str:
-    """Markdown: the model's card, or a new one, and the description of the cut (the content of prune.json)."""
+def pruning_text(cut: dict[str, Any], *, parent: str) -> str:
+    """Markdown: the description of the cut (the content of prune.json)."""
     removed, depth = cut["removed"], cut["depth"]["before"]
-    section = SECTION.format(
+    return SECTION.format(
         parent=parent,
         removed=len(removed),
         depth=depth,
@@ -49,11 +39,10 @@ def pruned_card(before: str, cut: dict[str, Any], *, name: str, parent: str) -> 
         region=cut["region"],
         diagram="".join("✂" if layer in removed else "□" for layer in range(depth)),
     )
-    return (before.rstrip() + "\n" if before.strip() else HEAD.format(name=name)) + section
 
 
-def healing_note(info: dict[str, Any]) -> str:
-    """Markdown to append to the card, from the run.json of the healing."""
+def healing_text(info: dict[str, Any]) -> str:
+    """Markdown: what was healed, from the run.json of the healing."""
     training, options = info["training"], info["options"]
     what = "the projector" if not training["groups"].get("layers") else f"layers `{options['region']}` (new numbers)"
     return HEALED.format(what=what, data=options["data"], steps=training["steps"])

@@ -11,10 +11,11 @@ from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.roundtrip import verify
+from striate.runs.card import write_card
 from striate.runs.options import Only
 from striate.runs.run import Run
 from striate.runs.stage import Resume, Stage
-from striate.runs.training_card import model_card
+from striate.runs.training_card import training_text
 from striate.runs.training_log import RunLog
 from striate.train import (
     ALIGN,
@@ -191,8 +192,8 @@ def _end(run: Run, trained: Trained, stage: Stage) -> None:
     trained.vlm.model.save_pretrained(run.checkpoint)
     trained.vlm.processor.save_pretrained(run.checkpoint)
     trained.region.save(run.checkpoint / REGION_FILE, trained.route, modules=trained.modules)
-    card = model_card(run.info, trained.region, trained.route, modules=trained.modules)
-    (run.checkpoint / "README.md").write_text(card, encoding="utf-8")
+    text = training_text(run.info, trained.region, trained.route, modules=trained.modules)
+    write_card(run.checkpoint, run.info, body=text)
     if note := verify(trained.vlm, run.checkpoint, attn=stage.options.attn, sharded=stage.options.shard):
         run.warn(note)
     shutil.rmtree(run.state, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The model card of a trained checkpoint."""
+"""What the model card says of a training."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from typing import Any
 from striate.region import Region
 
 CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [striate, visual-region]
----
-
 # {name}
 
 `{parent}` after `striate {verb}`: {what}. All other weights are unchanged.
@@ -30,13 +24,6 @@ Region, {count} of {depth} decoder layers ({fraction:.0%}): `{region}`{origin}
 | seconds | {seconds:.0f} |
 | versions | {versions} |
 
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained("path/to/this/folder")
-processor = AutoProcessor.from_pretrained("path/to/this/folder")
-```
-
 The recipe, as it ran:
 
 ```json
@@ -47,11 +34,11 @@ The recipe, as it ran:
 
 ROUTED = """
 Route: image tokens pass only through layers `{route}`, in training and when it is turned on:
-`striate.load("path/to/this/folder")`, or `striate.route(model)` on the model below, which is plain until then.
+`striate.load("path/to/this/folder")`, or `striate.route(model)` on a model loaded with transformers.
 """
 
 
-def model_card(info: dict[str, Any], region: Region, route: Region | None = None, *, modules: str = "all") -> str:
+def training_text(info: dict[str, Any], region: Region, route: Region | None = None, *, modules: str = "all") -> str:
     """Markdown from the content of run.json, the region and the modules of it that were trained, and the route."""
     training = info["training"]
     own = "" if modules == "all" else f"the {modules.replace(',', ', ')} matrices of "

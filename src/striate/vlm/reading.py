@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 
 from striate.errors import UserError, first_line
 from striate.weights import tensors, weight_files
@@ -174,8 +177,22 @@ def dequantize_model(model: PreTrainedModel) -> PreTrainedModel:
     elif quantizer is not None:
         model = model.dequantize(model.config.dtype)
     _without_quantization(model.config)
-    vars(model).pop("_weight_conversions", None)
+    read = vars(model).pop("_weight_conversions", None) or ()
+    keep_prefixes(model, {one.scope_prefix for one in read if isinstance(one, PrefixChange)})
     return model
+
+
+def keep_prefixes(model: PreTrainedModel, parts: Collection[str | None]) -> None:
+    """Let `save_pretrained` write the weights of these parts under the names that published checkpoints have.
+
+    transformers 5 drops a prefix when it reads them (`vision_model.` in the tower of LLaVA), and writes it only for a
+    model that it has read so. vLLM and transformers 4 know no other names; the latter would start with a random tower.
+    """
+    vars(model)["_weight_conversions"] = [
+        one
+        for one in get_model_conversion_mapping(model, add_legacy=False)
+        if not isinstance(one, PrefixChange) or one.scope_prefix in parts
+    ]
 
 
 def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str, *, quantized: bool) -> str:

@@ -17,6 +17,7 @@ from striate.studies.assemble.projector import export_projector as write_project
 from striate.studies.assemble.projector import load_projector
 from striate.studies.assemble.templates import wording
 from striate.vlm import Vlm
+from striate.vlm.reading import keep_prefixes
 from striate.vlm.template import set_stop_tokens
 
 __all__ = ["assemble"]
@@ -98,6 +99,7 @@ def assemble(
         set_stop_tokens(model.generation_config, process)
         for tensor in model.state_dict(keep_vars=True).values():  # unsaved buffers (rotary frequencies) stay in float32
             tensor.data = tensor.data.to(getattr(torch, dtype or "bfloat16"))
+        keep_prefixes(model, ("vision_tower",))
         model.save_pretrained(run.checkpoint)
         process.save_pretrained(run.checkpoint)
         vlm = Vlm.of(model, source=str(run.checkpoint))
