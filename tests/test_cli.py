@@ -196,7 +196,7 @@ def test_the_help_of_tune_is_in_groups(
     monkeypatch.setenv("COLUMNS", str(width))
     main(["tune", "--help"])
     short = capsys.readouterr().out
-    assert short.endswith("31 more options: striate tune --help-all\n")
+    assert short.endswith("32 more options: striate tune --help-all\n")
     assert "  --method auto|full|lora\n" in short
     main(["tune", "m", "--help-all"])
     text = capsys.readouterr().out

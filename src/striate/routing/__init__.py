@@ -193,7 +193,7 @@ def auto_size(text: Region | str | None, depth: int) -> str | None:
         return None
     size = text.removeprefix(AUTO)
     try:
-        region_by_score("top", size, [0.0] * depth, "high", "")
+        region_by_score("top", size, range(depth), "")
     except UserError as error:
         raise UserError(f"--route {text}: {error}") from None
     return size

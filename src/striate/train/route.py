@@ -8,7 +8,7 @@ from striate import routing
 from striate.data import Records
 from striate.distributed import Rank
 from striate.errors import UserError
-from striate.region import Region, region_by_score
+from striate.region import Region, rank_layers, region_by_score
 from striate.scores import score
 from striate.train.options import TrainOptions
 from striate.vlm import Vlm
@@ -44,7 +44,7 @@ def find_route(
         vlm, records, metrics=METRIC, samples=SAMPLES, batch=options.micro_batch, max_length=options.max_length,
         seed=options.seed, on_bad_record="skip",
     )  # fmt: skip
-    values = [float("inf"), *measured[METRIC].values[1:]]  # layer 0 comes first
-    found = region_by_score("top", size, values, "high", METRIC)
+    ranked = rank_layers(measured[METRIC].values, measured[METRIC].direction)
+    found = region_by_score("top", size, sorted(ranked, key=bool), METRIC)  # layer 0 comes first
     first = rank.gather(found.layers)[0]  # devices round differently, and all processes need one route
     return routing.resolve(Region(first, vlm.depth, str(route)), region)
