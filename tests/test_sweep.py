@@ -106,7 +106,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"grid": {"region": ["all", "last:9"]}}, "sweep.yaml: grid.region: 'last:9' asks for 9 layers"),
     ({"grid": {"seed": [0, 0]}}, "sweep.yaml: grid.seed: 0 is given twice"),
     ({"grid": {"steps": [1, 2]}}, "sweep.yaml: grid.steps is set under tune as well"),
-    ({"grid": {"modules": ["all", "attn"]}}, "sweep.yaml: tune of modules-attn: --modules 'attn'; there are: all"),
+    ({"grid": {"modules": ["all", "attn"]}}, "sweep.yaml: tune of modules-attn: --modules 'attn'; nearest: attention"),
     ({"grid": {"eval.batch": [1]}}, "sweep.yaml: grid.eval.batch: only options of tune"),
 ]
 
