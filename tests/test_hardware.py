@@ -35,6 +35,7 @@ from striate.train.loss import FastPaths, answer_losses
 from striate.train.memory import activations
 from striate.train.options import check_launch
 from striate.train.packing import ModelInputs, record_by_record
+from striate.train.saved import StateWriter
 from striate.train.watch import checksum
 from striate.vlm import Vlm, select
 
@@ -120,7 +121,7 @@ def test_memory_that_runs_out_in_a_probe_says_nothing_about_packing(monkeypatch:
         verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
 
 
-@pytest.mark.parametrize(("holder", "name"), [(fit, "_probe"), (Loop, "_clip"), (Loop, "_gather_trained")])
+@pytest.mark.parametrize(("holder", "name"), [(fit, "_probe"), (Loop, "_clip"), (StateWriter, "_copy")])
 def test_memory_that_runs_out_outside_of_a_pass_is_one_line(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str
 ) -> None:

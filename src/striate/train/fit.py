@@ -28,6 +28,7 @@ from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activati
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
+from striate.train.saved import StateWriter
 from striate.train.sharding import shard, unshard, unsharded_parameters
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
@@ -138,8 +139,11 @@ def fit(
         kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
         groups = _freeze_unreachable(groups, reachable, log)
         checkpointing = _plan_checkpointing(vlm, probe, kept, groups, options, device, rank)
+        writer = _plan_saves(state, checkpointing, groups, options, device, rank) if state else None
+        if writer and not writer.background:
+            notes += ("training waits while a state is saved: there is no memory for a copy of it",)
         loop = Loop(
-            network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, state=state,
+            network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, writer=writer,
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
             audit=_audit(network, groups, examples), memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
         )  # fmt: skip
@@ -319,8 +323,7 @@ def _plan_checkpointing(
     """Choose the layers to recompute, from the activations of the largest micro-batch without recomputation."""
     hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
     width = torch.finfo(vlm.model.dtype).bits // 8
-    trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
-    reserved = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradients and moments
+    reserved = (4 + MOMENT_BYTES[options.optimizer]) * _num_trained(groups)  # gradients and moments
     if options.shard:  # each process holds its share
         reserved //= rank.world_size
     checkpointing = Checkpointing(
@@ -334,6 +337,23 @@ def _plan_checkpointing(
     if options.shard:  # recomputing a layer gathers its weights, a collective operation of all processes
         checkpointing.at_least(max(rank.gather(len(checkpointing.layers))))
     return checkpointing
+
+
+def _plan_saves(
+    state: Path, checkpointing: Checkpointing, groups: dict[str, Group], options: TrainOptions, device: torch.device,
+    rank: Rank,
+) -> StateWriter:  # fmt: skip
+    """The writer of states: in the background where the CPU's memory holds a copy of a state beside everything else."""
+    copy = (4 + MOMENT_BYTES[options.optimizer]) * _num_trained(groups)
+    if device.type == "cpu":
+        room = checkpointing.free - checkpointing.needed(len(checkpointing.layers))
+    else:
+        room = SHARE * free_bytes(torch.device("cpu"))
+    return StateWriter(state, rank, background=copy <= room)
+
+
+def _num_trained(groups: dict[str, Group]) -> int:
+    return sum(p.numel() for group in groups.values() for p in group.parameters.values())
 
 
 def _shard_groups(

@@ -13,11 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -88,21 +83,10 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def put(tensor: Tensor, values: Tensor) -> None:
-    """Copy new values into a tensor; every process has the whole of them and takes its shard."""
-    if isinstance(tensor, DTensor):
-        values = values.to(tensor.device)
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(values)
-
-
-def optimizer_state(network: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The whole state of an optimizer by parameter name, in the first process only."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(network, optimizer, options=options)
-
-
-def set_optimizer_state(network: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """The inverse of `optimizer_state`; each process takes its shard, for any number of processes."""
-    set_optimizer_state_dict(network, optimizer, state, options=StateDictOptions(full_state_dict=True))
+def shard_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """The values, of which every process has the whole, sharded as a tensor of their shape is."""
+    if not isinstance(tensor, DTensor) or values.shape != tensor.shape:
+        return values
+    return distribute_tensor(
+        values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+    )  # fmt: skip
