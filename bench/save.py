@@ -1,4 +1,5 @@
-"""How long saving a state stops the training: seconds of the steps with a save beyond those without one.
+"""How long saving a state stops the training: seconds of the steps with a save beyond those without one, on the clock
+and of the training thread's own CPU time, which other work on the machine does not lengthen.
 
     python bench/save.py          # 0.3 GB of trained weights, a state of 1 GB
 
@@ -36,11 +37,11 @@ class Times(Log):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
 
     def step(self, entry: dict[str, Any]) -> None:
         super().step(entry)
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.thread_time()))
 
 
 def main() -> None:
@@ -63,15 +64,16 @@ def main() -> None:
         records = read(write_records(Path(folder), shape, options.steps))
         groups = {part: Group(parameters, 2e-5) for part, parameters in named.items()}
         fit(vlm, vlm.model, region, records, groups, options, log=log, state=Path(folder) / "state")
-    seconds = [after - before for before, after in itertools.pairwise(log.ends)]  # from the end of step 1 on
-    behind_save = seconds[EVERY - 1 :: EVERY][2:]
-    others = [one for index, one in enumerate(seconds) if index % EVERY != EVERY - 1]
-    stall = median(behind_save) - median(others)
-    print(
-        f"{weights / 1e9:.2f} GB of trained weights: a step takes {median(others):.2f} s, with a save "
-        f"{median(behind_save):.2f} s ({min(behind_save):.2f} to {max(behind_save):.2f}): "
-        f"{stall / (weights / 1e9):.2f} s per GB"
-    )
+    print(f"{weights / 1e9:.2f} GB of trained weights")
+    for name, ends in zip(("on the clock", "of CPU time"), zip(*log.ends, strict=True), strict=True):
+        seconds = [after - before for before, after in itertools.pairwise(ends)]  # from the end of step 1 on
+        behind_save = seconds[EVERY - 1 :: EVERY][2:]
+        others = [one for index, one in enumerate(seconds) if index % EVERY != EVERY - 1]
+        stall = median(behind_save) - median(others)
+        print(
+            f"seconds {name}: a step {median(others):.2f}, with a save {median(behind_save):.2f} "
+            f"({min(behind_save):.2f} to {max(behind_save):.2f}): {stall / (weights / 1e9):.2f} per GB"
+        )
 
 
 if __name__ == "__main__":

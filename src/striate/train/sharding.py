@@ -18,21 +18,27 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from striate.distributed import Rank
+from striate.train.precision import cast_for_training
 from striate.vlm import Vlm
 
 
 def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank, *, bf16: bool) -> dict[str, nn.Parameter]:
     """Shard `network` (the model, or its adapted form) over the processes' devices; its new parameters, by name.
 
-    With `bf16` the trained weights, which are in float32, are gathered in bfloat16, the dtype of the GEMMs: half the
-    traffic, and autocast keeps no copies. Gradients are summed in float32.
+    Unit by unit, the weights are read from the memory-mapped checkpoint, cast for training, sharded and let go: a
+    process holds its shards and one unit. With `bf16` the trained weights, which are in float32, are gathered in
+    bfloat16, the dtype of the GEMMs: half the traffic, and autocast keeps no copies. Gradients are summed in float32.
     """
     mesh = init_device_mesh(device.type, (rank.world_size,))
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for unit in (*vlm.layers, network):
-        frozen = (p for p in unit.parameters() if not (p.requires_grad or isinstance(p, DTensor)))
+        cast_for_training(unit, bf16=bf16)
+        whole_ones = [p for p in unit.parameters() if not isinstance(p, DTensor)]
+        frozen = (p for p in whole_ones if not p.requires_grad)
         keeps = any(p.dtype == torch.float32 for p in frozen)  # for a reason, as routers of experts are
         fully_shard(unit, mesh=mesh, mp_policy=half if bf16 and not keeps else MixedPrecisionPolicy())
+        for parameter in whole_ones:  # others may refer to it
+            parameter.data = parameter.data.new_empty(0)
     return dict(network.named_parameters())
 
 
