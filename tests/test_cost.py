@@ -160,9 +160,12 @@ def test_flops_are_those_of_a_real_step(model: str, region: str, changes: dict[s
     [
         ("llama", "all", {}),
         ("llama", "all", {"checkpointing": True}),
+        ("llama", "uniform:25%", {"method": "lora"}),
+        ("qwen2", "uniform:25%", {}),
         ("qwen2", "uniform:25%", {"method": "lora"}),
         ("gemma2", "last:25%", {"projector": False}),
         ("llama", "all", {"modules": "gate_up"}),
+        ("gemma2", "uniform:25%", {"method": "lora"}),
     ],
 )
 def test_peak_memory_is_that_of_a_real_step(model: str, region: str, changes: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from striate.train.loss import FastPaths, answer_losses
 from striate.train.memory import activations
 from striate.train.options import check_launch
 from striate.train.packing import ModelInputs, record_by_record
+from striate.train.saved import StateWriter
 from striate.train.watch import checksum
 from striate.vlm import Vlm, select
 
@@ -120,7 +121,7 @@ def test_memory_that_runs_out_in_a_probe_says_nothing_about_packing(monkeypatch:
         verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
 
 
-@pytest.mark.parametrize(("holder", "name"), [(fit, "_probe"), (Loop, "_clip"), (Loop, "_gather_trained")])
+@pytest.mark.parametrize(("holder", "name"), [(fit, "_probe"), (Loop, "_clip"), (StateWriter, "_copy")])
 def test_memory_that_runs_out_outside_of_a_pass_is_one_line(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: Any, name: str
 ) -> None:
@@ -190,16 +191,32 @@ def test_records_of_a_model_with_experts_may_round_otherwise(monkeypatch: pytest
         assert found.packing is packs
 
 
-def test_activations_are_predicted_from_two_sizes(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "llama", "intermediate_size": 1024},
+        {"model_type": "qwen2", "hidden_size": 64, "head_dim": 16, "tie_word_embeddings": True},
+        {"model_type": "gemma2", "intermediate_size": 256, "sliding_window": 8},
+    ],
+)
+def test_activations_are_predicted_from_two_sizes(
+    data: Path, tmp_path: Path, text: dict[str, Any], method: str
+) -> None:
     # In bfloat16 the copies of trained weights, which are wide here, are kept once, whatever the batch.
-    vlm = striate.load(pico_llava(tmp_path / "wide", intermediate_size=1024), device="cpu")
-    select(vlm, striate.Region.parse("1,3", vlm.depth))
+    vlm = striate.load(pico_llava(tmp_path / "model", **text), device="cpu")
+    region = striate.Region.parse("1,3", vlm.depth)
+    select(vlm, region)
+    network: Any = vlm.model
+    if method == "lora":
+        network, _ = adapt(vlm, region, projector=True, rank=8, alpha=16, dropout=0.1)
     examples = Examples(read(data).records, vlm.processor)
     autocast = in_bfloat16
-    predicted, _ = fit._try_forward(vlm, vlm.model, fit._probe(examples, vlm, 8), FastPaths(), autocast)
+    predicted, _ = fit._try_forward(vlm, network, fit._probe(examples, vlm, 8), FastPaths(), autocast)
     batch = collate([examples[index] for index in range(8)], pad_id=0)
+    network.train()
     with autocast():
-        kept = activations(vlm, lambda: answer_losses(vlm, vlm.model, batch))
+        kept = activations(vlm, lambda: answer_losses(vlm, network, batch))
     assert predicted.layers == pytest.approx(kept.layers, rel=0.15)
     assert predicted.total == pytest.approx(kept.total, rel=0.15)
 

@@ -8,10 +8,12 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from striate.data import read
 from striate.runs import training
 from striate.runs.run import Run
 from striate.runs.training_log import RunLog
-from striate.train import TrainOptions, answer_nll, last_saved, loop, num_samples
+from striate.train import TrainOptions, answer_nll, last_saved, loop, num_samples, saved
 from striate.train.adapter import adapt
 from striate.train.nonfinite import SpikeDetector
 from striate.train.order import length_grouped
@@ -158,7 +160,7 @@ def test_a_state_is_whole_or_not_there(model: Path, data: Path, tmp_path: Path) 
     options = replace(OPTIONS, steps=5, save_steps=2)
     whole = tune(model, data, tmp_path / "whole", options)
     state = tmp_path / "cut" / "state"
-    real = loop.commit_state
+    real = saved.commit_state
 
     def killed(written: Path, step: int) -> None:
         if step == 4:
@@ -166,13 +168,47 @@ def test_a_state_is_whole_or_not_there(model: Path, data: Path, tmp_path: Path) 
         real(written, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "commit_state", killed)
+        patch.setattr(saved, "commit_state", killed)
         with pytest.raises(ValueError, match="killed"):
             tune(model, data, tmp_path / "cut", options)
     assert sorted(file.name for file in (state / "part").iterdir())  # torn, and
     assert last_saved(state) == state / "step-2"  # nobody's state
     resumed = tune(model, data, tmp_path / "cut", options, resume=True)
     assert changed(weights(whole.path), weights(resumed.path)) == set()
+
+
+def test_a_state_is_that_of_its_step_though_training_continues(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, write, notes = Event(), saved.write_file, list[str]()
+
+    class Slow(RunLog):
+        def begin(self, done: int, total: int, lines: Sequence[str]) -> None:
+            super().begin(done, total, lines)
+            notes.append(" ".join(lines))
+
+        def step(self, entry: dict[str, Any]) -> None:
+            super().step(entry)
+            if entry["step"] == 4:
+                later.set()
+
+    def wait(*arguments: Any) -> None:
+        assert later.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr("striate.runs.training.RunLog", Slow)
+    monkeypatch.setattr("striate.runs.training.shutil.rmtree", lambda *_, **__: None)  # leave the states
+    options = replace(OPTIONS, steps=5, save_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "write_file", wait)
+        behind = tune(model, data, tmp_path / "behind", options)
+    with monkeypatch.context() as patch:
+        patch.setattr(import_module("striate.train.fit"), "free_bytes", lambda _: 0)  # for no copy
+        waiting = tune(model, data, tmp_path / "waiting", replace(options, checkpointing="none"))
+    for file in (saved.TRAINED, saved.MOMENTS):
+        found = [(run.state / "step-3" / file).read_bytes() for run in (behind, waiting)]
+        assert found[0] == found[1]
+    assert ["training waits while a state" in line for line in notes] == [False, True]
 
 
 def test_resume_auto_starts_continues_or_does_nothing(model: Path, data: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from striate.train.checkpointing import Checkpointing
 from striate.train.fit import in_bfloat16
 from striate.train.loss import NONE, answer_nll
 from striate.train.memory import Activations, activations
+from striate.train.saved import REST
 from striate.train.watch import Wait
 from striate.vlm import Vlm, select
 from striate.vlm.devices import has_native_bfloat16
@@ -185,7 +186,7 @@ def test_bitsandbytes_optimizes_on_request(
     options = replace(OPTIONS, optimizer="adamw_8bit", save_steps=1, steps=2)
     monkeypatch.setattr("striate.runs.training.shutil.rmtree", lambda *_, **__: None)  # leave the state where it is
     run = tune(model, data, tmp_path / "run", options)
-    state = torch.load(run.state / "step-2" / "state.pt", weights_only=True)["optimizer"]["state"]
+    state = torch.load(run.state / "step-2" / REST, weights_only=True)["optimizer"]["state"]
     assert "state1" in str(state)  # bitsandbytes' own name for a moment
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bitsandbytes", None)

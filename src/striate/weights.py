@@ -288,7 +288,7 @@ def write(folder: Path, tensors: Iterable[StoredTensor], *, shard_bytes: int = S
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     try:
         for name, shard in zip(names, shards, strict=True):
-            _write_file(folder / name, shard)
+            write_file(folder / name, shard)
     finally:
         _unpickle_cached.cache_clear()
     if len(shards) > 1:
@@ -311,7 +311,7 @@ def copy(source: Path, target: Path, rename: Rename) -> None:
         num_dropped += sum(math.prod(one.shape) for one, new in named if new is None)
         if kept:
             shards[file.name] = kept
-            _write_file(target / file.name, kept, _header(file)[2])
+            write_file(target / file.name, kept, _header(file)[2])
     entry = _entry(source, pickles=False)
     if entry is None or not entry.name.endswith(INDEX_SUFFIX):
         return
@@ -344,7 +344,8 @@ def _shards(tensors: list[StoredTensor], shard_bytes: int) -> list[list[StoredTe
     return shards
 
 
-def _write_file(path: Path, tensors: list[StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_file(path: Path, tensors: list[StoredTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file; the tensors are read and written in their order, one at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     place = 0
     for one in tensors:

@@ -96,7 +96,7 @@ def test_kills_at_any_moment(
     lost = f"0; at most {again} steps done again"
     by_trainer = _by_trainer(tmp_path, model, data, draw, amount(1, 10))
     note_fault("SIGKILL while training, at random moments", kills, survived, lost, by_trainer)
-    assert again <= SAVED_EVERY
+    assert again < 2 * SAVED_EVERY  # a state is written while the next steps are done
 
 
 def _by_trainer(folder: Path, model: Path, data: Path, draw: random.Random, trainings: int) -> str:

@@ -168,7 +168,8 @@ def tune(
 def _open_model(model: str | Path, options: TrainOptions) -> Vlm:
     """Load the model; one to be quantized or sharded is moved to its device in parts, later."""
     in_parts = options.frozen_layers == "nf4" or options.shard
-    vlm = load(model, device="cpu" if in_parts else options.device, attn=options.attn, dequantize=True)
+    device = "cpu" if in_parts else options.device
+    vlm = load(model, device=device, attn=options.attn, dequantize=True, mapped=options.shard)
     _ = vlm.processor  # raises an error if it does not fit the model, before anything is written
     return vlm
 

@@ -26,7 +26,7 @@ from striate.train.memory import full_tuning_fits
 from striate.train.nf4 import quantize_frozen_layers
 from striate.train.optimizer import Group, Named
 from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
-from striate.train.precision import Dtypes, cast, dtypes_of, float16_to_bfloat16, restore
+from striate.train.precision import Dtypes, cast, cast_for_training, dtypes_of, restore
 from striate.train.route import find_route
 from striate.train.sampling import num_samples, sample_records
 from striate.train.saved import last_saved
@@ -87,8 +87,8 @@ def align(
     region = Region((), vlm.depth, "none")
     chosen_route = _replace_route(vlm, find_route(vlm, records, route, region, options=options, rank=rank), log)
     saved_as = _prepare(vlm, region, options)
-    named = trainable_parameters(vlm, select(vlm, region, tower=tower))
-    _cast_frozen(vlm, options)
+    named = named_parameters(vlm, select(vlm, region, tower=tower))
+    _cast(vlm, options)
     rate = _or_default(options.learning_rate, 1e-3)
     rates = {"projector": _or_default(options.projector_learning_rate, rate), "tower": rate}
     groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
@@ -153,12 +153,12 @@ def tune(
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
     network: Any = vlm.model
     if full:
-        named, rate = trainable_parameters(vlm, plan), 2e-5
+        named, rate = named_parameters(vlm, plan), 2e-5
     else:
         lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
         network, named = adapt(vlm, chosen, modules=plan.modules, projector=projector == "train", **lora)
         rate = 2e-4
-    _cast_frozen(vlm, options)
+    _cast(vlm, options)
     rates = {
         "layers": _or_default(options.learning_rate, rate),
         "projector": _or_default(options.projector_learning_rate, 2e-5),
@@ -209,19 +209,21 @@ def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Dtypes:
     bf16 = in_bfloat16(options.dtype, _device(options))
     if bf16 and not vlm.source and torch.float16 in saved_as.values():
         raise UserError("a float16 model in memory cannot be trained in bfloat16 without losing bits: load it by name")
+    if options.shard:
+        return saved_as
     if not bf16:
         vlm.model.float()
-    device = torch.device("cpu") if options.shard else _device(options)
+    device = _device(options)
     if options.frozen_layers == "nf4":
         quantize_frozen_layers(vlm, region, torch.bfloat16 if bf16 else torch.float32, device)
     torch.nn.Module.to(vlm.model, device)
     return saved_as
 
 
-def _cast_frozen(vlm: Vlm, options: TrainOptions) -> None:
-    """Cast frozen float16 weights to the dtype of the GEMMs, after the trained weights were cast to float32."""
-    if in_bfloat16(options.dtype, _device(options)):
-        float16_to_bfloat16(vlm.model)
+def _cast(vlm: Vlm, options: TrainOptions) -> None:
+    """Cast the weights for training; with `shard`, `fit` casts each unit as it shards it."""
+    if not options.shard:
+        cast_for_training(vlm.model, bf16=in_bfloat16(options.dtype, _device(options)))
 
 
 def _finish(vlm: Vlm, network: Any, trained: Trained, saved_as: Dtypes, options: TrainOptions) -> None:
@@ -269,8 +271,15 @@ def _full_tuning_fits(plan: Selection, options: TrainOptions, rank: Rank) -> boo
 
 def trainable_parameters(vlm: Vlm, plan: Selection) -> dict[str, Named]:
     """The parameters of a plan by part, cast to float32: bfloat16 would round small updates away."""
+    named = named_parameters(vlm, plan)
+    for parameters in named.values():
+        for parameter in parameters.values():
+            parameter.data = parameter.data.float()
+    return named
+
+
+def named_parameters(vlm: Vlm, plan: Selection) -> dict[str, Named]:
+    """The parameters of a plan by part."""
     parameters = dict(vlm.model.named_parameters())
-    for name in plan.names:
-        parameters[name].data = parameters[name].data.float()
     parts = {"layers": plan.layers, "projector": plan.projector, "tower": plan.tower}
     return {part: {name: parameters[name] for name in names} for part, names in parts.items() if names}

@@ -28,6 +28,7 @@ from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activati
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
+from striate.train.saved import StateWriter
 from striate.train.sharding import shard, unshard, unsharded_parameters
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
@@ -130,7 +131,7 @@ def fit(
         probe = _probe(examples, vlm, micro_batch(options, rank))
         if route is not None:
             with autocast():
-                routing.verify(vlm, route, probe.batch.to(vlm.device))
+                routing.verify(vlm, route, probe.batch.to(vlm.device, vlm.model.dtype if options.shard else None))
             stack.enter_context(routing.route(vlm, route))
         if options.shard:  # before the probes: they run on the devices then
             groups = _shard_groups(vlm, network, groups, device, rank, bf16=bf16)
@@ -141,9 +142,13 @@ def fit(
             stack.enter_context(record_by_record(vlm))
         kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
         groups = _freeze_unreachable(groups, reachable, log)
-        checkpointing = _plan_checkpointing(vlm, probe, kept, groups, options, device, rank)
+        tokens = probe.largest(packing=fast_paths.packing)
+        checkpointing = _plan_checkpointing(vlm, tokens, kept, groups, options, device, rank)
+        writer = _plan_saves(state, checkpointing, groups, options, device, rank) if state else None
+        if writer and not writer.background:
+            notes += ("training waits while a state is saved: there is no memory for a copy of it",)
         loop = Loop(
-            network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, state=state,
+            network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, writer=writer,
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
             audit=_audit(network, groups, examples), memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
         )  # fmt: skip
@@ -204,21 +209,26 @@ def in_bfloat16(dtype: str, device: torch.device) -> bool:
 @dataclass(frozen=True)
 class Probe:
     """Two records to try the model on, and the first of them alone; the largest micro-batch has about `scale` times the
-    tokens of both."""
+    tokens of both, with padding `padded_scale` times."""
 
     one: Batch
     batch: Batch
     scale: float
+    padded_scale: float
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of both records."""
-        return int(self.batch.inputs["attention_mask"].sum())
+    def tokens(self, *, packing: bool) -> int:
+        """Tokens of both records, with padding if they are not packed."""
+        return int(self.batch.inputs["attention_mask"].sum()) if packing else self.batch.labels.numel()
 
-    @property
-    def steps(self) -> float:
-        """The tokens that the largest micro-batch has beyond both records, over those of the second record."""
-        return (self.scale - 1) * self.tokens / (self.tokens - int(self.one.inputs["attention_mask"].sum()))
+    def largest(self, *, packing: bool) -> float:
+        """Tokens of the largest micro-batch."""
+        return self.tokens(packing=packing) * (self.scale if packing else self.padded_scale)
+
+    def steps(self, *, packing: bool) -> float:
+        """The tokens that the largest micro-batch has beyond both records, over those that both have beyond the first
+        one."""
+        both = self.tokens(packing=packing)
+        return (self.largest(packing=packing) - both) / (both - self.one.labels.numel())
 
 
 def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
@@ -236,9 +246,11 @@ def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
         assert isinstance(last, Skipped)
         raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}", see="bad-records")
     (first, one), (second, other) = found[0], found[-1]
-    scale = sum(sorted(lengths)[-micro:]) / max(1, lengths[first] + lengths[second])
+    longest = sorted(lengths)[-micro:]
+    scale = sum(longest) / max(1, lengths[first] + lengths[second])
+    padded_scale = len(longest) * longest[-1] / max(1, 2 * lengths[first], 2 * lengths[second])
     alone, both = (collate(chosen, pad_id=vlm.pad_token_id) for chosen in ([one], [one, other]))
-    return Probe(alone, both, scale)
+    return Probe(alone, both, scale, padded_scale)
 
 
 def _try_forward(
@@ -260,7 +272,8 @@ def _try_forward(
     with _with_dropout(network), unsharded_parameters(vlm, network) as parameters:
         one, both = measured(probe.one), measured(probe.batch)
         reachable = reachable_parameters(losses[0])
-    return both.beyond(one, probe.steps), {name for name, p in parameters.items() if p in reachable}
+    steps = probe.steps(packing=fast_paths.packing)
+    return both.beyond(one, steps), {name for name, p in parameters.items() if p in reachable}
 
 
 @contextmanager
@@ -314,31 +327,48 @@ def _freeze_unreachable(groups: dict[str, Group], reachable: set[str], log: Log)
 
 def _plan_checkpointing(
     vlm: Vlm,
-    probe: Probe,
+    tokens: float,
     kept: Activations,
     groups: dict[str, Group],
     options: TrainOptions,
     device: torch.device,
     rank: Rank,
 ) -> Checkpointing:
-    """Choose the layers to recompute, from the activations of the largest micro-batch without recomputation."""
+    """Choose the layers to recompute, from the tokens of the largest micro-batch and its activations `kept` without
+    recomputation."""
     hidden = vlm.model.config.get_text_config(decoder=True).hidden_size
     width = torch.finfo(vlm.model.dtype).bits // 8
-    trained = sum(p.numel() for group in groups.values() for p in group.parameters.values())
-    reserved = (4 + MOMENT_BYTES[options.optimizer]) * trained  # gradients and moments
+    reserved = (4 + MOMENT_BYTES[options.optimizer]) * _num_trained(groups)  # gradients and moments
     if options.shard:  # each process holds its share
         reserved //= rank.world_size
     checkpointing = Checkpointing(
         vlm,
         kept=kept,
         free=SHARE * free_bytes(device) - reserved,
-        inputs=probe.scale * probe.tokens * hidden * width,
+        inputs=tokens * hidden * width,
         fixed=options.checkpointing != "auto",
     )
     checkpointing.choose(options.checkpointing)
     if options.shard:  # recomputing a layer gathers its weights, a collective operation of all processes
         checkpointing.at_least(max(rank.gather(len(checkpointing.layers))))
     return checkpointing
+
+
+def _plan_saves(
+    state: Path, checkpointing: Checkpointing, groups: dict[str, Group], options: TrainOptions, device: torch.device,
+    rank: Rank,
+) -> StateWriter:  # fmt: skip
+    """The writer of states: in the background where the CPU's memory holds a copy of a state beside everything else."""
+    copy = (4 + MOMENT_BYTES[options.optimizer]) * _num_trained(groups)
+    if device.type == "cpu":
+        room = checkpointing.free - checkpointing.needed(len(checkpointing.layers))
+    else:
+        room = SHARE * free_bytes(torch.device("cpu"))
+    return StateWriter(state, rank, background=copy <= room)
+
+
+def _num_trained(groups: dict[str, Group]) -> int:
+    return sum(p.numel() for group in groups.values() for p in group.parameters.values())
 
 
 def _shard_groups(

@@ -9,7 +9,6 @@ or FSDP2 in `sharding`).
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -39,11 +36,21 @@ from striate.train.nonfinite import SpikeDetector, nonfinite_records
 from striate.train.optimizer import Group, build_optimizer, build_schedule
 from striate.train.options import TrainOptions, micro_batch, num_workers, total_steps
 from striate.train.order import length_grouped
-from striate.train.saved import PART, commit_state, last_saved, missing_bytes
-from striate.train.sharding import optimizer_state, put, set_optimizer_state, whole
+from striate.train.saved import (
+    MOMENTS,
+    REST,
+    TRAINED,
+    StateWriter,
+    last_saved,
+    load_optimizer,
+    missing_bytes,
+    size_of,
+    split_moments,
+)
+from striate.train.sharding import shard_like, whole
 from striate.train.watch import Audit, Log, Stop, Wait
+from striate.weights import file_tensors
 
-TRAINED, STATE = "trained.safetensors", "state.pt"  # files of a saved state: the trained weights, everything else
 # In errors that are not an `OutOfMemoryError`: of the host, of cuBLAS, of the driver.
 OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 MOST_SKIPPED = 0.01  # share of the records; more bad records than this mean that the data as a whole is wrong
@@ -100,9 +107,9 @@ class Loop:
     """Trains `network` (the model, or its adapted form) in place.
 
     `losses` computes the loss of each labeled token of a batch [N], in nats, from the wrapped network. `groups` are the
-    trainable parameters. `state` is the folder of saved states, of which the last one is resumed. The loss of a step is
-    the mean over its answer tokens on all devices. When memory runs out, the step is repeated with more layers
-    recomputed, as far as `checkpointing` allows.
+    trainable parameters. `writer` saves states; the last one in its folder is resumed. The loss of a step is the mean
+    over its answer tokens on all devices. When memory runs out, the step is repeated with more layers recomputed, as
+    far as `checkpointing` allows.
     """
 
     def __init__(
@@ -118,14 +125,15 @@ class Loop:
         audit: Audit,
         memory: PeakMemory,
         log: Log,
-        state: Path | None,
+        writer: StateWriter | None,
         device: torch.device,
         rank: Rank,
         pad_id: int,
     ) -> None:
         self.network, self.examples, self.groups, self.options = network, examples, groups, options
         self.losses, self.autocast, self.checkpointing = losses, autocast, checkpointing
-        self.audit, self.memory, self.log, self.state, self.device, self.rank = audit, memory, log, state, device, rank
+        self.audit, self.memory, self.log, self.writer = audit, memory, log, writer
+        self.device, self.rank = device, rank
         self.wait, self.stop, self.position, self.spikes = Wait(), Stop(rank), Position(), SpikeDetector()
         self.trained = {name: p for group in groups.values() for name, p in group.parameters.items()}
         self.unread = frozenset(log.skipped)  # sources of records that were skipped on reading
@@ -149,15 +157,17 @@ class Loop:
         self.spikes = SpikeDetector([entry["loss"] for entry in self.log.history if entry["loss"] is not None])
         self.network.train()
         self.audit.remember()
-        with self.stop:
+        with self.stop, self.writer or nullcontext():
             for batches in self._steps():
                 self._step(batches, began)
                 stopped = self.stop.requested_anywhere()
                 due = self.position.step % self.options.save_steps == 0 or self.position.step == self.total
-                if self.state and (stopped or due):  # the last one, too: writing the checkpoint can fail
-                    self._save(self.state)
+                if self.writer and (stopped or due):  # the last one, too: writing the checkpoint can fail
+                    self._save(self.writer)
                 if stopped:
                     break
+            if self.writer:
+                self._finish_save(self.writer)
 
     # Sample and encode.
 
@@ -325,82 +335,54 @@ class Loop:
 
     # Save and resume.
 
-    def _save(self, folder: Path) -> None:
-        """Write a state into the folder under a temporary name, and rename it once it is complete and on the disk.
-
-        When the disk is full, the run continues without it, with a warning.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
+    def _save(self, writer: StateWriter) -> None:
+        """Save a state, once the one before is on the disk. When the disk is full, continue without, with a warning."""
+        writer.folder.mkdir(parents=True, exist_ok=True)
+        self._finish_save(writer)
         self.position.peak_memory_gb = max(self.position.peak_memory_gb, self.memory.gigabytes())
-        failed = ""
-        if missing := max(self.rank.gather(missing_bytes(folder, self._state_bytes()))):
-            failed = f"{missing / 1e9:.2f} GB more are needed"
-        else:
-            trained = self._gather_trained()
-            state = {
-                "optimizer": optimizer_state(self.network, self.optimizer) if self.options.shard
-                else self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "random": self.rank.gather(_random_state(self.device)),
-                "position": asdict(self.position),
-            }  # fmt: skip
-            if self.rank.first:
-                failed = self._write(folder / PART, trained, state)
+        moments, optimizer = split_moments(self.optimizer.state_dict())
+        files = {TRAINED: dict[str, Tensor](self.trained), MOMENTS: moments}
+        if missing := max(self.rank.gather(missing_bytes(writer.folder, size_of(files)))):
+            self._warn_of_room(writer.folder, self.position.step, f"{missing / 1e9:.2f} GB more are needed")
+            return
+        rest = {
+            "optimizer": optimizer,
+            "schedule": self.schedule.state_dict(),
+            "random": self.rank.gather(_random_state(self.device)),
+            "position": asdict(self.position),
+        }
+        writer.save(self.position.step, files, rest)
+
+    def _finish_save(self, writer: StateWriter) -> None:
+        """Wait until the last state is on the disk; warn when there was no room for it."""
+        failed = writer.finish()
         if failed := next(filter(None, self.rank.gather(failed)), ""):
-            self.log.warn(f"no room in {folder} to save the state of step {self.position.step}: {failed}")
+            self._warn_of_room(writer.folder, writer.step, failed)
 
-    def _gather_trained(self) -> dict[str, Tensor]:
-        """The trained weights; of a sharded model in the first process only, one at a time on the devices."""
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.trained.items():
-            weight = whole(parameter.detach())
-            if self.rank.first:
-                found[name] = weight.cpu().contiguous() if self.options.shard else weight.contiguous()
-        return found
-
-    def _write(self, part: Path, trained: dict[str, Tensor], state: dict[str, Any]) -> str:
-        """Write both files of a state; the reason when the disk is full, else an empty string."""
-        shutil.rmtree(part, ignore_errors=True)  # of a killed run
-        try:
-            part.mkdir()
-            save_file(trained, part / TRAINED)
-            torch.save(state, part / STATE)
-            commit_state(part, self.position.step)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise their own
-            shutil.rmtree(part, ignore_errors=True)
-            if not missing_bytes(part.parent, self._state_bytes()):
-                raise
-            return first_line(error)
-        return ""
+    def _warn_of_room(self, folder: Path, step: int, reason: str) -> None:
+        self.log.warn(f"no room in {folder} to save the state of step {step}: {reason}")
 
     def resume(self) -> int:
         """Load the last saved state, if there is one; the number of steps done."""
-        saved = last_saved(self.state) if self.state else None
+        saved = last_saved(self.writer.folder) if self.writer else None
         if saved is None:
             return 0
-        trained = load_file(saved / TRAINED)
-        if trained.keys() != self.trained.keys():
+        weights = {one.name: one for one in file_tensors(saved / TRAINED)}
+        if weights.keys() != self.trained.keys():
             raise UserError(
                 f"{saved} holds other parameters than this run trains: resume with the same region",
                 see="resume-refused",
             )
-        for name, parameter in self.trained.items():
-            put(parameter, trained[name])
-        state = torch.load(saved / STATE, map_location="cpu", weights_only=True, mmap=True)
-        if self.options.shard:
-            set_optimizer_state(self.network, self.optimizer, state["optimizer"])
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.position = Position(**state["position"])
-        if len(state["random"]) == self.rank.world_size:
-            _set_random_state(state["random"][self.rank.rank], self.device)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(shard_like(parameter, weights[name].read()))
+        rest = torch.load(saved / REST, map_location="cpu", weights_only=True)
+        load_optimizer(self.optimizer, saved / MOMENTS, rest["optimizer"])
+        self.schedule.load_state_dict(rest["schedule"])
+        self.position = Position(**rest["position"])
+        if len(rest["random"]) == self.rank.world_size:
+            _set_random_state(rest["random"][self.rank.rank], self.device)
         return self.position.step
-
-    def _state_bytes(self) -> int:
-        """Bytes of a saved state: the trained weights and the optimizer's moments."""
-        moments = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.trained.values(), *moments))
 
 
 def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions) -> None:

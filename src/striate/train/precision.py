@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from striate.region import Region
@@ -26,13 +27,19 @@ def size_in(model: nn.Module, dtypes: Dtypes) -> int:
     return sum(dtypes[name].itemsize * parameter.numel() for name, parameter in model.named_parameters())
 
 
-def float16_to_bfloat16(model: nn.Module) -> None:
-    """Cast the weights still in float16 (the frozen ones) to bfloat16, the dtype of the GEMMs.
+def cast_for_training(module: nn.Module, *, bf16: bool) -> None:
+    """Cast a module's weights to the dtypes in which they train; those that are sharded have been cast before.
 
-    Otherwise every forward pass would cast them, and some modules do not support mixed dtypes on a CPU.
+    Trained weights become float32: bfloat16 would round small updates away. With GEMMs in bfloat16, frozen float16
+    weights become bfloat16: otherwise every forward pass would cast them, and some modules do not support mixed dtypes
+    on a CPU. Without, all weights become float32.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype == torch.float16:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if isinstance(tensor, DTensor) or not tensor.is_floating_point():
+            continue
+        if tensor.requires_grad or not bf16:
+            tensor.data = tensor.data.float()
+        elif tensor.dtype == torch.float16:
             tensor.data = tensor.data.to(torch.bfloat16)
 
 

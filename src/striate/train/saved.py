@@ -1,17 +1,157 @@
-"""The saved states of a training run, written atomically."""
+"""The saved states of a training run, written atomically, and while training continues.
+
+A state is a folder of three files: the trained weights, the tensors of the optimizer, and everything else (schedule,
+random states, progress).
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import Any
 
-from striate.errors import UserError
+import torch
+from torch import Tensor
+
+from striate.distributed import Rank
+from striate.errors import UserError, first_line
+from striate.train.sharding import shard_like, whole
+from striate.weights import CODES, StoredTensor, file_tensors, write_file
+
+TRAINED, MOMENTS, REST = "trained.safetensors", "optimizer.safetensors", "state.pt"
 
 PREFIX = "step-"  # of the folder of a state
 PART = "part"  # the folder of the state being written
 KEEP = 2  # complete states
 MARGIN = 2**20  # bytes for small files
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class StateWriter:
+    """Writes states into `folder`, one at a time.
+
+    With `background` a state is copied to the CPU, and a thread writes the copy while training continues; the copies'
+    memory is kept for the next state. Without it, the state is written from where it lies. Sharded tensors are gathered
+    one at a time, and kept by the first process only. As a context it waits at its end until the last state is written.
+    """
+
+    folder: Path
+    rank: Rank
+    background: bool
+    step: int = 0
+    """of the last state"""
+    _copies: Tensors = field(default_factory=dict)
+    _needed: int = 0
+    _thread: Thread | None = None
+    _error: Exception | None = None
+
+    def save(self, step: int, files: Mapping[str, Tensors], rest: Any) -> None:
+        """Save a state: `files` of tensors by name, and `rest`. All processes take part.
+
+        The state before has to be `finish`ed. What goes wrong, `finish` tells.
+        """
+        self.step, self._needed = step, size_of(files)
+        gathered = ((name, whole(t.detach())) for tensors in files.values() for name, t in tensors.items())
+        if not self.rank.first:
+            deque(gathered, maxlen=0)
+            return
+        buffer = io.BytesIO()
+        torch.save(rest, buffer)  # now: it refers to what training changes
+        values = iter(self._copy(gathered)) if self.background else (value.cpu() for _, value in gathered)
+        stored = {
+            file: [
+                StoredTensor(name, tuple(t.shape), CODES[t.dtype], partial(next, values)) for name, t in tensors.items()
+            ]
+            for file, tensors in files.items()
+        }
+        if self.background:
+            self._thread = Thread(target=self._write, args=(stored, buffer.getvalue()), daemon=True)
+            self._thread.start()
+        else:
+            self._write(stored, buffer.getvalue())
+            deque(gathered, maxlen=0)  # after an error: the other processes gather to the end
+
+    def finish(self) -> str:
+        """Wait until the state is on the disk; the reason if it is not because the disk is full, else empty."""
+        if self._thread:
+            self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is None:
+            return ""
+        if isinstance(error, OSError):
+            shutil.rmtree(self.folder / PART, ignore_errors=True)
+            if missing_bytes(self.folder, self._needed):
+                return first_line(error)
+        raise error
+
+    def __enter__(self) -> StateWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Wait for the thread, unless training was stopped at once."""
+        if self._thread and kind is not KeyboardInterrupt:
+            self._thread.join()
+
+    def _copy(self, values: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        """Copies on the CPU, in memory that is used again: new memory takes ten times as long to write."""
+        copied = []
+        for name, value in values:
+            if name not in self._copies:
+                self._copies[name] = torch.empty(value.shape, dtype=value.dtype)
+            copied.append(self._copies[name].copy_(value))
+        return copied
+
+    def _write(self, files: Mapping[str, list[StoredTensor]], rest: bytes) -> None:
+        part = self.folder / PART
+        try:
+            shutil.rmtree(part, ignore_errors=True)  # of a killed run
+            part.mkdir()
+            for name, tensors in files.items():
+                write_file(part / name, tensors)
+            (part / REST).write_bytes(rest)
+            commit_state(part, self.step)
+        except Exception as error:  # raised by `finish`
+            self._error = error
+
+
+def size_of(files: Mapping[str, Tensors]) -> int:
+    """Bytes of a state's tensors, which may be sharded."""
+    return sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
+
+
+def split_moments(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors in an optimizer's state dict, named by parameter and key (`3.exp_avg`), and the state dict without
+    them."""
+    moments = {
+        f"{index}.{key}": value
+        for index, values in state["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    rest = {
+        index: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for index, values in state["state"].items()
+    }
+    return moments, {**state, "state": rest}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, moments: Path, rest: dict[str, Any]) -> None:
+    """Load what `split_moments` split; each process takes its shards, for any number of processes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for one in file_tensors(moments):
+        index, _, key = one.name.partition(".")
+        rest["state"][int(index)][key] = shard_like(parameters[int(index)], one.read())
+    optimizer.load_state_dict(rest)
 
 
 def last_saved(state: Path) -> Path | None:

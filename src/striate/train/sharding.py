@@ -13,31 +13,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from striate.distributed import Rank
+from striate.train.precision import cast_for_training
 from striate.vlm import Vlm
 
 
 def shard(vlm: Vlm, network: nn.Module, device: torch.device, rank: Rank, *, bf16: bool) -> dict[str, nn.Parameter]:
     """Shard `network` (the model, or its adapted form) over the processes' devices; its new parameters, by name.
 
-    With `bf16` the trained weights, which are in float32, are gathered in bfloat16, the dtype of the GEMMs: half the
-    traffic, and autocast keeps no copies. Gradients are summed in float32.
+    Unit by unit, the weights are read from the memory-mapped checkpoint, cast for training, sharded and let go: a
+    process holds its shards and one unit. With `bf16` the trained weights, which are in float32, are gathered in
+    bfloat16, the dtype of the GEMMs: half the traffic, and autocast keeps no copies. Gradients are summed in float32.
     """
     mesh = init_device_mesh(device.type, (rank.world_size,))
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for unit in (*vlm.layers, network):
-        frozen = (p for p in unit.parameters() if not (p.requires_grad or isinstance(p, DTensor)))
+        cast_for_training(unit, bf16=bf16)
+        whole_ones = [p for p in unit.parameters() if not isinstance(p, DTensor)]
+        frozen = (p for p in whole_ones if not p.requires_grad)
         keeps = any(p.dtype == torch.float32 for p in frozen)  # for a reason, as routers of experts are
         fully_shard(unit, mesh=mesh, mp_policy=half if bf16 and not keeps else MixedPrecisionPolicy())
+        for parameter in whole_ones:  # others may refer to it
+            parameter.data = parameter.data.new_empty(0)
     return dict(network.named_parameters())
 
 
@@ -88,21 +89,10 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
-def put(tensor: Tensor, values: Tensor) -> None:
-    """Copy new values into a tensor; every process has the whole of them and takes its shard."""
-    if isinstance(tensor, DTensor):
-        values = values.to(tensor.device)
-        values = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(values)
-
-
-def optimizer_state(network: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The whole state of an optimizer by parameter name, in the first process only."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_optimizer_state_dict(network, optimizer, options=options)
-
-
-def set_optimizer_state(network: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
-    """The inverse of `optimizer_state`; each process takes its shard, for any number of processes."""
-    set_optimizer_state_dict(network, optimizer, state, options=StateDictOptions(full_state_dict=True))
+def shard_like(tensor: Tensor, values: Tensor) -> Tensor:
+    """The values, of which every process has the whole, sharded as a tensor of their shape is."""
+    if not isinstance(tensor, DTensor) or values.shape != tensor.shape:
+        return values
+    return distribute_tensor(
+        values.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None
+    )  # fmt: skip

@@ -298,8 +298,11 @@ def load(
     device: str | torch.device | None = None,
     attn: str | None = None,
     dequantize: bool = False,
+    mapped: bool = False,
 ) -> Vlm:
     """Load any LVLM and find its parts; `striate.routing.load` does, and turns on the route of its checkpoint.
+
+    With `mapped` the weights stay memory-mapped, on the CPU: they take memory only once they are changed.
 
     Raises:
         UserError: the model does not exist, is not a vision-language model, has parts that are not found, or is too
@@ -314,7 +317,7 @@ def load(
     check_size(config, source, dtype, place)
     model: Any
     model, notes = read_model(source, config, dtype=dtype, attn=attn, dequantize=dequantize)
-    return replace(Vlm.of(align_memory(model.to(place)), source=source), notes=notes)
+    return replace(Vlm.of(model if mapped else align_memory(model.to(place)), source=source), notes=notes)
 
 
 def select(
