@@ -51,7 +51,9 @@ def test_files(folder: Path, name: str) -> None:
         assert found.records[1].source == f"{name}:2"
 
 
-@pytest.mark.parametrize("body", [b"no gzip at all", gzip.compress(b'[{"text": "a"}]' * 99)[:40], b""])
+@pytest.mark.parametrize(
+    "body", [b"no gzip at all", gzip.compress(b'[{"text": "a"}]' * 99)[:40], b""], ids=["plain", "cut", "empty"]
+)
 def test_a_packed_file_that_is_broken(folder: Path, body: bytes) -> None:
     (folder / "a.json.gz").write_bytes(body)
     with pytest.raises(UserError, match=r"a.json.gz: (cannot be read|it is empty)") as caught:
