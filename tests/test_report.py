@@ -350,7 +350,7 @@ def test_text_from_data_stays_text(tmp_path: Path) -> None:
 def test_a_file_that_is_no_report_is_not_overwritten(runs: list[Path], tmp_path: Path) -> None:
     precious = tmp_path / "train.json"
     precious.write_text("[]")
-    with pytest.raises(UserError, match=r"train\.json exists and is not a report"):
+    with pytest.raises(UserError, match=r"train\.json exists and is not a page of striate"):
         report(runs, out=precious)
     assert precious.read_text() == "[]"
     with pytest.raises(UserError, match="cannot be written"):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training import write_data
 
 import striate
+from striate import vlm
 from striate.runs.training import tune
 from striate.train import TrainOptions, last_saved
 
@@ -60,7 +61,7 @@ def test_nan_and_inf(
     trained: list[striate.Vlm] = []
 
     def load(*args: Any, **settings: Any) -> striate.Vlm:
-        trained.append(striate.load(*args, **settings))
+        trained.append(vlm.load(*args, **settings))
         return trained[-1]
 
     monkeypatch.setattr("striate.runs.training.load", load)

@@ -137,13 +137,13 @@ def _apart(work: Callable[..., T], *args: Any, **settings: Any) -> T:
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(THREADS,)) as pool:
         return pool.submit(work, *args, **settings).result()
 
 
-def _begin() -> None:
+def _begin(threads: int) -> None:
     quiet()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(threads)
 
 
 def _line(run: Run) -> str:
