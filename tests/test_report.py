@@ -787,6 +787,11 @@ def test_the_headline_names_the_reference_and_the_ties(tmp_path: Path) -> None:
     assert f"first:25%, 3 of 12 layers, tied with uniform:25%, {finding}" in words
 
 
+def test_a_headline_names_a_routed_region(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "all"), make_run(tmp_path / "quarter", region="uniform:25%", route="same")]
+    assert headline(compare(runs))[0].startswith("uniform:25% routed, 3 of 12 layers, keeps 100.0 %")
+
+
 def test_a_headline_against_all_layers_tuned_another_way(tmp_path: Path) -> None:
     usual = make_run(tmp_path / "usual", seconds=400.0)
     Run(usual).update(training=Run(usual).info["training"] | {"method": "lora", "peak_memory_gb": 6.0})

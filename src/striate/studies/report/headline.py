@@ -77,8 +77,8 @@ def _name_ties(best: Arm, ties: Sequence[Arm]) -> str:
 
 
 def _label(arm: Arm) -> str:
-    region = arm.first.region
-    return (region.origin if region is not None else "") or arm.name
+    region, route = arm.first.region, (arm.first.info.get("options") or {}).get("route")
+    return ((region.origin if region is not None else "") or arm.name) + " routed" * bool(route)
 
 
 def _is_smaller(arm: Arm) -> bool:
