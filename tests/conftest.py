@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pico import pico_llava
+from training import write_data
 
 THREADS = torch.get_num_threads()
 APART = {"test_processes", "test_kills", "test_gpu"}  # start several processes, which have to keep up with one another
@@ -48,3 +50,15 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico LLaVA, for tests that do not care which model it is."""
+    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records with images to train it on."""
+    return write_data(tmp_path_factory.mktemp("data"))

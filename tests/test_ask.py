@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from pico import DEPTH, SPECIAL, filled, pico_llava, pico_tokenizer
-from training import write_data
 
 import striate
 from striate.data import read
@@ -33,11 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole.lm_head.weight.data[: len(SPECIAL)] = 0  # words are more likely than ends
     whole.to(torch.bfloat16).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def test_the_answer_is_that_of_eval_and_is_streamed(model: Path, data: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from pico import pico_llava
-from training import OPTIONS, tune, write_data
+from training import OPTIONS, tune
 
 from striate.runs.card import MARK, base_card, split, write_card
 from striate.runs.cli import main
@@ -18,11 +18,6 @@ from striate.runs.run import Run
 
 BASE = "---\nlicense: other\nlicense_name: pico\nlanguage: [en]\ntags: small\n---\n\n# Pico\n\nA model.\n"
 RESULTS = {"tasks": {"colors": {"metric": "exact_match", "value": 0.75, "stderr": 0.125, "n": 12}}, "data": "t.json"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from pico import pico_llava
-from training import write_data
 
 import striate
 from striate.region import Region
@@ -33,11 +32,6 @@ PLENTY = Budget(1e9, None, MACHINE, "float32")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pico_llava(tmp_path_factory.mktemp("pico") / "llava", num_hidden_layers=8)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def proposed(model: Path, data: Path, budget: Budget = PLENTY) -> Choice:

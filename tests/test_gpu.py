@@ -17,7 +17,7 @@ import torch
 from launch import together
 from pico import pico_llava
 from training import OPTIONS as PLAIN
-from training import changed, saved_as, weights, write_data
+from training import changed, saved_as, weights
 
 from striate.runs.run import Run
 from striate.runs.training import tune
@@ -39,16 +39,6 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions in float32, not in TF32, and Adam's epsilon where rounding of a gradient near 0 moves nothing."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-4))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def losses(model: Path, data: Path, out: Path, **changes: Any) -> list[float]:

@@ -17,7 +17,7 @@ from test_train_fast_paths import BOTH, losses_and_gradients, two_records
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from tracing import family
-from training import OPTIONS, batch_of, saved_as, tune, weights, write_data
+from training import OPTIONS, batch_of, saved_as, tune, weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import striate
@@ -41,16 +41,6 @@ from striate.vlm import Vlm, select
 
 fit = import_module("striate.train.fit")
 BF16 = replace(OPTIONS, dtype="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

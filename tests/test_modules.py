@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import DEPTH, FAMILIES, pico, pico_llava, pico_more
-from training import OPTIONS, changed, tune, weights, write_data
+from pico import DEPTH, FAMILIES, pico, pico_more
+from training import OPTIONS, changed, tune, weights
 
 import striate
 from striate.region import Region
@@ -30,16 +30,6 @@ WORDS = {
     "down": MLP[2:],
     "o,down": (ATTENTION[3], MLP[2]),
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def inside(vlm: Vlm, modules: str, layer: int = 1) -> set[str]:

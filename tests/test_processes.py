@@ -17,7 +17,6 @@ from unittest import mock
 import pytest
 import torch
 from launch import finish, start, together
-from pico import pico_llava
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import changed, weights, write_data
@@ -41,11 +40,6 @@ OPTIONS = TrainOptions(
 # Sums in another order round otherwise. Where a gradient is near 0, as LoRA's first ones are, Adam's usual epsilon of
 # 1e-8 would make full steps of the rounding.
 ADAM = partial(torch.optim.AdamW, eps=1e-4)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
 
 
 @pytest.fixture(scope="module")

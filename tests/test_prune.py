@@ -16,7 +16,6 @@ import torch
 from pico import DEPTH, pico, pico_llava, pico_more, pico_prompts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training import write_data
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 import striate
@@ -46,11 +45,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "LICENSE").write_text("as you like")
     (folder / "old_weights.bin").write_bytes(b"stale")
     return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def pruned(model: Path, out: Path, **settings: Any) -> Run:

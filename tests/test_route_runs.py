@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from asking import loud
-from pico import pico_llava
 from test_route import reverted
 from training import OPTIONS, changed, weights, write_data
 from transformers import AutoModelForImageTextToText
@@ -34,11 +33,6 @@ from striate.train import Trained, TrainOptions
 from striate.vlm import Vlm, load
 
 ROUTE = "0,2"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
 
 
 @pytest.fixture(scope="module")

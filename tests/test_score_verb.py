@@ -58,11 +58,6 @@ def model(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows: list[dict[str, Any]] = [{"text": "what is this ? a red blue green cat"}, {"text": "the cat sees a red car"}]
     turns = [{"role": "user", "content": "is this a dog ?"}]

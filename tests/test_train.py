@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pico import pico_llava, pico_more
+from pico import pico_more
 from training import OPTIONS, batch_of, changed, tune, weights, write_data
 
 import striate
@@ -33,16 +33,6 @@ from striate.train.nonfinite import SpikeDetector
 from striate.train.order import length_grouped
 from striate.train.sampling import sample_records
 from striate.vlm import select
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from pico import DEPTH, pico_llava
-from training import OPTIONS, batch_of, changed, tune, weights, write_data
+from pico import DEPTH
+from training import OPTIONS, batch_of, changed, tune, weights
 
 import striate
 from striate.data import Batch
@@ -26,16 +26,6 @@ from striate.train.saved import REST
 from striate.train.watch import Wait
 from striate.vlm import Vlm, select
 from striate.vlm.devices import has_native_bfloat16
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_llava
-from training import OPTIONS, tune, weights, write_data
+from training import OPTIONS, tune, weights
 
 import striate
 from striate.train import TrainOptions
 from striate.train.nf4 import quantize_frozen_layers
 from striate.train.precision import dtypes_of, restore
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,7 @@ from typing import Any
 import pytest
 import torch
 from guard import BYTES, RUN_SECONDS, HangError, in_time, watched
-from pico import pico_llava
 from safetensors.torch import load_file
-from training import write_data
 from transformers import AutoModelForImageTextToText
 
 import striate
@@ -34,16 +32,6 @@ from striate.studies.cost import cost
 from striate.train import TrainOptions
 
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

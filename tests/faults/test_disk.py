@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pico import pico_llava
 from plain import train_plainly
-from training import changed, weights, write_data
+from training import changed, weights
 
 import striate
 from striate.runs.run import Run
@@ -45,16 +44,6 @@ def fill(disk: Path, *, but: int) -> Path:
     with suppress(OSError), ballast.open("wb") as file:  # the last page may be one too many
         file.write(bytes(shutil.disk_usage(disk).free - but))
     return ballast
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_llava(tmp_path_factory.mktemp("pico") / "llava")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def run(model: Path, data: Path, out: Path, options: TrainOptions = OPTIONS, **settings: Any) -> Run:

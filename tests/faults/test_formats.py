@@ -14,7 +14,6 @@ import torch
 from pico import pico_llava
 from safetensors.torch import load_file, save_file
 from test_score_weights import by_name, language_model, shard
-from test_train import write_data
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -46,11 +45,6 @@ OTHERS = (
     "gptq", "awq", "compressed-tensors", "mxfp4", "hqq", "torchao", "auto-round", "fbgemm_fp8", "quanto", "aqlm",
     "eetq", "higgs", "bitnet", "vptq", "spqr", "modelopt", "nvfp4", "of tomorrow",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

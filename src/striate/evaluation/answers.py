@@ -174,16 +174,18 @@ def _collate(vlm: Vlm, examples: Sequence[Example], side: str) -> Batch:
 
 
 @torch.inference_mode()
-def generate(vlm: Vlm, batch: Batch, *, max_new_tokens: int, without: int | None = None) -> list[list[int]]:
+def generate(
+    vlm: Vlm, batch: Batch, *, max_new_tokens: int, without: int | None = None, streamer: Any = None
+) -> list[list[int]]:
     """The greedy tokens after each prompt of a batch padded on the left, up to and including the first of `stops`.
 
-    The token `without` is never generated.
+    The token `without` is never generated. `streamer` of `transformers` sees each token of a single prompt.
     """
     ends = stops(vlm)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
     if without is not None:
         options["suppress_tokens"] = [without]
-    tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options)  # type: ignore[operator]
+    tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options, streamer=streamer)  # type: ignore[operator]
     new = tokens[:, batch.labels.shape[1] :].tolist()
     # A row that ends early is padded, and the padding token may be an ordinary token.
     return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in new]

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from striate.data import ImageSource, Record, collate, encode
 from striate.errors import UserError, at_least
-from striate.evaluation.answers import GREEDY, stops
+from striate.evaluation.answers import generate
 from striate.vlm import Vlm
 from striate.vlm.template import turn
 
@@ -64,16 +64,15 @@ def ask(
     example = encode(record, vlm.processor, max_length=limit, generation=True)
     batch = collate([example], pad_id=vlm.pad_token_id, side="left").to(vlm.device, vlm.model.dtype)
     pieces = _Pieces(vlm.tokenizer, stream or (lambda piece: None))
-    options = {"max_new_tokens": max_new_tokens, "eos_token_id": stops(vlm), "pad_token_id": vlm.pad_token_id}
     began = time.perf_counter()
     with torch.inference_mode():
-        tokens: Any = vlm.model.generate(**batch.inputs, **GREEDY, **options, streamer=pieces)  # type: ignore[operator]
+        (tokens,) = generate(vlm, batch, max_new_tokens=max_new_tokens, streamer=pieces)
     ended = time.perf_counter()
     return Reply(
         text="".join(pieces.texts),
         prompt_tokens=len(example),
         image_tokens=int(example.image_mask.sum()),
-        new_tokens=tokens.shape[1] - len(example),
+        new_tokens=len(tokens),
         first_seconds=pieces.first - began,
         seconds=ended - began,
     )
