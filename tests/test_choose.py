@@ -4,6 +4,7 @@ what was measured."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import striate
 from striate.region import Region
 from striate.runs.cli import main
 from striate.runs.run import Run
+from striate.runs.training import tune
 from striate.scores import Score, rank_correlation
-from striate.scores.consensus import agreement, consensus, stability
+from striate.scores.consensus import Sureness, agreement, choose_region, consensus, stability
 from striate.scores.sampling import Sampling
 from striate.studies.choose import Budget, Choice, propose
-from striate.studies.choose.choice import Sureness
 from striate.studies.choose.fitting import fit
 from striate.studies.choose.image_route import RouteLoss
 from striate.studies.cost import Machine
@@ -75,9 +76,48 @@ def test_where_scores_agree_each_stretch_has_its_best_layer(choice: Choice) -> N
     assert list(choice.scores.scores) == ["block_influence", "layer_contribution", "gradient"]
 
 
+def test_tune_chooses_the_region_that_scores_choose(model: Path, data: Path, choice: Choice, tmp_path: Path) -> None:
+    options = striate.TrainOptions(steps=1, batch=4, micro_batch=4, device="cpu", dtype="float32")
+    run = tune(model, data=data, out=tmp_path / "run", region="auto:25%", method="full", options=options)
+    assert run.region == choice.region != Region.parse("uniform:25%", 8)
+    assert run.region.origin.startswith("auto:25%, chosen by scores (rank correlation 0.")
+    assert Region.load(run.checkpoint) == choice.region
+
+
+def test_scores_that_disagree_choose_uniform() -> None:
+    rows = tuple(tuple(float(layer) for layer in range(8)) for _ in range(4))
+    rising, falling = score(*rows[0], samples=rows), score(*rows[0], samples=rows, direction="low")
+    region, sureness = choose_region([rising, rising], "25%")
+    assert (region.layers, sureness) == ((3, 7), Sureness(1, 1))
+    region, sureness = choose_region([rising, falling], "25%")
+    assert region == Region.parse("uniform:25%", 8)
+    assert str(sureness).startswith("uniform, as the scores do not agree (rank correlation -1.00")
+
+
+@pytest.mark.parametrize(
+    ("region", "options", "said"),
+    [
+        ("auto:9", {}, "--region auto:9: '9' asks for 9 layers"),
+        ("auto:", {}, "--region auto:: '' is not a number of layers"),
+        ("auto:2", {"frozen_layers": "nf4"}, "--region auto:2 measures the model on one device"),
+    ],
+)
+def test_regions_that_cannot_be_chosen(
+    model: Path, data: Path, region: str, options: dict[str, str], said: str
+) -> None:
+    vlm = striate.load(model, dtype="float32", device="cpu")
+    with pytest.raises(striate.UserError, match=re.escape(said)):
+        striate.tune(vlm, striate.read(data), region=region, options=replace(striate.TrainOptions(), **options))  # type: ignore[arg-type]
+
+
+def test_elsewhere_a_region_is_named(model: Path) -> None:
+    with pytest.raises(striate.UserError, match="auto:25%: tune measures it"):
+        Region.parse("auto:25%", 8)
+
+
 def test_where_they_do_not_uniform_stays(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("striate.studies.choose.AGREE", 1.01)
-    monkeypatch.setattr("striate.studies.choose.METRICS", ("block_influence",))
+    monkeypatch.setattr("striate.scores.consensus.AGREE", 1.01)
+    monkeypatch.setattr("striate.studies.choose.CHOOSING", ("block_influence",))
     found = proposed(model, data)
     assert found.region == Region.parse("uniform:25%", 8)
     assert "evenly spread, as in the paper: the scores" in found.reasons[0]
@@ -126,7 +166,7 @@ def test_the_reasons_are_five_lines_and_claim_no_more_than_was_measured(choice: 
     ]
     assert not any("\n" in line for line in choice.reasons)
     assert "No measurement shows that they beat uniform" in choice.reasons[4]
-    unsure = replace(choice, sureness=Sureness(math.nan, math.nan, trusted=False))
+    unsure = replace(choice, sureness=Sureness(math.nan, math.nan))
     assert "rank correlation of the scores unknown" in unsure.reasons[4]
 
 

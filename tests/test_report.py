@@ -22,13 +22,13 @@ from reporting import DEPTH, QUIET, answer, make_run, make_scores
 from rich.console import Console
 
 from striate.errors import UserError
-from striate.evaluation.statistics import difference, mcnemar, retention
+from striate.evaluation.statistics import Interval, difference, mcnemar, retention
 from striate.region import Region
 from striate.runs.run import Run
 from striate.studies.report import ComparedRun, compare, table
 from striate.studies.report import report as report_with_figures
 from striate.studies.report.figures import KINDS, figures
-from striate.studies.report.headline import headline
+from striate.studies.report.headline import headline, records_needed
 from striate.studies.report.lines import removed_lines, trained_lines
 from striate.studies.report.treatment import kind, treatment
 
@@ -391,7 +391,7 @@ def test_runs_on_the_same_records_are_compared_record_by_record(tmp_path: Path) 
     words = text_of(report(paths, out=tmp_path / "report.html"))
     low, high = (f"{100 * end:.1f}" for end in (row.kept.share.low, row.kept.share.high))
     assert f"95 % interval {low} to {high} %, both runs on the same records." in words
-    assert row.kept.noise == ("The difference from the reference is within noise." in words)
+    assert row.kept.noise == ("The difference from the reference is within noise;" in words)
 
 
 def test_a_difference_within_noise_is_called_so(tmp_path: Path) -> None:
@@ -790,6 +790,42 @@ def test_the_headline_names_the_reference_and_the_ties(tmp_path: Path) -> None:
 def test_a_headline_names_a_routed_region(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "all"), make_run(tmp_path / "quarter", region="uniform:25%", route="same")]
     assert headline(compare(runs))[0].startswith("uniform:25% routed, 3 of 12 layers, keeps 100.0 %")
+
+
+def test_a_headline_has_long_answers_and_text_beside_the_visual_mean(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / "all"),
+        make_run(tmp_path / "uniform", region="uniform:25%", visual=(0.8, 0.54), text=0.63),
+    ]
+    assert "Text: 63.0 % against 70.0 %, 90.0 % kept." in headline(compare(runs))[1]
+    for run in map(Run, runs):
+        results = run.results or {}
+        results["tasks"]["count"]["metric"] = "share_named"
+        run.write_results(results)
+    error = 1.959964 * 0.9 * math.hypot(0.04 / 0.54, 0.04 / 0.6)
+    _, remarks = headline(compare(runs))
+    sentence = "Long answers: 54.0 ± 4.0 % against 60.0 ± 4.0 %, 90.0 % kept"
+    assert f"{sentence} (95 % interval {90 - 100 * error:.1f} to {90 + 100 * error:.1f})." in remarks
+
+
+def test_records_needed_by_hand() -> None:
+    # s = 0.02 / 1.96; of 100 records (2.80 s / 0.01)^2 = 8.17 times as many
+    assert records_needed(Interval(0.005, -0.015, 0.025), 100) == 818
+    # twice the records, half the variance: the same number
+    half = 0.02 / math.sqrt(2)
+    assert abs(records_needed(Interval(0, -half, half), 200) - 818) <= 1
+
+
+def test_a_headline_of_several_seeds_has_the_range_of_what_text_is_kept(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path / f"{region[:3]}-{seed}", region=region, seed=seed, text=text)
+        for region, texts in (("all", (0.5, 0.8)), ("uniform:25%", (0.45, 0.8)))
+        for seed, text in enumerate(texts)
+    ]
+    assert (
+        "Text: 62.5 ± 24.7 % against 65.0 ± 21.2 %, 95.0 % kept (90.0 to 100.0 in 2 seeds)."
+        in (headline(compare(runs))[1])
+    )
 
 
 def test_a_headline_against_all_layers_tuned_another_way(tmp_path: Path) -> None:

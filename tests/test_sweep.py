@@ -212,6 +212,14 @@ def test_a_cell_and_what_becomes_of_it(here: Path) -> None:
     assert tuned.info["options"]["warmup"] == 0.5
 
 
+def test_files_can_vary(here: Path) -> None:
+    prune = {"by": "random", "remove": 1, "steps": 1, "batch": 4, "micro_batch": 4, **CPU}
+    (cell,) = sweep(sheet(prune=prune, grid={"region": ["last:25%"], "prune.heal": ["../train.json"]})).cells
+    assert cell.status == "finished"
+    assert Run.open(cell.runs[1]).info["training"]["steps"] == 1
+    assert [one.prunings for one in cells("out")] == [({"prune.heal": "../train.json"},)]
+
+
 def test_what_a_sweep_did_not_make_is_not_touched(here: Path) -> None:
     (here / "out" / "last-25%").mkdir(parents=True)
     (here / "out" / "last-25%" / "mine.txt").write_text("mine")

@@ -136,6 +136,9 @@ def test_a_route_at_evaluation_alone(study: ModuleType, tmp_path: Path) -> None:
     Region.parse("uniform:25%", 30).save(tuned / "region.json")
     Run(tuned).write_results({})
     world.write_world(tmp_path / "world", train=2, test=1)
+    text = tmp_path / "world" / "text.json"
+    few = {record["task"]: record for record in json.loads(text.read_bytes())}
+    text.write_text(json.dumps(list(few.values())), encoding="utf-8")
     study.evaluate_routed(tmp_path, 0)
     routed = Run(tmp_path / study.CELLS / "seed-0_uniform-25%+routed-at-evaluation")
     assert read_route(AutoConfig.from_pretrained(routed.checkpoint)) == routed.region

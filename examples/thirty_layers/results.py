@@ -30,7 +30,7 @@ def collect(out: Path, file: Path) -> int:
     """Write all that has finished to `file`, beside runs that the file has from elsewhere; returns their number."""
     folders = [
         out / "start",
-        *sorted(at.parent for name in (CELLS, "lora", "longer") for at in (out / name).glob("*/run.json")),
+        *sorted(at.parent for name in (CELLS, "lora", "longer", "healing") for at in (out / name).glob("*/run.json")),
     ]
     found = {one["run"]: one for one in load(file)} if file.is_file() else {}
     for run in map(Run, folders):

@@ -18,11 +18,13 @@ from results import load
 from world import TASKS
 
 from striate.evaluation.statistics import Interval, difference, mcnemar, retention, within_noise
+from striate.plot.style import DASHES, INK, PALETTE, STYLE
 
 ROOT = Path(__file__).parents[2] / "research"
 TABLES, FIGURES = ROOT / "thirty_tables.md", ROOT / "figures"
 Run = dict[str, Any]
-PLAIN = ("region", "seed", "samples", "remove", "heal")
+DEPTH = 30
+SIDES = {"visual": PALETTE[0], "facts": PALETTE[1]}
 
 
 def tuned(runs: Iterable[Run], folder: str = "cells", **wanted: Any) -> dict[str, dict[int, Run]]:
@@ -139,17 +141,40 @@ def pairs_table(runs: Sequence[Run], other: str = "uniform:25%") -> str:
 
 def pruning_table(runs: Sequence[Run]) -> str:
     """Layers removed by angular distance from tuned models, before and after healing; nothing if there are none."""
-    cut: dict[tuple[str, str, bool], list[Run]] = defaultdict(list)
+    cut: dict[tuple[str, int, bool], list[Run]] = defaultdict(list)
     for run in runs:
-        if run["verb"] == "prune":
-            region = run["run"].split("/")[1].split("+")[0].partition("_")[2]
-            cut[region, run["options"]["remove"], "heal" in run["options"]].append(run)
+        folder, _, name = run["run"].partition("/")
+        if folder == "cells" and run["verb"] == "prune":
+            region = name.split("+")[0].partition("_")[2].replace("-", ":")
+            cut[region, int(run["options"]["remove"]), "heal" in run["options"]].append(run)
+    whole = tuned(runs)
+    for (region, _, _), found in [*cut.items()]:  # before the cut, the same seeds
+        seeds = [run["options"]["seed"] for run in found]
+        cut[region, 0, False] = [whole[region][seed] for seed in seeds if seed in whole.get(region, {})]
     rows = [
-        [region, removed, "yes" if healed else "no", str(len(found)), spread([100 * run["visual"] for run in found]),
-         *text_kept(found)]
-        for (region, removed, healed), found in sorted(cut.items(), key=lambda one: (one[0][0], int(one[0][1])))
+        [region, str(removed), "yes" if healed else "no", str(len(found)),
+         spread([100 * run["visual"] for run in found]), f"{value(found, 'describe'):.0f}", *text_kept(found)]
+        for (region, removed, healed), found in sorted(cut.items())
     ]  # fmt: skip
-    return table(("tuned", "removed", "healed", "seeds", "visual", "facts", "prose ppl"), rows) if rows else ""
+    head = ("tuned", "removed", "healed", "seeds", "visual", "describe", "facts", "prose ppl")
+    return table(head, rows) if rows else ""
+
+
+def healing_table(runs: Sequence[Run]) -> str:
+    """Ways to heal a pruned model (healing.py), against the model before the cut; nothing if there are none."""
+    by_name, rows = {run["run"]: run for run in runs}, []
+    for run in runs:
+        folder, _, name = run["run"].partition("/")
+        if folder == "healing":
+            whole = by_name[f"cells/{name.partition('_cut-')[0]}"]
+            kept = retention(visual([run]), visual([whole]))
+            rows.append(
+                [run["options"]["remove"], run["options"].get("heal", "not healed"), f"{100 * run['visual']:.1f}",
+                 f"{100 * kept.value:.1f} [{100 * kept.low:.1f}, {100 * kept.high:.1f}]",
+                 f"{value([run], 'describe'):.0f}", *text_kept([run])]
+            )  # fmt: skip
+    head = ("removed", "healed by", "visual", "kept of the uncut % (95 %)", "describe", "facts", "prose ppl")
+    return table(head, rows) if rows else ""
 
 
 def data_table(runs: Sequence[Run]) -> str:
@@ -166,20 +191,39 @@ def data_table(runs: Sequence[Run]) -> str:
 
 
 def figure(runs: Sequence[Run], out: Path) -> None:
-    """Visual mean against text kept, a point a region: up and to the right is better."""
+    """A line a region, the best first: its layers; what each seed sees, and still knows, of what all layers do."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = drawing.subplots()
-    for name, by_seed in tuned(runs).items():
-        found = list(by_seed.values())
-        x, y = value(found, "prose"), 100 * fmean(run["visual"] for run in found)
-        axes.scatter(x, y, s=18 * len(found))
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axes.set_xlabel("perplexity of held-out prose (lower is better)")
-    axes.set_ylabel("visual mean, %")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(out, metadata={"Date": None})
+    found = tuned(runs)
+    reference = found.pop("all")
+    kept = {key: {name: _kept(by_seed, reference, key) for name, by_seed in found.items()} for key in SIDES}
+    names = sorted((name for name in found if kept["visual"][name]), key=lambda name: fmean(kept["visual"][name]))
+    with rc_context(STYLE):
+        drawing = Figure(figsize=(8.4, 1.2 + 0.3 * len(names)), layout="constrained")
+        layers, *sides = drawing.subplots(1, 3, sharey=True, width_ratios=(5, 4, 4))
+        for line, name in enumerate(names):
+            trained = next(iter(found[name].values()))["layers"]
+            for layer in range(DEPTH):
+                layers.barh(line, 0.84, 0.7, layer - 0.42, color=PALETTE[0] if layer in trained else "#e4e7ea")
+            for axes, (key, color) in zip(sides, SIDES.items(), strict=True):
+                shares = kept[key][name]
+                axes.plot(shares, [line] * len(shares), "o", color=color, alpha=0.5, markeredgewidth=0)
+                axes.plot(fmean(shares), line, "|", color=INK, markersize=13)
+        layers.set_yticks(range(len(names)), names)
+        layers.set(xlabel="layers that are tuned\n", xlim=(-0.6, DEPTH - 0.4))
+        for axes, key in zip(sides, SIDES, strict=True):
+            axes.axvline(100, color=INK, linewidth=0.8, linestyle=DASHES)
+            axes.set_xlabel(f"{key}, % of tuning all layers\n(a dot a seed, line: mean)")
+        for axes in (layers, *sides):
+            axes.tick_params(axis="y", length=0)
+            axes.spines["left"].set_visible(False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawing.savefig(out, metadata={"Date": None})
+
+
+def _kept(runs: dict[int, Run], reference: dict[int, Run], key: str) -> list[float]:
+    return [100 * run[key] / reference[seed][key] for seed, run in runs.items() if seed in reference]
 
 
 def main() -> None:
@@ -187,7 +231,7 @@ def main() -> None:
     runs = load()
     sections = {
         "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs), "Data": data_table(runs),
-        "Route": route_table(runs), "Pruning": pruning_table(runs),
+        "Route": route_table(runs), "Pruning": pruning_table(runs), "Ways to heal": healing_table(runs),
         "LoRA": regions_table(runs, "lora"), "Three times the steps": regions_table(runs, "longer"),
     }  # fmt: skip
     parts = [

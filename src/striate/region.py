@@ -19,6 +19,7 @@ from striate.errors import UserError, nearest
 
 FILE = "region.json"
 SCORES = "scores.json"
+AUTO = "auto:"
 FORMS = (
     "all, none, 0,4,8-11, uniform:8, uniform:25%, uniform:8@2 (offset 2), first:8, middle:8, last:8, "
     "hybrid:8, random:8@7 (seed 7), paper, paper-code, top:8@scores.json:NAME (the most important by a score), "
@@ -132,6 +133,8 @@ class Region:
                 depths = " or ".join(map(str, KNOWN[text]))
                 raise _region_error(f"{text!r} was published for LLaVA-1.5 of {depths} layers", depth)
             return cls(tuple(_parse_list(KNOWN[text][depth], depth)), depth, text)
+        if text.startswith(AUTO):
+            raise UserError(f"{text}: tune measures it; here, give a region such as uniform:25%", see="region")
         if match := _SCORED.fullmatch(text):
             return cls(tuple(_choose_by_score(match, depth)), depth, text)
         if match := _COUNTED.fullmatch(text):
@@ -311,6 +314,22 @@ def region_by_score(form: str, size: int | str, ranked: Sequence[int], name: str
     count = _count(str(size), number, "%" if str(size).endswith("%") else "", depth)
     chosen = SCORED[form](count, ranked)
     return Region(tuple(sorted(chosen)), depth, f"{form}:{size}@scores:{name}")
+
+
+def auto_size(option: str, text: Region | str | None, depth: int) -> str | None:
+    """The number (8) or share (25%) of layers in `auto:25%`, which are measured before training; None in other forms.
+
+    Raises:
+        UserError: it is not a number or share of `depth` layers; names the `option`.
+    """
+    if not isinstance(text, str) or not text.startswith(AUTO):
+        return None
+    size = text.removeprefix(AUTO)
+    try:
+        region_by_score("top", size, range(depth), "")
+    except UserError as error:
+        raise UserError(f"{option} {text}: {error}", see="region") from None
+    return size
 
 
 def merge_ranks(rankings: Sequence[Sequence[int]]) -> list[int]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from striate.data import Batch
 from striate.errors import UserError, first_line
-from striate.region import Region, region_by_score
+from striate.region import Region, auto_size
 from striate.routing.layer import Forward, Unrouted
 from striate.routing.tokens import MASK, Pass, Tokens
 from striate.routing.work import multiply_adds
@@ -35,7 +35,6 @@ from striate.vlm.modes import eval_mode
 ENTRY = "striate_route"
 """The entry of a model's config that holds the route of its checkpoint."""
 
-AUTO = "auto:"
 FLEXIBLE = ("sdpa", "eager", "striate_record_by_record")
 """Attention implementations that take fewer queries than keys, with a mask that says which key each query sees."""
 
@@ -45,7 +44,6 @@ __all__ = [
     "ENTRY",
     "Routed",
     "Tokens",
-    "auto_size",
     "load",
     "multiply_adds",
     "open_route",
@@ -171,7 +169,7 @@ def resolve(text: Region | str | None, trained: Region) -> Region | None:
         return None
     if text == "same":
         return Region(tuple({0, *trained}), trained.depth, "same")
-    if auto_size(text, trained.depth):
+    if auto_size("--route", text, trained.depth):
         raise UserError(f"--route {text}: tune and align measure it; here, give a region such as uniform:25%")
     try:
         region = Region.parse(text, trained.depth) if isinstance(text, str) else text
@@ -181,22 +179,6 @@ def resolve(text: Region | str | None, trained: Region) -> Region | None:
         ) from None
     check_route(region, trained.depth)
     return region if len(region) < region.depth else None
-
-
-def auto_size(text: Region | str | None, depth: int) -> str | None:
-    """The number (8) or share (25%) of layers of a route that is measured before training, `auto:25%`; else None.
-
-    Raises:
-        UserError: it is not a number or share of `depth` layers.
-    """
-    if not isinstance(text, str) or not text.startswith(AUTO):
-        return None
-    size = text.removeprefix(AUTO)
-    try:
-        region_by_score("top", size, range(depth), "")
-    except UserError as error:
-        raise UserError(f"--route {text}: {error}") from None
-    return size
 
 
 def check_route(region: Region, depth: int) -> None:

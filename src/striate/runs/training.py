@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from striate.data import read
 from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
-from striate.region import Region
+from striate.region import Region, auto_size
 from striate.roundtrip import verify
 from striate.runs.card import write_card
 from striate.runs.options import Only
@@ -24,6 +24,7 @@ from striate.train import (
     TrainOptions,
     check_images,
     check_tuning,
+    find_region,
     find_route,
     num_samples,
 )
@@ -118,7 +119,8 @@ def tune(
         out: the run folder to write.
         images: the folder that image paths are relative to; default: the folder of the data.
         allow_urls: download images given as URLs.
-        region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...).
+        region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...), or auto:25%:
+            chosen by scores of the model and the data, measured first.
         route: the layers that image tokens pass through, in any form of a region; same: the region and layer 0;
             auto:25%: layer 0 and those that contribute most to image tokens, measured first; default: all layers.
         modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,
@@ -148,11 +150,12 @@ def tune(
     if previous and previous.info["status"] == "finished":
         return previous
     vlm = _open_model(model, options)
-    chosen = Region.parse(region, vlm.depth)
-    vlm.region_parameters(chosen, modules)  # raises an error if they are not there
+    if auto_size("--region", region, vlm.depth) is None:
+        vlm.region_parameters(Region.parse(region, vlm.depth), modules)  # raises an error if they are not there
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
     if samples is not None:
         num_samples(samples, len(records))
+    chosen = find_region(vlm, records, region, options=options, rank=stage.rank)
     chosen_route = find_route(vlm, records, route, chosen, options=options, rank=stage.rank)
     with stage.recording(previous) as run:
         run.write_region(chosen, chosen_route, modules=modules)

@@ -4,14 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
 
+from striate.region import Region, region_by_score
 from striate.scores.table import Score, order, rank_correlation
 
+CHOOSING = ("block_influence", "layer_contribution", "gradient")
+"""The scores that choose layers before any tuning."""
+AGREE, STABLE = 0.3, 0.5
+"""Least mean rank correlation of the scores, and share of layers chosen again, for scores to choose layers: our own,
+not fitted. Below them `uniform` stays."""
 DRAWS = 200
 """Bootstrap samples: the standard error of a share of 0.5 is then 0.035."""
+
+
+@dataclass(frozen=True)
+class Sureness:
+    """Mean rank correlation of the scores; share of the layers chosen again from another sample; both may be NaN."""
+
+    agreement: float
+    stability: float
+
+    @property
+    def trusted(self) -> bool:
+        """Whether both are high enough for scores to choose layers."""
+        return self.agreement >= AGREE and self.stability >= STABLE
+
+    def __str__(self) -> str:
+        numbers = f"rank correlation {self.agreement:.2f}, {self.stability:.2f} of the layers chosen again"
+        return f"chosen by scores ({numbers})" if self.trusted else f"uniform, as the scores do not agree ({numbers})"
+
+
+def choose_region(scores: Sequence[Score], size: int | str, *, seed: int = 0) -> tuple[Region, Sureness]:
+    """The region of `size` layers (8, 25%) that scores of one model choose, and how sure they are.
+
+    From each of `size` equal stretches of the depth it takes the layer with the best mean rank, where the scores agree
+    and another sample of records would choose most layers again; else `uniform`.
+
+    Raises:
+        UserError: `size` is not a number of layers of this model.
+    """
+    depth, choose = len(scores[0].values), partial(_spread, size)
+    found = choose(consensus(scores))
+    sureness = Sureness(agreement(scores), stability(scores, choose, seed=seed))
+    return (found if sureness.trusted else Region.parse(f"uniform:{size}", depth)), sureness
+
+
+def _spread(size: int | str, ranked: Sequence[int]) -> Region:
+    return region_by_score("spread", size, ranked, "consensus")
 
 
 def consensus(scores: Sequence[Score]) -> list[int]:

@@ -22,12 +22,12 @@ from striate.train.adapter import adapt, lora_config
 from striate.train.fit import Trained, fit, in_bfloat16
 from striate.train.loop import check_skipped
 from striate.train.loss import answer_nll
+from striate.train.measured import find_region, find_route
 from striate.train.memory import full_tuning_fits
 from striate.train.nf4 import quantize_frozen_layers
 from striate.train.optimizer import Group, Named
 from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
 from striate.train.precision import Dtypes, cast, cast_for_training, dtypes_of, restore
-from striate.train.route import find_route
 from striate.train.sampling import num_samples, sample_records
 from striate.train.saved import last_saved
 from striate.train.watch import Log
@@ -43,6 +43,7 @@ __all__ = [
     "answer_nll",
     "check_images",
     "check_tuning",
+    "find_region",
     "find_route",
     "in_bfloat16",
     "last_saved",
@@ -122,7 +123,7 @@ def tune(
     Args:
         vlm: the model, which is trained in place.
         records: the training records.
-        region: the layers to train, in any form of a region.
+        region: the layers to train, in any form of a region, or `auto:25%` (measured, see `find_region`).
         route: the layers that image tokens pass through: a region in any form, `same` (the trained layers and layer 0),
             or `auto:25%` (measured, see `find_route`); default: all layers. See `striate.route`.
         modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,
@@ -144,8 +145,8 @@ def tune(
     process = init_distributed(options.device)
     check_launch(options, process)
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
-    chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
     subset = sample_records(records, samples, seed=options.seed)
+    chosen = find_region(vlm, subset, region, options=options, rank=process)
     log = _list_skipped(records, options, log or Log())
     plan = select(vlm, chosen, modules=modules, projector=projector == "train")
     chosen_route = _replace_route(vlm, find_route(vlm, subset, route, chosen, options=options, rank=process), log)

@@ -7,32 +7,25 @@ was measured is claimed: that a region of these layers beats `uniform` at equal 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from striate.data import Example, Examples
 from striate.errors import UserError
-from striate.region import Region, region_by_score
 from striate.routing import unroute
 from striate.runs.reading import ReadOptions
-from striate.scores import Score, Scores, scores_in_turn
+from striate.scores import Scores, scores_in_turn
 from striate.scores import choose as choose_scores
-from striate.scores.consensus import agreement, consensus, stability
+from striate.scores.consensus import CHOOSING, choose_region
 from striate.scores.sampling import RecordSample, Sampling
 from striate.studies.choose.budget import Budget
-from striate.studies.choose.choice import Choice, Sureness
+from striate.studies.choose.choice import Choice
 from striate.studies.choose.fitting import fit
 from striate.studies.choose.image_route import RouteLoss, route_loss
 from striate.studies.cost import Setup
 from striate.vlm import Vlm
 
 __all__ = ["Budget", "Choice", "choose", "propose"]
-
-METRICS = ("block_influence", "layer_contribution", "gradient")
-AGREE, STABLE = 0.3, 0.5
-"""Least mean rank correlation of the scores, and share of layers chosen again, for scores to choose layers: our own,
-not fitted. Below them `uniform` stays."""
 
 
 def choose(
@@ -96,34 +89,18 @@ def propose(
     # First, so that nothing is measured for a budget that nothing fits into.
     fitting = fit(vlm, _setup(vlm, sample, sampling), budget, num_records)
     scores = _measure(vlm, sample, sampling, progress=progress)
-    size = len(fitting.region)
-    sureness = _sureness(scores, size, sampling.seed)
-    if sureness.trusted:
-        fitting = fitting.of(_spread(size, consensus(_listed(scores))))
+    region, sureness = choose_region(list(scores.scores.values()), len(fitting.region), seed=sampling.seed)
+    fitting = fitting.of(region)
     batches = partial(sampling.show_batches, vlm, sample, "route", progress=progress)
     lost = route_loss(vlm, fitting.region, batches) if sample.has_images else RouteLoss(why="no record has an image")
     return Choice(scores, fitting, sureness, lost, budget, num_records)
 
 
 def _measure(vlm: Vlm, sample: RecordSample, sampling: Sampling, *, progress: bool) -> Scores:
-    names = [name for name in METRICS if sample.has_images or name != "layer_contribution"]
+    names = [name for name in CHOOSING if sample.has_images or name != "layer_contribution"]
     names = choose_scores(names, backbone=False, data=True, images=sample.has_images)
     *_, scores = scores_in_turn(vlm.source, lambda: vlm, names, sampling, sample, backbone=None, progress=progress)
     return scores
-
-
-def _sureness(scores: Scores, size: int, seed: int) -> Sureness:
-    listed = _listed(scores)
-    agreed, stable = agreement(listed), stability(listed, partial(_spread, size), seed=seed)
-    return Sureness(agreed, stable, trusted=agreed >= AGREE and stable >= STABLE)
-
-
-def _spread(size: int, ranked: Sequence[int]) -> Region:
-    return region_by_score("spread", size, ranked, "consensus")
-
-
-def _listed(scores: Scores) -> list[Score]:
-    return list(scores.scores.values())
 
 
 def _setup(vlm: Vlm, sample: RecordSample, sampling: Sampling) -> Setup:

@@ -13,21 +13,12 @@ from rich.text import Text
 
 from striate.region import Region
 from striate.runs import terminal
+from striate.scores.consensus import Sureness
 from striate.scores.table import Scores
 from striate.studies.choose.budget import Budget
 from striate.studies.choose.fitting import Fit
 from striate.studies.choose.image_route import RouteLoss
 from striate.studies.sweep.display import duration
-
-
-@dataclass(frozen=True)
-class Sureness:
-    """Mean rank correlation of the scores; share of the layers chosen again from another sample; whether both are high
-    enough for scores to choose."""
-
-    agreement: float
-    stability: float
-    trusted: bool
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from striate.errors import UserError
 from striate.region import Region
 from striate.studies.choose.budget import Budget
 from striate.studies.cost import Counts, FakeModel, Setup, Step, fake_model
-from striate.studies.cost.fit import ROOM
+from striate.studies.cost.fit import ROOM, fastest
 from striate.studies.cost.section import Trained
 from striate.vlm import Vlm
 
@@ -17,7 +17,7 @@ from striate.vlm import Vlm
 # optimizer states take most of the memory; then fewer layers.
 WAYS: tuple[tuple[Trained, str], ...] = (("full", "all"), ("full", "gate_up"), ("lora", "all"))
 SHARES = ("25%", "12.5%", "1")
-MICRO_BATCHES = (16, 4, 1)
+MICRO_BATCHES = (1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -57,30 +57,13 @@ def fit(vlm: Vlm, setup: Setup, budget: Budget, num_records: int) -> Fit:
         region = Region.parse(f"uniform:{share}", vlm.depth)
         for method, modules in WAYS:
             tried = replace(setup, method=method, modules=modules)
-            step = _largest_step(fake, tried, region, ROOM * budget.memory)
-            if step.memory.peak <= ROOM * budget.memory:
+            if step := fastest(fake, tried, region, budget.memory, budget.machine, MICRO_BATCHES):
                 steps, shortened = _in_time(step, budget, num_records)
                 return Fit(fake, step, steps, shortened, tuple(refused))
-            refused.append((f"{method}, {modules}, {len(region)} layers", step.memory.peak / ROOM))
-    least, memory = min(refused, key=lambda one: one[1])
-    raise UserError(f"--budget {budget.memory / 1e9:.3g}GB: the least is {memory / 1e9:.3g} GB ({least})")
-
-
-def _largest_step(fake: FakeModel, setup: Setup, region: Region, room: float) -> Step:
-    """The step with the largest micro-batch that fits, recomputing activations only where that helps; if none fits, the
-    one that takes the least memory."""
-
-    def step(micro_batch: int, *, checkpointing: bool) -> Step:
-        tried = replace(setup, micro_batch=micro_batch, checkpointing=checkpointing)
-        return Counts(fake, tried).step(region)
-
-    smallest = step(MICRO_BATCHES[-1], checkpointing=True)
-    if smallest.memory.peak <= room:
-        for micro_batch in MICRO_BATCHES:
-            for checkpointing in (False, True):
-                if (found := step(micro_batch, checkpointing=checkpointing)).memory.peak <= room:
-                    return found
-    return smallest
+            least = Counts(fake, replace(tried, micro_batch=1, checkpointing=True)).step(region)
+            refused.append((f"{method}, {modules}, {len(region)} layers", least.memory.peak / ROOM))
+    way, memory = min(refused, key=lambda one: one[1])
+    raise UserError(f"--budget {budget.memory / 1e9:.3g}GB: the least is {memory / 1e9:.3g} GB ({way})")
 
 
 def _in_time(step: Step, budget: Budget, num_records: int) -> tuple[int, bool]:

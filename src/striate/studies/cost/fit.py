@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from striate.errors import UserError
@@ -45,7 +45,9 @@ def fit(fake_model: FakeModel, setup: Setup, region: str, memory: float, machine
     for count in range(depth, 0, -1):
         chosen = _region(region, count, depth)
         if min(counts.step(chosen).memory.peak for counts in least.values()) <= room:
-            return min(_fitting_steps(fake_model, setup, chosen, room), key=lambda step: step.seconds(*machine.reached))
+            step = fastest(fake_model, setup, chosen, memory, machine)
+            assert step is not None
+            return step
     smallest = min(counts.step(chosen).memory.peak for counts in least.values())
     other = "; --method lora takes less" if setup.method == "full" else ""
     raise UserError(
@@ -54,16 +56,29 @@ def fit(fake_model: FakeModel, setup: Setup, region: str, memory: float, machine
     )
 
 
-def _fitting_steps(fake_model: FakeModel, setup: Setup, region: Region, room: float) -> Iterator[Step]:
+def fastest(
+    fake_model: FakeModel, setup: Setup, region: Region, memory: float, machine: Machine,
+    micro_batches: Sequence[int] = (),
+) -> Step | None:  # fmt: skip
+    """The fastest step of a region that fits, with and without activation checkpointing; None if none fits.
+
+    `micro_batches` to try, in ascending order; default: powers of two up to the batch.
+    """
+    tried = micro_batches or [2**power for power in range(setup.batch.bit_length())]
+    steps = _fitting_steps(fake_model, setup, region, ROOM * memory, tried)
+    return min(steps, key=lambda step: step.seconds(*machine.reached), default=None)
+
+
+def _fitting_steps(
+    fake_model: FakeModel, setup: Setup, region: Region, room: float, micro_batches: Sequence[int]
+) -> Iterator[Step]:
     for checkpointing in (False, True):
-        micro_batch = 1
-        while micro_batch <= setup.batch:
+        for micro_batch in micro_batches:
             tried = replace(setup, micro_batch=micro_batch, checkpointing=checkpointing)
             step = Counts(fake_model, tried).step(region)
             if step.memory.peak > room:
                 break
             yield step
-            micro_batch *= 2
 
 
 def _region(form: str, count: int, depth: int) -> Region:

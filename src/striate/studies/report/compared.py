@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from striate import plot
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from striate.scores.table import Scores
 
 MODALITIES = ("visual", "text")
+LONG = ("rouge_l", "share_named")  # metrics of answers with several facts
 NOTHING = "–"  # what was not measured
 # Verbs that measure layers, not accuracy.
 LAYERWISE = {"score": "layer scores only", "revert": "layers reverted only"}
@@ -44,8 +46,6 @@ class ComparedRun:
     records: str = ""
     processor: str = ""
     treatment: str = ""
-    visual: Estimate | None = None
-    text: Estimate | None = None
     kept: Retention | None = None
     reference: str = ""
     values: tuple[tuple[str, str], ...] = ()
@@ -54,6 +54,16 @@ class ComparedRun:
     scores: Scores | None = None
     reverted: Mapping[str, plot.RevertProfile] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def visual(self) -> Estimate | None:
+        """The mean over visual tasks."""
+        return self.mean("visual")
+
+    @cached_property
+    def text(self) -> Estimate | None:
+        """The mean over text tasks."""
+        return self.mean("text")
 
     def training(self, name: str) -> float | None:
         """A number of "training" in run.json; None if it is missing or not finite."""
@@ -66,8 +76,20 @@ class ComparedRun:
         return self.info.get("prune") or {}
 
     def names(self, modality: str) -> list[str]:
-        """The tasks of a modality that have an accuracy."""
-        return [n for n, task in self.tasks.items() if task["modality"] == modality and task["metric"] != PERPLEXITY]
+        """The tasks of a modality that have an accuracy; of "long" those with long answers about images."""
+        chosen = {n: t for n, t in self.tasks.items() if t["metric"] != PERPLEXITY}
+        if modality == "long":
+            return [n for n, task in chosen.items() if task["modality"] == "visual" and task["metric"] in LONG]
+        return [n for n, task in chosen.items() if task["modality"] == modality]
+
+    def mean(self, modality: str) -> Estimate | None:
+        """The mean over these tasks. That of T tasks has the standard error sqrt(sum of s_t^2) / T."""
+        parts = [estimate(self.tasks[name]) for name in self.names(modality)]
+        if not parts:
+            return None
+        return Estimate(
+            sum(one.value for one in parts) / len(parts), math.hypot(*(one.stderr for one in parts)) / len(parts)
+        )
 
 
 def read_run(one: RunFolder) -> ComparedRun:
@@ -108,8 +130,6 @@ def _compared_run(name: str, run: Run) -> ComparedRun:
         records=predictions.fingerprint() if predictions.complete(tasks) else "",
         processor=processor(run),
         treatment=treatment(name, info, region),
-        visual=_mean(tasks, "visual"),
-        text=_mean(tasks, "text"),
         scores=_scores(run),
         reverted={kind: plot.RevertProfile.from_json(found) for kind, found in (results.get("reverted") or {}).items()},
         curve=tuple((entry["step"], entry["loss"]) for entry in history if entry.get("loss") is not None),
@@ -158,14 +178,6 @@ def estimate(task: Mapping[str, Any]) -> Estimate:
     """What a task of results.json measured."""
     stderr = task.get("stderr")
     return Estimate(task["value"], math.nan if stderr is None else stderr)
-
-
-def _mean(tasks: Mapping[str, Mapping[str, Any]], modality: str) -> Estimate | None:
-    parts = [estimate(t) for t in tasks.values() if t["modality"] == modality and t["metric"] != PERPLEXITY]
-    if not parts:
-        return None
-    values, errors = zip(*parts, strict=True)
-    return Estimate(sum(values) / len(parts), math.hypot(*errors) / len(parts))
 
 
 def difference(row: ComparedRun, other: ComparedRun) -> str:

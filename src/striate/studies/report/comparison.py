@@ -64,7 +64,7 @@ def compare(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
 
     By default that is the first that tuned all layers, else the first. A run of another seed, or on other records, is
     set against the run that differs from the reference in that alone, where there is one. Retention is that of the
-    mean over visual tasks; see `Retention`. The mean of T tasks has the standard error sqrt(sum of s_t^2) / T.
+    mean over visual tasks; see `Retention`.
 
     Raises:
         UserError: there is no run, or a folder holds no run.
@@ -125,11 +125,12 @@ def _against(row: ComparedRun, reference: ComparedRun) -> ComparedRun:
     return replace(row, reference=reference.name, kept=retention(row, reference))
 
 
-def retention(row: ComparedRun, reference: ComparedRun) -> Retention | None:
-    """How much of the visual accuracy of `reference` a run keeps; None where one of them has none."""
-    tasks = row.names("visual")
-    if row.visual is None or reference.visual is None:
+def retention(row: ComparedRun, reference: ComparedRun, modality: str = "visual") -> Retention | None:
+    """How much of the accuracy of `reference` in a modality a run keeps; None where one of them has none."""
+    own, others = row.mean(modality), reference.mean(modality)
+    if own is None or others is None:
         return None
     if row.records and row.records == reference.records:
+        tasks = row.names(modality)
         return compare_paired(row.predictions.scores(tasks), reference.predictions.scores(tasks))
-    return compare_unpaired(row.visual, reference.visual)
+    return compare_unpaired(own, others)

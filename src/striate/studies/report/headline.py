@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from striate.studies.report.arms import Arm, start
-from striate.studies.report.compared import difference, interval, of_training, percent, text, visual
+from striate.studies.report.compared import difference, interval, of_training, percent, visual
 from striate.studies.report.comparison import Comparison, retention
-from striate.studies.report.pairing import compare_unpaired
+from striate.studies.report.pairing import NORMAL, compare_unpaired
 
+if TYPE_CHECKING:
+    from striate.evaluation.statistics import Interval
+
+APART, POWER = 0.01, 0.841621  # a difference of one point; the standard normal quantile of 0.8
 NAMED = 3  # tied regions that are named
 # Quantiles of Student's t that hold 95 % both ways, by number of seeds; from 10 seeds on that of 10.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -91,6 +96,23 @@ def _trained_all(arm: Arm) -> bool:
     return str(arm.first.region) == "all" and not arm.first.pruned and arm.first.training("seconds") is not None
 
 
+def _compare_kept(title: str, modality: str, best: Arm, reference: Arm) -> Iterator[str]:
+    """What the best region keeps of long answers about images, or of text."""
+    own, whole = (arm.mean(lambda row: row.mean(modality)) for arm in (best, reference))
+    if own is None or whole is None:
+        return
+    pairs = ((row, next((one for one in reference.rows if one.name == row.reference), None)) for row in best.rows)
+    kept = [found for row, one in pairs if one and (found := retention(row, one, modality))]
+    sentence = f"{title}: {percent(own)} % against {percent(whole)} %"
+    shares = [100 * one.share.value for one in kept]
+    if len(kept) > 1:
+        sentence += f", {fmean(shares):.1f} % kept ({min(shares):.1f} to {max(shares):.1f} in {len(kept)} seeds)"
+    elif kept:
+        known = not math.isnan(kept[0].share.low)
+        sentence += f", {shares[0]:.1f} % kept" + f" (95 % interval {interval(kept[0].share)})" * known
+    yield f"{sentence}."
+
+
 def _against(best: Arm, other: Arm) -> str:
     """Time and memory of the best region against all layers tuned another way, such as by LoRA in a `Trainer`."""
     ratios = [
@@ -122,16 +144,29 @@ def _certainty(best: Arm) -> Iterator[str]:
     way = "both runs on the same records" if one.paired else "the two runs taken as independent"
     yield f"95 % interval {interval(one.share)} %, {way}."
     if one.noise:
-        yield "The difference from the reference is within noise."
+        number = sum(best.first.tasks[name]["n"] for name in best.first.names("visual"))
+        yield (
+            f"The difference from the reference is within noise; to show one of a point would take about "
+            f"{records_needed(one.lead, number):,} records, not {number:,}."
+        )
+
+
+def records_needed(lead: Interval, number: int) -> int:
+    """Visual records that would show a difference of one point in 80 % of samples, from the 95 % interval of `number`.
+
+    The standard error s falls with the square root of the number; 1.96 s must be 0.84 s below the difference.
+    """
+    error = (lead.high - lead.low) / 2 / NORMAL
+    return math.ceil(number * ((NORMAL + POWER) * error / APART) ** 2)
 
 
 def _beside(best: Arm, reference: Arm, number: int) -> Iterator[str]:
-    """The number of regions compared, text accuracy and peak memory."""
+    """The number of regions compared, long answers, text and peak memory."""
     if number > 1:
         yield f"The best of {number} regions by visual accuracy."
-    own, whole_text = best.mean(text), reference.mean(text)
-    if own and whole_text:
-        yield f"Text accuracy {percent(own)} % against {percent(whole_text)} %."
+    if best.first.names("long") != best.first.names("visual"):  # else the sentence itself is about them
+        yield from _compare_kept("Long answers", "long", best, reference)
+    yield from _compare_kept("Text", "text", best, reference)
     memory, whole_memory = (arm.mean(of_training("peak_memory_gb")) for arm in (best, reference))
     if memory and whole_memory:
         yield f"Peak memory {memory.value:.2f} GB against {whole_memory.value:.2f} GB."

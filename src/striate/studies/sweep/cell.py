@@ -181,7 +181,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
         os.replace(part, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None

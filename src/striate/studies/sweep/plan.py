@@ -22,8 +22,7 @@ from striate.errors import UserError, nearest
 from striate.evaluation import resolve, sample_tasks
 from striate.prune import Criterion, protected_layers
 from striate.prune.plan import PruneRequest
-from striate.region import SCORES, Region
-from striate.routing import auto_size
+from striate.region import SCORES, Region, auto_size
 from striate.routing import resolve as resolve_route
 from striate.runs.options import options_of
 from striate.runs.provenance import Contents, difference
@@ -226,7 +225,8 @@ def _recipes(sheet: Sheet, depth: int) -> Iterator[Recipe]:
         with at("grid.region" if "region" in chosen else "tune.region"):
             region = Region.parse(tune["region"], depth)
         with at("grid.route" if "route" in chosen else "tune.route"):
-            route = tune["route"] if auto_size(tune["route"], depth) else resolve_route(tune["route"], region)
+            measured = auto_size("--route", tune["route"], depth) is not None
+            route = tune["route"] if measured else resolve_route(tune["route"], region)
         # Defaults that the sections override:
         evaluate = _defaults("eval") | {"images": sheet.images} | sheet.eval
         shared = {"data": sheet.data, "images": sheet.images, "seed": tune["seed"]}
