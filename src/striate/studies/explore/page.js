@@ -317,7 +317,8 @@ function makeRows() {
   rows.push(make("div", { class: "row", "aria-hidden": "true" }, make("span", {}, "layer"), axis));
   at("#rows").replaceChildren(...rows);
   const mark = make("span", { class: "wrong" }, "● red");
-  at("#legend").replaceChildren("Dashed: the likelihood of the answer of the unchanged model. ", mark, ": the answer changes. Click a layer to choose it.");
+  const dashed = sample.lesions.length ? ["Dashed: the likelihood of the answer of the unchanged model. ", mark, ": the answer changes. "] : [];
+  at("#legend").replaceChildren(...dashed, "Click a layer to choose it.");
 }
 
 function showRows() {
@@ -336,6 +337,7 @@ function showRows() {
 // Lesions.
 
 function showLesions() {
+  at("#lesions").hidden = !sample.lesions.length;
   const kinds = Object.keys(KINDS).filter((kind) => sample.lesions.some((one) => one[1] === kind));
   const names = [`layer ${state.layer}`, ...new Set(sample.lesions.map((one) => one[0]).filter((name) => !name.startsWith("layer ")))];
   const cell = ([, , likelihood, answer]) => make("td", {},
