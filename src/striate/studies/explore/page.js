@@ -413,4 +413,14 @@ at("#layer").addEventListener("input", (event) => { state.layer = Number(event.t
 at(".bar").addEventListener("submit", (event) => event.preventDefault());
 window.addEventListener("resize", () => panels.forEach(showPanel));
 at("main").hidden = false;
-choose(0);
+
+// The address may name a sample by its id: explore.html#ID.
+async function open() {
+  let id = "";
+  try { id = decodeURIComponent(location.hash.slice(1)); } catch { /* no id is written so */ }
+  const number = id ? data.samples.findIndex((one) => one.id === id) : -1;
+  if (number >= 0 || !sample) await choose(Math.max(0, number));
+  if (number >= 0) at("#samples").children[number].focus();
+}
+window.addEventListener("hashchange", open);
+open();
