@@ -20,7 +20,7 @@ from striate.exploration.asking import Asked, ask, draw
 from striate.exploration.intervening import Intervention, intervene
 from striate.exploration.layout import View, layout
 from striate.exploration.lesions import Lesion, groups, kinds, lesions
-from striate.exploration.observing import Attention, Lens, lens, observe
+from striate.exploration.observing import MAX_LENS_TOKENS, Attention, Lens, lens, observe
 from striate.region import Region
 from striate.routing import read_route
 from striate.scores import OnBad
@@ -242,13 +242,17 @@ def _look(
 
 def _notes(asked: Asked, views: Sequence[View]) -> list[str]:
     """What cannot be shown of a sample, and why."""
-    if not asked.batch.image_mask.any():
+    num_image = int(asked.batch.image_mask.sum())
+    if not num_image:
         return ["this record has no image"]
     if "cross_attention_mask" in asked.batch.inputs:
         return ["images are read by cross-attention: they have no tokens whose attention or words could be shown"]
+    notes = []
     if any(view.box is None for view in views):
-        return ["the place of the image tokens in the image is not known: they are shown in their order"]
-    return []
+        notes.append("the place of the image tokens in the image is not known: they are shown in their order")
+    if num_image > MAX_LENS_TOKENS:
+        notes.append(f"nearest words are those of the first {MAX_LENS_TOKENS:,} of {num_image:,} image tokens")
+    return notes
 
 
 def _text(record: Record) -> str:
