@@ -73,7 +73,7 @@ def build(session: Session) -> gr.Blocks:
             [images, question, bypassed, reverted, route, rounds], [answers, *views, rounds],
             api_name="ask", show_progress="hidden",
         )  # fmt: skip
-        region.submit(partial(_ticks, subject.vlm.depth), region, bypassed, api_name=False)
+        region.submit(partial(_ticks, subject.vlm.depth), region, bypassed, api_visibility="private")
     return blocks
 
 
