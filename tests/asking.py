@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import processors
 import torch
+from pico import SPECIAL, filled, pico_llava, pico_tokenizer
 from PIL import Image
 
+import striate
 from striate.data import Record
 from striate.vlm import Vlm
 
@@ -35,6 +38,17 @@ def noise(seed: int, width: int, height: int) -> Image.Image:
 def answered(question: Record, text: str) -> Record:
     turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     return replace(question, messages=(*question.messages, turn))
+
+
+def talkative_llava(folder: Path) -> Path:
+    """A LLaVA in bfloat16 whose answers are words, other ones for other images."""
+    words = len(pico_tokenizer())
+    whole = filled(striate.load(pico_llava(folder, vocab_size=words), device="cpu").model)
+    for parameter in whole.parameters():
+        parameter.data *= 3 if parameter.dim() > 1 else 1
+    whole.lm_head.weight.data[: len(SPECIAL)] = 0  # words are more likely than ends
+    whole.to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def in_family(name: str) -> Vlm:

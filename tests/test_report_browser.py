@@ -7,14 +7,17 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from reporting import QUIET, answer, make_run, make_scores
+from test_explore_browser import exploration, sample
 
 from striate.runs.run import Run
+from striate.studies.explore.page import page as page_of
 from striate.studies.report import report as report_with_figures
 
 pytestmark = pytest.mark.browser
@@ -100,6 +103,23 @@ def test_records_can_be_filtered_and_searched(page: Path) -> None:
     ]  # fmt: skip
     assert image == "data:image/"
     assert re.sub(r"\s+", " ", first) == "read read 1? truth yes ✓ right ● all yes ✓ right ■ part yes ✗ wrong ◆ none no"
+
+
+def test_records_open_their_page_of_explore(page: Path) -> None:
+    """The records of `explore` are known by id and question; those of other questions are not linked."""
+    explored = exploration(*(replace(sample(), id=name, question=f" read {name}?") for name in ("1", "7", "30")))
+    (page.parent / "part" / "explore.html").write_text(page_of(explored, numbers="explore.json"), encoding="utf-8")
+    (page.parent / "none" / "explore.html").write_text("<p>not a page of explore</p>", encoding="utf-8")
+    report([page.parent / name for name in ("all", "part", "none")], out=page)
+    script = """
+    at(".more").click();
+    return all("#browser .card").map((one) => [...one.querySelectorAll("a")].map((link) => [
+      one.querySelector("strong").innerText, link.innerText, link.getAttribute("href")])).flat();
+    """
+    assert use(page, script) == [
+        ["read 1?", "layer by layer: part", "part/explore.html#1"],
+        ["read 7?", "layer by layer: part", "part/explore.html#7"],
+    ]  # fmt: skip
 
 
 def test_tables_sort_by_any_column(page: Path) -> None:

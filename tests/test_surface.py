@@ -65,7 +65,10 @@ OPTIONS = {
     "card": "run",
     "sweep": "file executor workers only redo dry_run",
     "report": "runs out reference title page_only",
-    "explore": "model data images out region backbone samples max_length seed on_bad_record device dtype allow_urls",
+    "explore": (
+        "model data images out region backbone live against host port samples max_length seed on_bad_record device "
+        "dtype allow_urls"
+    ),
     "demo": "out seed quick",
 }
 

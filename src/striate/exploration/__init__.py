@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor
 from striate.data import IGNORED, Record, RecordError, Records, Skipped, open_image
 from striate.errors import at_least
 from striate.exploration.asking import Asked, ask, draw
+from striate.exploration.intervening import Intervention, intervene
 from striate.exploration.layout import View, layout
 from striate.exploration.lesions import Lesion, groups, kinds, lesions
-from striate.exploration.observing import Attention, Lens, lens, observe
+from striate.exploration.observing import MAX_LENS_TOKENS, Attention, Lens, lens, observe
 from striate.region import Region
 from striate.routing import read_route
 from striate.scores import OnBad
@@ -27,7 +28,20 @@ from striate.scores.backbone import Backbone
 from striate.vlm import Vlm
 from striate.vlm.modes import eval_mode
 
-__all__ = ["Attention", "Exploration", "Lens", "Lesion", "Sample", "View", "explore", "explore_questions", "steps"]
+__all__ = [
+    "Attention",
+    "Exploration",
+    "Intervention",
+    "Lens",
+    "Lesion",
+    "Sample",
+    "View",
+    "explore",
+    "explore_answer",
+    "explore_questions",
+    "intervene",
+    "steps",
+]
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,8 @@ def explore_questions(
     with eval_mode(vlm.model):
         for question in questions:
             try:
-                samples.append(_look(vlm, question, layers, reverting, max_length, on_step))
+                asked = ask(vlm, question, max_length=max_length)
+                samples.append(_look(vlm, question, asked, layers, reverting, on_step))
             except RecordError as bad:
                 if stop:
                     raise
@@ -150,6 +165,38 @@ def explore_questions(
     )  # fmt: skip
 
 
+def explore_answer(
+    vlm: Vlm,
+    question: Record,
+    tokens: Sequence[int],
+    *,
+    region: Region | None = None,
+    route: Region | None = None,
+    max_length: int = 2048,
+) -> Exploration:
+    """`explore` of one question whose answer is known, by its first tokens; without lesions.
+
+    Args:
+        vlm: the model.
+        question: a record that ends with a question.
+        tokens: the tokens of the answer; the first `asking.MAX_NEW_TOKENS` are looked at.
+        region: layers to mark.
+        route: the layers that image tokens pass through, to mark; None: all.
+        max_length: maximum number of tokens of the question, image tokens included.
+
+    Raises:
+        RecordError: the question cannot be used.
+    """
+    with eval_mode(vlm.model):
+        asked = ask(vlm, question, max_length=max_length, tokens=tokens)
+        sample = _look(vlm, question, asked, {}, None, lambda: None)
+    if len(tokens) > len(asked.tokens):
+        sample = replace(
+            sample, notes=(*sample.notes, f"the first {len(asked.tokens)} tokens of the answer are looked at")
+        )
+    return Exploration(vlm.source, vlm.depth, region, route, (sample,), _words(vlm, [sample]))
+
+
 def steps(depth: int, region: Region | None, *, image: bool, backbone: bool) -> int:
     """Number of steps per question: a layer of the logit lens, or a lesion."""
     return depth + len(groups(depth, region)) * len(kinds(image=image, backbone=backbone))
@@ -158,13 +205,12 @@ def steps(depth: int, region: Region | None, *, image: bool, backbone: bool) -> 
 def _look(
     vlm: Vlm,
     question: Record,
+    asked: Asked,
     layers: dict[str, Region],
     backbone: Backbone | None,
-    max_length: int,
     on_step: Callable[[], None],
 ) -> Sample:
     images = tuple(open_image(image, question.source) for image in question.images)
-    asked = ask(vlm, question, max_length=max_length)
     views = layout(vlm, question, asked.example)
     observation = observe(vlm, asked, views)
     near = lens(asked, observation, on_layer=on_step)
@@ -196,13 +242,17 @@ def _look(
 
 def _notes(asked: Asked, views: Sequence[View]) -> list[str]:
     """What cannot be shown of a sample, and why."""
-    if not asked.batch.image_mask.any():
+    num_image = int(asked.batch.image_mask.sum())
+    if not num_image:
         return ["this record has no image"]
     if "cross_attention_mask" in asked.batch.inputs:
         return ["images are read by cross-attention: they have no tokens whose attention or words could be shown"]
+    notes = []
     if any(view.box is None for view in views):
-        return ["the place of the image tokens in the image is not known: they are shown in their order"]
-    return []
+        notes.append("the place of the image tokens in the image is not known: they are shown in their order")
+    if num_image > MAX_LENS_TOKENS:
+        notes.append(f"nearest words are those of the first {MAX_LENS_TOKENS:,} of {num_image:,} image tokens")
+    return notes
 
 
 def _text(record: Record) -> str:

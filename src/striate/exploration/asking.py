@@ -65,15 +65,15 @@ class Asked:
 
 
 @torch.no_grad()
-def ask(vlm: Vlm, question: Record, *, max_length: int) -> Asked:
-    """Generate the answer to a question, and append its tokens to the prompt.
+def ask(vlm: Vlm, question: Record, *, max_length: int, tokens: Sequence[int] | None = None) -> Asked:
+    """Generate the answer to a question, unless its `tokens` are given, and append them to the prompt.
 
     Raises:
         RecordError: the record cannot be used.
     """
     example = encode(question, vlm.processor, max_length=max_length, generation=True)
     prompt = _batch(vlm, example)
-    tokens = answer_tokens(vlm, prompt)
+    tokens = answer_tokens(vlm, prompt) if tokens is None else tokens[:MAX_NEW_TOKENS]
     batch = _batch(vlm, _append(example, tokens, prefix=vlm.model.config.model_type == "paligemma"))
     (text,) = answer_texts(vlm, [tokens])
     return Asked(example, prompt, batch, tuple(tokens), text, AnswerTokens.of(batch))

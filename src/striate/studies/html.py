@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def script_safe(content: Any) -> Markup:
     """JSON that cannot end the element it stands in."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c"))
+
+
+def page_data(page: Path, name: str) -> Any:
+    """What `script_safe` put into the element of this id in a page; None where it cannot be read."""
+    try:
+        text = page.read_text(encoding="utf-8")
+        found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)
+        return json.loads(found[1]) if found else None
+    except (OSError, ValueError):
+        return None
 
 
 def data_address(image: Image.Image, side: int) -> str:

@@ -120,8 +120,9 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
             score, runs[name].path, data=world / "train.json", images=world / "images", metrics=tuple(states.METRICS),
             options=ReadOptions(device="cpu"),
         )  # fmt: skip
-    explored = _apart(
-        explore, runs["uniform"].path, data=world / "test.json", images=world / "images", out=out / "explore.html",
+    explored = out / "explore.html"
+    _apart(
+        explore, runs["uniform"].path, data=world / "test.json", images=world / "images", out=explored,
         options=replace(EXPLORE, samples=2, device="cpu"),
     )  # fmt: skip
     path = report(

@@ -317,7 +317,8 @@ function makeRows() {
   rows.push(make("div", { class: "row", "aria-hidden": "true" }, make("span", {}, "layer"), axis));
   at("#rows").replaceChildren(...rows);
   const mark = make("span", { class: "wrong" }, "● red");
-  at("#legend").replaceChildren("Dashed: the likelihood of the answer of the unchanged model. ", mark, ": the answer changes. Click a layer to choose it.");
+  const dashed = sample.lesions.length ? ["Dashed: the likelihood of the answer of the unchanged model. ", mark, ": the answer changes. "] : [];
+  at("#legend").replaceChildren(...dashed, "Click a layer to choose it.");
 }
 
 function showRows() {
@@ -336,6 +337,7 @@ function showRows() {
 // Lesions.
 
 function showLesions() {
+  at("#lesions").hidden = !sample.lesions.length;
   const kinds = Object.keys(KINDS).filter((kind) => sample.lesions.some((one) => one[1] === kind));
   const names = [`layer ${state.layer}`, ...new Set(sample.lesions.map((one) => one[0]).filter((name) => !name.startsWith("layer ")))];
   const cell = ([, , likelihood, answer]) => make("td", {},
@@ -411,4 +413,14 @@ at("#layer").addEventListener("input", (event) => { state.layer = Number(event.t
 at(".bar").addEventListener("submit", (event) => event.preventDefault());
 window.addEventListener("resize", () => panels.forEach(showPanel));
 at("main").hidden = false;
-choose(0);
+
+// The address may name a sample by its id: explore.html#ID.
+async function open() {
+  let id = "";
+  try { id = decodeURIComponent(location.hash.slice(1)); } catch { /* no id is written so */ }
+  const number = id ? data.samples.findIndex((one) => one.id === id) : -1;
+  if (number >= 0 || !sample) await choose(Math.max(0, number));
+  if (number >= 0) at("#samples").children[number].focus();
+}
+window.addEventListener("hashchange", open);
+open();

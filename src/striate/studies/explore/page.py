@@ -22,8 +22,8 @@ SMALLEST = 20_000
 """Characters for the maps of a sample, however little room is left."""
 
 
-def page(exploration: Exploration, *, numbers: str, size: int = SIZE) -> str:
-    """The page of an exploration; `numbers` is the address of its JSON file."""
+def page(exploration: Exploration, *, numbers: str = "", size: int = SIZE) -> str:
+    """The page of an exploration; `numbers` is the address of its JSON file, empty without one."""
     here, base = resources.files(__package__), resources.files(REPORT)
     template, css, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html.jinja", "css", "js"))
     room = size // max(1, len(exploration.samples))

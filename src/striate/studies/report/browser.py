@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from markupsafe import Markup
 
-from striate.studies.html import script_safe
+from striate.studies.html import page_data, script_safe
 from striate.studies.report.compared import ComparedRun
 from striate.studies.report.comparison import Comparison
 from striate.studies.report.pairing import Key
@@ -30,11 +31,13 @@ class Browser(NamedTuple):
     left_out: str
 
 
-def browser(comparison: Comparison, marks: Mapping[str, tuple[str, str]]) -> Browser | None:
+def browser(
+    comparison: Comparison, marks: Mapping[str, tuple[str, str]], *, explored: Mapping[str, str]
+) -> Browser | None:
     """All records that runs answered, set by set of the same records; None when there are none.
 
     Texts stand once in a pool, however many runs share them; answers and scores are columns of numbers.
-    `marks` are the color and the glyph of every arm.
+    `marks` are the color and the glyph of every arm, `explored` the addresses of the pages of `explore` by run.
     """
     sets: dict[str, list[ComparedRun]] = {}
     for row in comparison.rows:
@@ -45,7 +48,7 @@ def browser(comparison: Comparison, marks: Mapping[str, tuple[str, str]]) -> Bro
     shown = {key: list(_spread(rows[0].predictions.lines))[:RECORDS] for key, rows in sets.items()}
     pool, thumbnails = _Pool(), _Thumbnails([(sets[key][0], records) for key, records in shown.items()])
     arms = {row.name: arm.name for arm in comparison.arms for row in arm.rows}
-    written = [_set(rows, shown[key], arms, pool, thumbnails) for key, rows in sets.items()]
+    written = [_set(rows, shown[key], arms, pool, thumbnails, explored) for key, rows in sets.items()]
     content = {"sets": written, "pool": list(pool.numbers), "images": thumbnails.addresses, "marks": marks}
     total = sum(len(rows[0].predictions.lines) for rows in sets.values())
     there = sum(map(len, shown.values()))
@@ -91,8 +94,9 @@ def _spread(lines: Mapping[Key, Any]) -> Iterator[Key]:
 
 
 def _set(
-    rows: Sequence[ComparedRun], chosen: Sequence[Key], arms: Mapping[str, str], pool: _Pool, thumbnails: _Thumbnails
-) -> dict[str, Any]:
+    rows: Sequence[ComparedRun], chosen: Sequence[Key], arms: Mapping[str, str], pool: _Pool, thumbnails: _Thumbnails,
+    explored: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
     lines = rows[0].predictions.lines
     wanted, names = {*chosen}, [arms[row.name] for row in rows]
     names = [row.name if names.count(name) > 1 else name for row, name in zip(rows, names, strict=True)]
@@ -109,7 +113,22 @@ def _set(
         "image": [thumbnails(lines[key].get("images") or ()) for key in keys],
         "answer": [[pool(row.predictions.lines[key]["prediction"]) for key in keys] for row in rows],
         "score": [[_short(row.predictions.lines[key]["score"]) for key in keys] for row in rows],
+        "explored": [
+            [place, number, f"{explored[row.name]}#{quote(key[1], safe='')}"]
+            for number, row in enumerate(rows)
+            if row.name in explored
+            for place, key in _samples(row, keys)
+        ],
     }
+
+
+def _samples(row: ComparedRun, keys: Sequence[Key]) -> Iterator[tuple[int, Key]]:
+    """The records in a run's page of `explore`, each with its place among `keys`."""
+    content = page_data(row.run.exploration, "data") or {}
+    samples = {(one["id"], one["question"]) for one in content.get("samples", ())}
+    for place, key in enumerate(keys):
+        if (key[1], row.predictions.lines[key]["question"]) in samples:
+            yield place, key
 
 
 def _short(score: float) -> float:

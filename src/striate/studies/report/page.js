@@ -111,6 +111,9 @@ function browse(section, data) {
       make("small", {}, make("bdi", {}, chosen.tasks[chosen.task[record]])),
       make("p", { dir: "auto" }, make("strong", {}, data.pool[chosen.question[record]])),
       make("p", { dir: "auto" }, make("small", {}, "truth"), " ", data.pool[chosen.truth[record]]));
+    const pages = chosen.explored.filter(([place]) => place === record);
+    text.append(...pages.map(([, run, address]) => make("p", {}, make("small", {},
+      make("a", { href: address }, "layer by layer: ", make("bdi", {}, chosen.runs[run][0]))))));
     const header = make("header", {}, text);
     const image = data.images[chosen.image[record]];
     if (image) header.prepend(make("div", { class: "images" }, make("img", { src: image, alt: "", loading: "lazy" })));

@@ -113,7 +113,7 @@ def report(
     folder = None if page_only else out.with_name(f"{out.stem}-figures")
     here = resources.files(__package__)
     template, css, script = (here.joinpath(name).read_text("utf-8") for name in (TEMPLATE, CSS, SCRIPT))
-    content = _page(comparison, title, plots, made, folder) | {"explored": _explored(comparison, out)}
+    content = _page(comparison, title, plots, made, folder, explored=_explored(comparison, out))
     write(render(template, css, script, content), out)
     if folder:
         save(plots, folder)
@@ -144,8 +144,9 @@ def _distinct(plots: Sequence[ReportFigure]) -> list[ReportFigure]:
 
 
 def _page(
-    comparison: Comparison, title: str, plots: Sequence[ReportFigure], made: Sequence[Table], folder: Path | None
-) -> dict[str, Any]:
+    comparison: Comparison, title: str, plots: Sequence[ReportFigure], made: Sequence[Table], folder: Path | None,
+    *, explored: Mapping[str, Sequence[tuple[str, str]]],
+) -> dict[str, Any]:  # fmt: skip
     """What the template shows."""
     arms = comparison.arms
     title_line, remarks = headline(comparison)
@@ -172,7 +173,8 @@ def _page(
         "correlations": {row.name: correlations(row.scores) for row in scored if row.scores},
         "record_cards": record_cards(comparison),
         "card_limits": (PER_TASK, MOST),
-        "browser": browser(comparison, marks),
+        "browser": browser(comparison, marks, explored=dict(pair for pairs in explored.values() for pair in pairs)),
+        "explored": explored,
         "settings": _settings(comparison.rows),
         "credits": dict.fromkeys(str(line) for row in comparison.rows for line in row.info.get("credits") or ()),
         "version": versions().get("striate", ""),
