@@ -25,7 +25,10 @@ from striate.routing import write_route
 from striate.runs.cli import main as striate
 from striate.runs.evaluating import evaluate
 from striate.runs.options import call_arguments, options_of
+from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
+from striate.runs.scoring import score
+from striate.scores.consensus import CHOOSING
 
 OUT = Path("runs/thirty")
 TRAIN, TEST, STEPS, BATCH = 3000, 110, 80, 8
@@ -47,6 +50,8 @@ SHEETS: dict[str, dict[str, Any]] = {
             ],
         },
     },
+    # Chosen by scores of the start, before any tuning (`score_start`).
+    "scores": {"grid": {"region": ["spread:25%@{scores}:gradient", "top:25%@{scores}:layer_contribution"]}},
     "sizes": {"grid": {"region": [f"uniform:{number}" for number in (4, 2, 1, 16, 6)]}},
     "data": {"grid": {"samples": ["25%", "50%"], "region": ["all", "uniform:25%", "uniform:4"]}},
     "pruning": {
@@ -61,8 +66,13 @@ SHEETS: dict[str, dict[str, Any]] = {
         "prune": {"samples": 64, "region": "uniform:25%", "steps": 40},
     },
     # Image tokens pass through a quarter of the layers: those that train (`same`), those that contribute most to image
-    # tokens, and some without layer 0.
-    "route": {"grid": {"region": ["all", "uniform:25%"], "route": ["uniform:25%", "auto:25%", "uniform:25%@2"]}},
+    # tokens, and some without layer 0; or through half of the layers.
+    "route": {
+        "grid": {
+            "region": ["all", "uniform:25%"],
+            "route": ["uniform:25%", "auto:25%", "uniform:25%@2", "first:50%", "uniform:50%"],
+        },
+    },
     "lora": {
         "grid": {"region": ["all", "uniform:25%"]},
         "out": "lora",
@@ -87,7 +97,8 @@ def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any
     own = (SHEETS | TRIALS)[name]
     world = out / ("validation" if name in TRIALS else "world")
     grid: dict[str, Any] = {"seed": [seed]} | own["grid"]
-    grid["region"] = [region for region in grid["region"] if (region == "all") == everything]
+    regions = [region for region in grid["region"] if (region == "all") == everything]
+    grid["region"] = [region.format(scores=out / "scores") for region in regions]
     if "route" in grid and everything:
         grid["route"] = grid["route"][:1]
     tune = {
@@ -129,6 +140,8 @@ def prepare(out: Path, llm: str, parts: Path) -> None:
 def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: list[int]) -> int:
     """Do what is left to do; returns the exit status."""
     for name in only or SHEETS:
+        if name == "scores":
+            score_start(out)
         for seed in [9] if name in TRIALS else seeds:
             for everything in (True, False):
                 if not (content := sheet(name, out, seed=seed, everything=everything)):
@@ -143,6 +156,17 @@ def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: lis
     evaluate_start(out)
     collect(out, results)
     return 0
+
+
+def score_start(out: Path) -> None:
+    """Measure scores of the start that choose layers before any tuning."""
+    if Run(out / "scores").info.get("status") != "finished":
+        shutil.rmtree(out / "scores", ignore_errors=True)
+        world, options = out / "world", ReadOptions(samples=64, max_length=256, device="cpu")
+        score(
+            out / "start", data=world / "train.json", images=world / "images", out=out / "scores", metrics=CHOOSING,
+            options=options,
+        )  # fmt: skip
 
 
 def evaluate_start(out: Path) -> None:

@@ -34,8 +34,14 @@ def tuned(runs: Iterable[Run], folder: str = "cells", **wanted: Any) -> dict[str
         options = run["options"]
         here = run["verb"] == "tune" and run["run"].split("/")[0] == folder
         if here and all(options.get(key) == wanted.get(key) for key in ("samples", "route")):
-            found[options["region"]][options["seed"]] = run
+            found[label(options["region"])][options["seed"]] = run
     return found
+
+
+def label(region: str) -> str:
+    """A region as the tables name it: spread:25%@scores:gradient as "spread:25% by gradient"."""
+    form, at, score = region.partition("@")
+    return f"{form} by {score.rpartition(':')[2]}" if at and ":" in score else region
 
 
 def visual(runs: Sequence[Run]) -> dict[str, list[float]]:
@@ -211,10 +217,10 @@ def figure(runs: Sequence[Run], out: Path) -> None:
                 axes.plot(shares, [line] * len(shares), "o", color=color, alpha=0.5, markeredgewidth=0)
                 axes.plot(fmean(shares), line, "|", color=INK, markersize=13)
         layers.set_yticks(range(len(names)), names)
-        layers.set(xlabel="layers that are tuned\n", xlim=(-0.6, DEPTH - 0.4))
+        layers.set(xlabel="layers that are tuned\n(right: a dot a seed, a line the mean)", xlim=(-0.6, DEPTH - 0.4))
         for axes, key in zip(sides, SIDES, strict=True):
             axes.axvline(100, color=INK, linewidth=0.8, linestyle=DASHES)
-            axes.set_xlabel(f"{key}, % of tuning all layers\n(a dot a seed, line: mean)")
+            axes.set_xlabel(f"{key}, % of\ntuning all layers")
         for axes in (layers, *sides):
             axes.tick_params(axis="y", length=0)
             axes.spines["left"].set_visible(False)
