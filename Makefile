@@ -30,8 +30,9 @@ $(SMOLLM): .venv/ready
 SERVING := .venv-serving/bin
 PINNED := --quiet --disable-pip-version-check --constraint scripts/serving/constraints.txt
 
+# FAMILIES="llava gemma3": only these; the table has what runs/serving has.
 serving: .venv-serving/ready  ## tuned and pruned checkpoints, answered by vLLM and by transformers: the table of docs/serving.md
-	OMP_NUM_THREADS=1 $(SERVING)/python scripts/serving/prove.py --out runs/serving
+	OMP_NUM_THREADS=1 $(SERVING)/python scripts/serving/prove.py --out runs/serving $(if $(FAMILIES),--families $(FAMILIES))
 
 test: .venv/ready  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from striate.errors import UserError
 from striate.vlm.reading import model_folder
 
 NEW_TOKENS = 16
-START_SECONDS = 600
+START_SECONDS, STOP_SECONDS = 1200, 60
 EXACT = ("--dtype", "float32", "--enforce-eager")
 """Options of the server for the answers that transformers gives in float32."""
 
@@ -94,13 +95,12 @@ def served(model: Path, *options: str) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
                "--served-model-name", str(model), "--host", "127.0.0.1", "--port", str(port),
                "--max-model-len", "512", "--max-num-seqs", "1", *options]  # fmt: skip
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, start_new_session=True)  # a group of its own, which can be killed
     try:
         _wait(url, process, model)
         yield url
     finally:
-        process.terminate()
-        process.wait(timeout=60)
+        _stop(process)
 
 
 def engine() -> str:
@@ -145,6 +145,16 @@ def _wait(url: str, process: subprocess.Popen[bytes], model: Path) -> None:
         except OSError:
             time.sleep(1)
     raise UserError(f"{model}: vLLM's server did not answer within {START_SECONDS} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers, by force if they take too long."""
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 if __name__ == "__main__":

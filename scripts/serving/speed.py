@@ -6,7 +6,8 @@
 A server for each model, on loopback; all stay up, and one is asked at a time, by OpenAI's client. In each turn every
 model answers once, with a fixed number of tokens, in an order that rotates; the first turn does not count. Caches of
 prompts and images are off. Ratios are to the first model within a turn, so that what slows the machine down for longer
-than a turn cancels out; all figures are medians over the turns. It writes the table of docs/serving.md, too.
+than a turn cancels out; all figures are medians over the turns. It writes the table of docs/serving.md, too. Options
+that it does not know are those of `vllm serve`, such as --dtype or --enforce-eager (no compilation).
 """
 
 from __future__ import annotations
@@ -56,18 +57,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--tokens", type=int, default=32, help="per answer")
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--dtype", default="auto", help="as vllm serve takes it; default: as stored")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
     try:
         layers = {model: depth(model) for model in args.models}
-        answers = take_turns(args)
+        answers = take_turns(args, options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     report = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in (api.engine(), "torch", "transformers")},
-        "settings": {"dtype": args.dtype, "new_tokens": args.tokens, "turns": args.turns, "requests": 1},
+        "settings": {"new_tokens": args.tokens, "turns": args.turns, "requests": 1, "vllm": [*OPTIONS, *options]},
         "models": {str(model): {"layers": layers[model]} | summarize(answers, model) for model in args.models},
     }
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -81,11 +81,11 @@ def depth(model: Path) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
-def take_turns(args: argparse.Namespace) -> dict[Path, list[Answer]]:
+def take_turns(args: argparse.Namespace, options: list[str]) -> dict[Path, list[Answer]]:
     """The answers of each model, one per turn; raises `UserError` as `api.served`."""
     answers: dict[Path, list[Answer]] = {model: [] for model in args.models}
     with ExitStack() as servers:
-        urls = {model: servers.enter_context(api.served(model, "--dtype", args.dtype, *OPTIONS)) for model in answers}
+        urls = {model: servers.enter_context(api.served(model, *OPTIONS, *options)) for model in answers}
         clients = {model: api.client(url) for model, url in urls.items()}
         for turn in range(args.turns + 1):
             shift = turn % len(args.models)
