@@ -1,13 +1,12 @@
-"""How fast vLLM serves checkpoints, in one run: a whole model against pruned ones.
+"""How fast vLLM answers with checkpoints, in one run: a whole model against pruned ones.
 
     python scripts/serving/speed.py runs/whole runs/pruned-4 runs/pruned-8 --image sign.png \\
         --question "What is written here?" --out bench/results/serving.json
 
-A server for each model, on loopback; all stay up, and one is asked at a time, by OpenAI's client. In each turn every
-model answers once, with a fixed number of tokens, in an order that rotates; the first turn does not count. Caches of
-prompts and images are off. Ratios are to the first model within a turn, so that what slows the machine down for longer
-than a turn cancels out; all figures are medians over the turns. It writes the table of docs/serving.md, too. Options
-that it does not know are those of `vllm serve`, such as --dtype or --enforce-eager (no compilation).
+An engine for each model, all in this process; one works at a time, on one request. In each turn every model answers
+once, with a fixed number of tokens, in an order that rotates; the first turn does not count. Caches of prompts and
+images are off. Ratios are to the first model within a turn, so that what slows the machine down for longer than a turn
+cancels out; all figures are medians over the turns. It writes the table of docs/serving.md, too.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import os
 import platform
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -28,14 +26,12 @@ from typing import Any
 
 import api
 import tables
-from transformers import AutoConfig
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
 
 from striate.errors import UserError
 
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every server pins its threads to the same cores
-
-OPTIONS = ("--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
-"""Options of the servers: the tower and the whole prompt are computed each time."""
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engines in this process
 
 
 @dataclass(frozen=True)
@@ -57,17 +53,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--tokens", type=int, default=32, help="per answer")
     parser.add_argument("--turns", type=int, default=40)
-    args, options = parser.parse_known_args()
+    parser.add_argument("--dtype", default="auto", help="as in vLLM; default: as stored")
+    parser.add_argument("--enforce-eager", action="store_true", help="as in vLLM: do not compile")
+    args = parser.parse_args()
     try:
         layers = {model: depth(model) for model in args.models}
-        answers = take_turns(args, options)
+        engine = api.engine()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    answers = take_turns(args)
     report = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in (api.engine(), "torch", "transformers")},
-        "settings": {"new_tokens": args.tokens, "turns": args.turns, "requests": 1, "vllm": [*OPTIONS, *options]},
+        "versions": {name: version(name) for name in (engine, "torch", "transformers")},
+        "settings": {name: getattr(args, name) for name in ("dtype", "enforce_eager", "tokens", "turns")},
         "models": {str(model): {"layers": layers[model]} | summarize(answers, model) for model in args.models},
     }
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -81,31 +80,49 @@ def depth(model: Path) -> int:
     return config.get_text_config(decoder=True).num_hidden_layers
 
 
-def take_turns(args: argparse.Namespace, options: list[str]) -> dict[Path, list[Answer]]:
-    """The answers of each model, one per turn; raises `UserError` as `api.served`."""
+def take_turns(args: argparse.Namespace) -> dict[Path, list[Answer]]:
+    """The answers of each model, one per turn."""
+    engines = {model: load(api.checkpoint(model), args) for model in args.models}
+    prompt = encode(api.checkpoint(args.models[0]), args.image, args.question)
     answers: dict[Path, list[Answer]] = {model: [] for model in args.models}
-    with ExitStack() as servers:
-        urls = {model: servers.enter_context(api.served(model, *OPTIONS, *options)) for model in answers}
-        clients = {model: api.client(url) for model, url in urls.items()}
-        for turn in range(args.turns + 1):
-            shift = turn % len(args.models)
-            for model in args.models[shift:] + args.models[:shift]:
-                answer = ask(clients[model], str(model), api.message(args.image, args.question), args.tokens)
-                if turn:
-                    answers[model].append(answer)
-            print(f"turn {turn} of {args.turns}", flush=True)
+    for turn in range(args.turns + 1):
+        shift = turn % len(args.models)
+        for model in args.models[shift:] + args.models[:shift]:
+            answer = ask(engines[model], prompt, str(turn), args.tokens)
+            if turn:
+                answers[model].append(answer)
+        print(f"turn {turn} of {args.turns}", flush=True)
     return answers
 
 
-def ask(client: Any, model: str, message: Any, tokens: int) -> Answer:
-    """One streamed answer of exactly so many tokens, each a piece of the stream; before them, with the first token,
-    comes a piece that only names the role."""
-    began = time.perf_counter()
-    stream = client.chat.completions.create(
-        model=model, messages=[message], temperature=0, max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}
-    )
-    times = [time.perf_counter() for _ in stream]
-    return Answer(times[0] - began, 1 / median(later - earlier for earlier, later in pairwise(times[1:])))
+def load(checkpoint: Path, args: argparse.Namespace) -> Any:
+    """vLLM's engine, which computes the tower and the whole prompt each time."""
+    from vllm import LLM
+
+    return LLM(
+        str(checkpoint), dtype=args.dtype, enforce_eager=args.enforce_eager, max_model_len=512, max_num_seqs=1, seed=0,
+        limit_mm_per_prompt={"image": 1}, enable_prefix_caching=False, mm_processor_cache_gb=0,
+    ).llm_engine  # fmt: skip
+
+
+def encode(checkpoint: Path, image: Path, question: str) -> dict[str, Any]:
+    """The prompt by the chat template, and the image, as vLLM takes them."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = AutoProcessor.from_pretrained(checkpoint).apply_chat_template(messages, add_generation_prompt=True)
+    return {"prompt": text, "multi_modal_data": {"image": Image.open(image).convert("RGB")}}
+
+
+def ask(engine: Any, prompt: dict[str, Any], request: str, tokens: int) -> Answer:
+    """One greedy answer of exactly so many tokens, one per step of the engine."""
+    from vllm import SamplingParams
+
+    times = [time.perf_counter()]
+    engine.add_request(request, prompt, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
+    while engine.has_unfinished_requests():
+        if engine.step():
+            times.append(time.perf_counter())
+    assert len(times) == 1 + tokens, "a step with more or less than one token"
+    return Answer(times[1] - times[0], 1 / median(later - earlier for earlier, later in pairwise(times[1:])))
 
 
 def summarize(answers: dict[Path, list[Answer]], model: Path) -> dict[str, Any]:
