@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -84,9 +83,14 @@ def test_answers_are_compared_token_by_token(monkeypatch: pytest.MonkeyPatch) ->
     assert prove.compare(expected, expected).proven
 
 
-def test_the_table_of_speed_is_that_of_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = shutil.copy(ROOT / "docs" / "serving.md", tmp_path)
-    monkeypatch.setattr(script("tables", monkeypatch), "PAGE", Path(page))
-    figures = json.loads((ROOT / "bench" / "results" / "serving.json").read_bytes())
-    script("speed", monkeypatch).write_table(figures)
-    assert Path(page).read_text() == (ROOT / "docs" / "serving.md").read_text()
+def test_a_script_writes_its_own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(shutil.copy(ROOT / "docs" / "serving.md", tmp_path))
+    before = page.read_text()
+    monkeypatch.setattr(script("tables", monkeypatch), "PAGE", page)
+    ratios = {"first_token_seconds": 0.75, "decode_tokens_per_second": 1.25}
+    row = {"layers": 22, "first_token_seconds": 0.09, "decode_tokens_per_second": 12.5, "ratios": ratios}
+    script("speed", monkeypatch).write_table({"versions": {"vllm": "1.0"}, "models": {"small": row}})
+    start, end = "<!-- table of scripts/serving/speed.py -->", "<!-- end of table -->"
+    head, _, rest = before.partition(start)
+    assert page.read_text().startswith(f"{head}{start}\nvllm 1.0:\n\n| layers | time to first token |")
+    assert page.read_text().endswith(f"\n| 22 | 90 ms | 0.75 | 12.5 | 1.25 |\n{end}{rest.partition(end)[2]}")
