@@ -214,9 +214,8 @@ def test_a_cell_and_what_becomes_of_it(here: Path) -> None:
 
 def test_files_can_vary(here: Path) -> None:
     prune = {"by": "random", "remove": 1, "steps": 1, "batch": 4, "micro_batch": 4, **CPU}
-    (cell,) = sweep(sheet(prune=prune, grid={"region": ["last:25%"], "prune.heal": ["../train.json"]})).cells
-    assert cell.status == "finished"
-    assert Run.open(cell.runs[1]).info["training"]["steps"] == 1
+    file = sheet(prune=prune, grid={"region": ["last:25%"], "prune.heal": ["../train.json"]})
+    assert len(sweep(file, executor="print").commands or ()) == 1
     assert [one.prunings for one in cells("out")] == [({"prune.heal": "../train.json"},)]
 
 

@@ -137,7 +137,7 @@ def _apart(work: Callable[..., T], *args: Any, **settings: Any) -> T:
     """Call a function in a process of its own, forked from one that has imported all of it once."""
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["striate.studies.silence", __name__])
     with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(THREADS,)) as pool:
         return pool.submit(work, *args, **settings).result()
 
