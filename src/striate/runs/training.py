@@ -26,7 +26,7 @@ from striate.train import (
     check_tuning,
     find_region,
     find_route,
-    num_samples,
+    sample_records,
 )
 from striate.train import align as align_model
 from striate.train import tune as tune_model
@@ -153,10 +153,9 @@ def tune(
     if auto_size("--region", region, vlm.depth) is None:
         vlm.region_parameters(Region.parse(region, vlm.depth), modules)  # raises an error if they are not there
     records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
-    if samples is not None:
-        num_samples(samples, len(records))
-    chosen = find_region(vlm, records, region, options=options, rank=stage.rank)
-    chosen_route = find_route(vlm, records, route, chosen, options=options, rank=stage.rank)
+    subset = sample_records(records, samples, seed=options.seed)  # measured is what trains
+    chosen = find_region(vlm, subset, region, options=options, rank=stage.rank)
+    chosen_route = find_route(vlm, subset, route, chosen, options=options, rank=stage.rank)
     with stage.recording(previous) as run:
         run.write_region(chosen, chosen_route, modules=modules)
         log = _begin(run, vlm, stage, progress=progress)

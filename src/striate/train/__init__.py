@@ -49,6 +49,7 @@ __all__ = [
     "last_saved",
     "lora_config",
     "num_samples",
+    "sample_records",
     "tune",
 ]
 
