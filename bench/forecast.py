@@ -8,14 +8,11 @@ memory: adapters of rank 128 on all layers, the same on the quarter, and the qua
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from striate.region import Region
-from striate.studies.cost import Counts, FakeModel, Machine, Setup, Step, fake_model, gpu_of, with_one_image
-from striate.studies.cost.fit import ROOM
+from striate.studies.cost import FakeModel, Machine, Setup, Step, fake_model, gpu_of, with_one_image
+from striate.studies.cost.fit import fastest
 from striate.studies.cost.section import Trained
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -31,28 +28,16 @@ def main() -> None:
     print("|---" * (2 + len(WAYS)) + "|")
     for file in sorted(RECIPES.glob("*.json")):
         model = fake_model(str(file), dtype="bfloat16")
-        tried = [steps(model, method, region) for method, region in WAYS]
         for gpu in map(gpu_of, GPUS):
-            print(f"| {file.stem} | {gpu.name} |", " | ".join(best(found, gpu) for found in tried), "|", flush=True)
+            found = [best(model, method, region, gpu) for method, region in WAYS]
+            print(f"| {file.stem} | {gpu.name} |", " | ".join(found), "|", flush=True)
 
 
-def steps(model: FakeModel, method: Trained, region: str) -> list[Step]:
-    """A step for each micro-batch, with and without activation checkpointing."""
+def best(model: FakeModel, method: Trained, region: str, gpu: Machine) -> str:
+    """The fastest step that fits."""
     setup, chosen = with_one_image(model, Setup(method=method)), Region.parse(region, model.vlm.depth)
-    tried = (
-        replace(setup, micro_batch=number, checkpointing=recomputed)
-        for number, recomputed in product(MICRO_BATCHES, (False, True))
-    )
-    return [Counts(model, one).step(chosen) for one in tried]
-
-
-def best(found: Sequence[Step], gpu: Machine) -> str:
-    """The fastest of the steps that fit."""
-    fitting = [step for step in found if step.memory.peak <= ROOM * gpu.memory]
-    if not fitting:
-        return "does not fit"
-    step = min(fitting, key=lambda step: step.seconds(*gpu.reached))
-    return describe(step, step.seconds(*gpu.reached))
+    step = fastest(model, setup, chosen, gpu.memory, gpu, MICRO_BATCHES)
+    return describe(step, step.seconds(*gpu.reached)) if step else "does not fit"
 
 
 def describe(step: Step, seconds: float) -> str:

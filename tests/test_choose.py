@@ -80,7 +80,7 @@ def test_tune_chooses_the_region_that_scores_choose(model: Path, data: Path, cho
     options = striate.TrainOptions(steps=1, batch=4, micro_batch=4, device="cpu", dtype="float32")
     run = tune(model, data=data, out=tmp_path / "run", region="auto:25%", method="full", options=options)
     assert run.region == choice.region != Region.parse("uniform:25%", 8)
-    assert run.region.origin.startswith("auto:25%, chosen by scores (rank correlation 0.")
+    assert run.region.origin.startswith("auto:25%, chosen by scores (rank correlation of the scores 0.")
     assert Region.load(run.checkpoint) == choice.region
 
 
@@ -91,7 +91,7 @@ def test_scores_that_disagree_choose_uniform() -> None:
     assert (region.layers, sureness) == ((3, 7), Sureness(1, 1))
     region, sureness = choose_region([rising, falling], "25%")
     assert region == Region.parse("uniform:25%", 8)
-    assert str(sureness).startswith("uniform, as the scores do not agree (rank correlation -1.00")
+    assert str(sureness).startswith("uniform, as the scores do not agree (rank correlation of the scores -1.00")
 
 
 @pytest.mark.parametrize(

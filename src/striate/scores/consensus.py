@@ -34,9 +34,17 @@ class Sureness:
         """Whether both are high enough for scores to choose layers."""
         return self.agreement >= AGREE and self.stability >= STABLE
 
+    @property
+    def numbers(self) -> str:
+        """Both, in words."""
+        agreed, stable = (
+            "unknown" if math.isnan(value) else f"{value:.2f}" for value in (self.agreement, self.stability)
+        )
+        return f"rank correlation of the scores {agreed}, {stable} of the layers chosen again from another sample"
+
     def __str__(self) -> str:
-        numbers = f"rank correlation {self.agreement:.2f}, {self.stability:.2f} of the layers chosen again"
-        return f"chosen by scores ({numbers})" if self.trusted else f"uniform, as the scores do not agree ({numbers})"
+        chosen = "chosen by scores" if self.trusted else "uniform, as the scores do not agree"
+        return f"{chosen} ({self.numbers})"
 
 
 def choose_region(scores: Sequence[Score], size: int | str, *, seed: int = 0) -> tuple[Region, Sureness]:

@@ -132,14 +132,9 @@ class Choice:
         return f"images through the region and layer 0 alone would cost {rise}"
 
     def _how_sure(self) -> str:
-        agreed, stable = (
-            "unknown" if math.isnan(value) else f"{value:.2f}"
-            for value in (self.sureness.agreement, self.sureness.stability)
-        )
         return (
-            f"rank correlation of the scores {agreed}; {stable} of the layers are chosen again from another sample "
-            f"(n {self.scores.samples}). No measurement shows that they beat uniform: compare with "
-            f"--region uniform:{len(self.region)}"
+            f"{self.sureness.numbers} (n {self.scores.samples}). No measurement shows that they beat uniform: compare "
+            f"with --region uniform:{len(self.region)}"
         )
 
     def _names(self) -> str:
