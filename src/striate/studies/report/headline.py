@@ -146,8 +146,8 @@ def _certainty(best: Arm) -> Iterator[str]:
     if one.noise:
         number = sum(best.first.tasks[name]["n"] for name in best.first.names("visual"))
         yield (
-            f"The difference from the reference is within noise; to show one of a point would take about "
-            f"{records_needed(one.lead, number):,} records, not {number:,}."
+            "The difference from the reference is within noise; one of a point would show with about "
+            f"{float(f'{records_needed(one.lead, number):.2g}'):,.0f} records, not {number:,}."
         )
 
 
