@@ -82,8 +82,9 @@ def make(llm: str, out: Path, *, steps: int, seed: int = 0) -> None:
     rng = Random(f"thirty start {seed}")
     model, tokenizer = language_model(llm)
     tokens = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in VOCABULARY]
-    embeddings = model.get_input_embeddings().weight.detach()
-    table = torch.stack([embeddings[ids].sum(0) for ids in tokens])
+    embed = model.get_input_embeddings()  # called, not read: Gemma scales what it looks up
+    with torch.no_grad():
+        table = torch.stack([embed(torch.tensor(ids)).sum(0) for ids in tokens])
     tower = SiglipVisionModel.from_pretrained(MODELS / "tower", dtype=torch.float32, attn_implementation="eager")
     projector = Projector(tower.config.hidden_size, table.shape[1])
     with torch.no_grad():
