@@ -17,7 +17,6 @@ from striate.studies.report import table
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demos, "QUICK", demos.DemoSize(train=32, test=2, text=2, steps=2))
-    monkeypatch.setattr(demos, "THREADS", 1)  # two would wait for each other beside other tests
     found = demos.demo(out=tmp_path / "demo", quick=True)
     assert "OpenMoji" in found.report.read_text()
     assert found.explored == tmp_path / "demo" / "explore.html"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,16 +20,16 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Group
 
-from striate.console import console
 from striate.errors import need
 from striate.runs.cli import quiet
 from striate.runs.evaluating import EVAL, evaluate
 from striate.runs.reading import ReadOptions
-from striate.runs.run import Run
+from striate.runs.run import Run, machine
 from striate.runs.scoring import score
 from striate.runs.training import tune
 from striate.scores import states
 from striate.studies.assemble import assemble
+from striate.studies.demo.progress import Watch
 from striate.studies.demo.usual import tune_usually
 from striate.studies.demo.world import write_world
 from striate.studies.explore import EXPLORE, explore
@@ -36,7 +37,8 @@ from striate.studies.report import report, table
 from striate.train import TrainOptions
 
 T = TypeVar("T")
-THREADS = 2  # of the published figures
+WORKERS = 2  # of the published figures: models tuned side by side, each with one thread
+PAUSE = 0.5  # seconds between looks at them
 MODELS = Path(__file__).parent / "models"
 # What is tuned, beside the usual recipe: the region, and the route of image tokens.
 ARMS = {
@@ -45,6 +47,8 @@ ARMS = {
     "routed": ("uniform:25%", "same"),
     "last": ("last:25%", None),
 }
+SCORED = ("backbone", "all")  # before tuning and after; only scores that one forward pass gives
+EXPLORED = "explore.html"
 CREDITS = ["Images: emoji by OpenMoji, CC BY-SA 4.0 (https://openmoji.org), pasted on colored grounds"]
 
 
@@ -79,14 +83,14 @@ class Demonstration:
 def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, progress: bool = False) -> Demonstration:
     """Tune a small LVLM by the usual recipe, on all layers and in regions; compare accuracy, time and memory.
 
-    Writes `out`/report.html, `out`/explore.html, `out`/summary.json and one run folder for each model. Each is tuned in
-    a process of its own, so that its peak memory is its own.
+    Writes `out`/report.html, `out`/explore.html, `out`/summary.json and one run folder for each model. Two are tuned
+    side by side, each with one thread, in a process of its own, so that its peak memory is its own.
 
     Args:
         out: the folder to write.
         seed: of the images, the questions and the training.
         quick: a smaller world and fewer steps: it shows that everything works, not who wins.
-        progress: show progress bars.
+        progress: show the steps of each model.
 
     Raises:
         UserError: `out` already holds runs.
@@ -97,63 +101,88 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
     size = QUICK if quick else FULL
     world = out / "world"
     write_world(world, seed=seed, train=size.train, test=size.test, text=size.text)
-    start = _apart(assemble_start, out / "backbone")
-    given = {"data": world / "train.json", "images": world / "images", "options": tuning(size, seed)}
-    runs = {"backbone": start}
-    for name in ("usual", *ARMS):
-        settings = given | {"out": out / name, "progress": progress}
-        if name == "usual":
-            runs[name] = _apart(tune_usually, start.path, **settings)
-        else:
-            region, route = ARMS[name]
-            runs[name] = _apart(tune, start.path, region=region, route=route, method="full", **settings)
-        if progress:
-            console().print(_line(runs[name]))
-    for run in runs.values():
-        _apart(
-            evaluate, run.path, data=[world / "test.json", world / "text.json"], images=world / "images",
-            max_new_tokens=8, progress=progress, options=replace(EVAL, batch=64, device="cpu"),
-        )  # fmt: skip
-        run.update(credits=CREDITS, generated=f"the demo's world of {size}")  # by the seed
-    for name in ("backbone", "all"):  # before tuning and after; only scores that one forward pass gives
-        _apart(
-            score, runs[name].path, data=world / "train.json", images=world / "images", metrics=tuple(states.METRICS),
-            options=ReadOptions(device="cpu"),
-        )  # fmt: skip
-    explored = out / "explore.html"
-    _apart(
-        explore, runs["uniform"].path, data=world / "test.json", images=world / "images", out=explored,
-        options=replace(EXPLORE, samples=2, device="cpu"),
-    )  # fmt: skip
+    _apart(assemble_start, out / "backbone")
+    # The longest first; the backbone is only evaluated.
+    names = ("usual", *ARMS, "backbone")
+    with Watch([out / name for name in names[:-1]], size.steps, on=progress) as watch:
+        found = _side_by_side(partial(_arm, out=out, size=size, seed=seed), names, watch)
+    runs = {name: found[name] for name in ("backbone", "usual", *ARMS)}
     path = report(
         [run.path for run in runs.values()], out=out / "report.html", reference=runs["all"].path, title="striate demo"
     )
     summary = summarize(runs, seed=seed, seconds=time.monotonic() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return Demonstration(path, explored, tuple(run.path for run in runs.values()))
+    return Demonstration(path, out / EXPLORED, tuple(run.path for run in runs.values()))
 
 
-def _apart(work: Callable[..., T], *args: Any, **settings: Any) -> T:
+def _side_by_side(work: Callable[[str], T], names: Sequence[str], watch: Watch) -> dict[str, T]:
+    """Call a function with each of some names, each in a process of its own, two at a time; what fails ends all."""
+    threads = ThreadPoolExecutor(min(WORKERS, machine()["cores"]))
+
+    def start(name: str) -> T:
+        try:
+            return _apart(work, name)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)  # here, before this thread takes the next
+            raise
+
+    started = {name: threads.submit(start, name) for name in names}
+    try:
+        while wait(started.values(), PAUSE).not_done:
+            watch.show()
+    finally:
+        threads.shutdown(cancel_futures=True)
+    watch.show()
+    for future in started.values():
+        if not future.cancelled():
+            future.result()  # raises what stopped the others
+    return {name: future.result() for name, future in started.items()}
+
+
+def _apart(work: Callable[..., T], *args: Any) -> T:
     """Call a function in a process of its own, forked from one that has imported all of it once."""
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["striate.studies.silence", __name__])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(THREADS,)) as pool:
-        return pool.submit(work, *args, **settings).result()
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin) as pool:
+        return pool.submit(work, *args).result()
 
 
-def _begin(threads: int) -> None:
+def _begin() -> None:
     quiet()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # two arms on two cores; a second thread saves little where operations are this short
 
 
-def _line(run: Run) -> str:
-    training = run.info["training"]
-    loss = [entry["loss"] for entry in run.history()][-1]
-    return (
-        f"{run.path.name:8} {training['seconds']:6.1f} s  {training['peak_memory_gb']:5.2f} GB  "
-        f"{training['trainable_parameters']:,} parameters trained, loss {loss:.2f}"
-    )
+def _arm(name: str, *, out: Path, size: DemoSize, seed: int) -> Run:
+    """Tune a model in one of the ways, and evaluate it."""
+    world, images = out / "world", out / "world" / "images"
+    run = Run(out / name)
+    if name != "backbone":
+        start = out / "backbone"
+        settings: dict[str, Any] = {
+            "data": world / "train.json", "images": images, "out": run.path, "options": tuning(size, seed)
+        }  # fmt: skip
+        if name == "usual":
+            tune_usually(start, **settings)
+        else:
+            region, route = ARMS[name]
+            tune(start, region=region, route=route, method="full", **settings)
+    evaluate(
+        run.path, data=[world / "test.json", world / "text.json"], images=images, max_new_tokens=8,
+        options=replace(EVAL, batch=64, device="cpu"),
+    )  # fmt: skip
+    run.update(credits=CREDITS, generated=f"the demo's world of {size}")  # by the seed
+    if name in SCORED:
+        score(
+            run.path, data=world / "train.json", images=images, metrics=tuple(states.METRICS),
+            options=ReadOptions(device="cpu"),
+        )  # fmt: skip
+    if name == "uniform":
+        explore(
+            run.path, data=world / "test.json", images=images, out=out / EXPLORED,
+            options=replace(EXPLORE, samples=2, device="cpu"),
+        )  # fmt: skip
+    return run
 
 
 def assemble_start(out: Path) -> Run:

@@ -30,7 +30,7 @@ class Steps(TrainerCallback):
         self.log, self.batch = log, batch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show the bar, and start the clock."""
+        """Start the clock."""
         self.log.begin(0, state.max_steps, ())
         self.began = time.perf_counter()
 
@@ -41,14 +41,8 @@ class Steps(TrainerCallback):
             values = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
             self.log.step({"step": state.global_step, **values, "records": self.batch, "seconds": seconds})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Remove the bar."""
-        self.log.end()
 
-
-def tune_usually(
-    model: Path, *, data: Path, images: Path, out: Path, options: TrainOptions, progress: bool = False
-) -> Run:
+def tune_usually(model: Path, *, data: Path, images: Path, out: Path, options: TrainOptions) -> Run:
     """Tune adapters of rank 128 on all layers, and the projector; the run has what one of `striate tune` has.
 
     Of `options` it takes the steps, the batch, the seed, and attention; the learning rate is one for adapters.
@@ -70,7 +64,7 @@ def tune_usually(
             bf16=in_bfloat16(options.dtype, torch.device("cpu")), use_cpu=True, logging_steps=1, save_strategy="no",
             report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip
-        steps = Steps(RunLog(run, bar=progress), options.batch)
+        steps = Steps(RunLog(run, bar=False), options.batch)
         trainer = Trainer(
             network, settings, train_dataset=records, data_collator=Collator(vlm, max_length=options.max_length),
             callbacks=[steps],
