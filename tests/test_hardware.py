@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +38,7 @@ from striate.train.memory import activations
 from striate.train.options import check_launch
 from striate.train.packing import ModelInputs, record_by_record
 from striate.train.saved import StateWriter
-from striate.train.watch import checksum
+from striate.train.watch import Log, checksum
 from striate.vlm import Vlm, select
 
 fit = import_module("striate.train.fit")
@@ -202,7 +204,7 @@ def test_activations_are_predicted_from_two_sizes(
         network, _ = adapt(vlm, region, projector=True, rank=8, alpha=16, dropout=0.1)
     examples = Examples(read(data).records, vlm.processor)
     autocast = in_bfloat16
-    predicted, _ = fit._try_forward(vlm, network, fit._probe(examples, vlm, 8), FastPaths(), autocast)
+    predicted, *_ = fit._try_forward(vlm, network, fit._probe(examples, vlm, 8), FastPaths(), autocast)
     batch = collate([examples[index] for index in range(8)], pad_id=0)
     network.train()
     with autocast():
@@ -258,6 +260,63 @@ def test_packed_rows_do_not_run_in_cudnn() -> None:
     with record_by_record(vlm):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def attention_of(lengths: tuple[int, ...], device: str) -> tuple[list[torch.Tensor], packing.Blocks]:
+    """Queries of four heads, keys and values of two, of a packed row [1, H, T, D], and its masks."""
+    generator = torch.Generator().manual_seed(0)
+    row = [torch.randn(1, heads, sum(lengths), 8, generator=generator).to(device) for heads in (4, 2, 2)]
+    blocks = packing.Blocks(lengths, (None,) * len(lengths), "sdpa", (1, 1, sum(lengths), sum(lengths)))
+    return [part.requires_grad_() for part in row], blocks
+
+
+def test_records_in_one_call_are_those_of_many() -> None:
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+    found = []
+    for together in (False, True):
+        row, blocks = attention_of((5, 3, 4), "cpu")
+        if together:
+            out = packing._in_one_call(ALL_ATTENTION_FUNCTIONS["sdpa"], module, tuple(row), blocks.lengths)
+        else:
+            out, _ = packing._attend(module, *row, blocks)
+        out.square().sum().backward()
+        found.append([out, *(part.grad for part in row)])
+    for many, one in zip(*found, strict=True):
+        torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lengths", "calls"), [((5, 3, 4), 1), ((9, 1, 1), 3)])
+def test_an_accelerator_attends_to_alike_records_in_one_call(
+    lengths: tuple[int, ...], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 3 * 5 ** 2 pairs are less than twice 5 ** 2 + 3 ** 2 + 4 ** 2, and 3 * 9 ** 2 are more than twice 83.
+    sdpa, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def counted(module: Any, query: torch.Tensor, *others: Any, **settings: Any) -> Any:
+        seen.append(query.shape)
+        return sdpa(module, query, *others, **settings)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counted)
+    row, blocks = attention_of(lengths, "meta")
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2, training=False)
+    assert packing._attend(module, *row, blocks)[0].shape == (1, sum(lengths), 4, 8)
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.5, True), (0.7, False)])
+def test_a_machine_that_others_use_is_noticed(
+    model: Path, data: Path, share: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.perf_counter
+    monkeypatch.setattr(fit.time, "thread_time", lambda: share * clock())
+    monkeypatch.setattr(fit, "MEASURABLE", 0.0)
+    said: list[str] = []
+    monkeypatch.setattr(Log, "begin", lambda self, done, total, notes: said.extend(notes))
+    options = striate.TrainOptions(steps=1, batch=2, device="cpu")
+    striate.tune(striate.load(model, device="cpu"), read(data), region="1", options=options)
+    found = [text for text in said if text.startswith("other programs use this machine's cores")]
+    assert bool(found) == warned
+    assert all("had one for 50% of its time" in text for text in found)
 
 
 def test_generation_compiles_nothing() -> None:

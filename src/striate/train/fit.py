@@ -35,6 +35,9 @@ from striate.vlm import Vlm
 from striate.vlm.devices import default_device, has_native_bfloat16
 from striate.vlm.modes import eval_mode
 
+# A thread that has a core for less of its time shares it with other programs; seconds from which that is measurable.
+SHARED, MEASURABLE = 0.6, 0.1
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -140,13 +143,18 @@ def fit(
         )
         if fast_paths.packing:
             stack.enter_context(record_by_record(vlm))
-        kept, reachable = _try_forward(vlm, network, probe, fast_paths, autocast)
+        kept, reachable, running = _try_forward(vlm, network, probe, fast_paths, autocast)
         groups = _freeze_unreachable(groups, reachable, log)
         tokens = probe.largest(packing=fast_paths.packing)
         checkpointing = _plan_checkpointing(vlm, tokens, kept, groups, options, device, rank)
         writer = _plan_saves(state, checkpointing, groups, options, device, rank) if state else None
         if writer and not writer.background:
             notes += ("training waits while a state is saved: there is no memory for a copy of it",)
+        if device.type == "cpu" and running < SHARED:
+            notes += (
+                f"other programs use this machine's cores: the probe had one for {running:.0%} of its time, and "
+                "training will be as slow; threads that wait for each other make it worse (OMP_NUM_THREADS=1)",
+            )
         loop = Loop(
             network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, writer=writer,
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
@@ -259,8 +267,9 @@ def _try_forward(
     probe: Probe,
     fast_paths: FastPaths,
     autocast: Callable[[], AbstractContextManager[None]],
-) -> tuple[Activations, set[str]]:
-    """The activations of the largest micro-batch, and the parameters that the answers of two records depend on."""
+) -> tuple[Activations, set[str], float]:
+    """The activations of the largest micro-batch, the parameters that the answers of two records depend on, and the
+    share of the time in which this thread had a core."""
     losses: list[torch.Tensor] = []
 
     def measured(batch: Batch) -> Activations:
@@ -270,10 +279,14 @@ def _try_forward(
             return activations(vlm, lambda: losses.append(answer_losses(vlm, network, batch, fast_paths=fast_paths)))
 
     with _with_dropout(network), unsharded_parameters(vlm, network) as parameters:
-        one, both = measured(probe.one), measured(probe.batch)
+        one = measured(probe.one)  # loads what it reads: not timed
+        began, ran = time.perf_counter(), time.thread_time()
+        both = measured(probe.batch)
+        seconds, ran = time.perf_counter() - began, time.thread_time() - ran
         reachable = reachable_parameters(losses[0])
     steps = probe.steps(packing=fast_paths.packing)
-    return both.beyond(one, steps), {name for name, p in parameters.items() if p in reachable}
+    running = ran / seconds if seconds > MEASURABLE else 1.0
+    return both.beyond(one, steps), {name for name, p in parameters.items() if p in reachable}, running
 
 
 @contextmanager
