@@ -166,6 +166,7 @@ def test_inspect_reads_a_folder_with_no_more_than_a_config(tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert "model.text_model.layers (depth 4)" in shown
     assert "model.connector" in shown
+    assert "published" not in shown
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"]["num_attention_heads"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -173,6 +174,12 @@ def test_inspect_reads_a_folder_with_no_more_than_a_config(tmp_path: Path, capsy
     error = capsys.readouterr().err
     assert "cannot build the idefics3 model from its config: embed_dim must be divisible by num_heads" in error
     assert error.count("\n") == 1
+
+
+def test_inspect_lists_published_sets_for_the_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pico_llava(tmp_path, num_hidden_layers=40)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert re.findall(r"published +(\S+) +(\S+)", capsys.readouterr().out) == [("known:vica", "0,6,8-10,13,14,16")]
 
 
 @pytest.mark.parametrize("name", ["image_token_index", "image_token_id"])

@@ -13,7 +13,7 @@ from rich.text import Text
 from striate.data import IGNORED, Example, encode, read
 from striate.errors import UserError
 from striate.prune.protected import protected_layers
-from striate.region import Region
+from striate.region import KNOWN, Region
 from striate.vlm import Selection, Vlm, load_on_meta, select
 from striate.vlm.template import end_tokens
 
@@ -81,6 +81,9 @@ def _parts(vlm: Vlm, plan: Selection) -> Table:
         if number:
             own = f", {plan.modules}" if group == "layers" and plan.modules != "all" else ""
             table.add_row(f"trains: {group}", f"{number:,}", f"{number / plan.total:.1%} of the model{own}")
+    for name, sets in KNOWN.items():
+        if vlm.depth in sets:
+            table.add_row("published", name, f"{sets[vlm.depth]} (found for LLaVA-1.5 of this depth)")
     for reason, items in groupby(protected_layers(vlm).items(), key=lambda item: item[1]):
         layers = Region(tuple(layer for layer, _ in items), vlm.depth)
         table.add_row("never cut", str(layers), reason)
