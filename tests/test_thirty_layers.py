@@ -17,6 +17,7 @@ from pico import pico_tokenizer
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+import striate
 from striate.evaluation.metrics import share_named
 from striate.region import Region
 from striate.routing import read_route
@@ -25,7 +26,19 @@ from striate.studies.demo.scene import Scene
 from striate.studies.sweep.plan import read_plan
 
 STUDY = Path(__file__).parents[1] / "examples" / "thirty_layers"
-MODULES = ("facts", "world", "start", "study", "results", "table", "projector", "tower", "training", "reading")
+MODULES = (
+    "facts",
+    "world",
+    "start",
+    "study",
+    "results",
+    "table",
+    "healing",
+    "projector",
+    "tower",
+    "training",
+    "reading",
+)
 SCENE = Scene(("dog", None, None, None), ("red", "blue", "blue", "blue"), ((0, 0),) * 4, "open", 1, 2)
 
 
@@ -128,6 +141,16 @@ def test_sheets_are_sweeps_of_the_start(study: ModuleType, tmp_path: Path) -> No
     assert study.sheet("places", tmp_path, seed=0, everything=True) == {}
 
 
+def few(folder: Path, *, train: int) -> None:
+    """A world with one question a task."""
+    import world
+
+    world.write_world(folder, train=train, test=1)
+    text = folder / "text.json"
+    kept = {record["task"]: record for record in json.loads(text.read_bytes())}
+    text.write_text(json.dumps(list(kept.values())), encoding="utf-8")
+
+
 def test_a_route_at_evaluation_alone(study: ModuleType, tmp_path: Path) -> None:
     import world
 
@@ -135,15 +158,49 @@ def test_a_route_at_evaluation_alone(study: ModuleType, tmp_path: Path) -> None:
     shutil.copytree(begin(study, tmp_path).path, tuned)
     Region.parse("uniform:25%", 30).save(tuned / "region.json")
     Run(tuned).write_results({})
-    world.write_world(tmp_path / "world", train=2, test=1)
-    text = tmp_path / "world" / "text.json"
-    few = {record["task"]: record for record in json.loads(text.read_bytes())}
-    text.write_text(json.dumps(list(few.values())), encoding="utf-8")
+    few(tmp_path / "world", train=2)
     study.evaluate_routed(tmp_path, 0)
     routed = Run(tmp_path / study.CELLS / "seed-0_uniform-25%+routed-at-evaluation")
     assert read_route(AutoConfig.from_pretrained(routed.checkpoint)) == routed.region
     assert routed.results["tasks"].keys() >= {*world.TASKS}
     assert routed.info["options"]["route"] == "uniform:25%, at evaluation only"
+
+
+def test_ways_to_heal(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import healing
+
+    monkeypatch.setattr(healing, "OUT", tmp_path)
+    monkeypatch.setattr(healing, "STEPS", 2)
+    monkeypatch.setattr(healing, "BATCH", 2)
+    few(tmp_path / "world", train=8)
+    tuned = begin(study, tmp_path).path
+    Region.parse("uniform:25%", 30).save(tuned / "checkpoint" / "region.json")
+    monkeypatch.setattr(sys, "argv", ["healing.py", "--tuned", str(tuned), "--remove", "2"])
+    healing.main()
+    cut = tmp_path / "healing" / "start_cut-2"
+    before = striate.load(cut).model.state_dict()
+    moved = {}
+    for way in healing.WAYS:
+        run = Run(cut.parent / f"{cut.name}_heal-{way}")
+        assert run.results["tasks"].keys() == Run(cut).results["tasks"].keys()
+        assert len(run.history()) == 2
+        after = striate.load(run.path).model.state_dict()
+        moved[way] = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    projector = {name for name in before if "multi_modal_projector" in name}
+    assert moved["projector"] <= projector
+    assert moved["answers"] | projector == moved["hidden"] | projector
+    layers = Region.load(cut / "checkpoint").layers
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in moved["hidden"] - projector} == {*layers}
+
+    # A model that nothing was cut from has the hidden states that it should have.
+    (tmp_path / "whole" / "checkpoint").mkdir(parents=True)
+    same = {"map": {layer: layer for layer in range(30)}}
+    (tmp_path / "whole" / "checkpoint" / healing.MAP).write_text(json.dumps(same), encoding="utf-8")
+    vlm = striate.load(tuned, dtype="float32")
+    batch = next(healing.batches(vlm))
+    with torch.no_grad():
+        assert healing.losses(vlm, vlm, batch, tmp_path / "whole")[1] == 0
+        assert healing.losses(striate.load(cut, dtype="float32"), vlm, batch, cut)[1] > 0
 
 
 def test_what_has_finished_is_collected_and_compared(study: ModuleType, tmp_path: Path) -> None:
