@@ -20,7 +20,6 @@ from striate.errors import UserError, check_choices
 from striate.region import Region
 from striate.train.adapter import adapt, lora_config
 from striate.train.fit import Trained, fit, in_bfloat16
-from striate.train.loop import check_skipped
 from striate.train.loss import answer_nll
 from striate.train.measured import find_region, find_route
 from striate.train.memory import full_tuning_fits
@@ -30,6 +29,7 @@ from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
 from striate.train.precision import Dtypes, cast, cast_for_training, dtypes_of, restore
 from striate.train.sampling import num_samples, sample_records
 from striate.train.saved import last_saved
+from striate.train.skipped import check_skipped
 from striate.train.watch import Log
 from striate.vlm import Selection, Vlm, select
 from striate.vlm.devices import default_device

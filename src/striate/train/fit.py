@@ -22,14 +22,23 @@ from striate.region import FILE, Region
 from striate.roundtrip import save
 from striate.train.checkpointing import SHARE, Checkpointing
 from striate.train.fast_paths import verify_fast_paths
-from striate.train.loop import MOST_SKIPPED, Loop, is_out_of_memory
+from striate.train.loop import Loop
 from striate.train.loss import FastPaths, answer_losses
-from striate.train.memory import MOMENT_BYTES, Activations, PeakMemory, activations, free_bytes, reachable_parameters
+from striate.train.memory import (
+    MOMENT_BYTES,
+    Activations,
+    PeakMemory,
+    activations,
+    free_bytes,
+    is_out_of_memory,
+    reachable_parameters,
+)
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
 from striate.train.saved import StateWriter
 from striate.train.sharding import shard, unshard, unsharded_parameters
+from striate.train.skipped import warn_of_too_long
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device, has_native_bfloat16
@@ -166,7 +175,7 @@ def fit(
         if options.shard:
             unshard(network, rank)
     total = len(records.records) + len(records.skipped)
-    _warn_of_too_long(log, total, options)
+    warn_of_too_long(log, total, options)
     return Trained(
         vlm,
         region,
@@ -189,17 +198,6 @@ def fit(
         data_wait=loop.wait.share,
         stopped=loop.position.step < loop.total,
     )
-
-
-def _warn_of_too_long(log: Log, total: int, options: TrainOptions) -> None:
-    """Warn, with the fix, when many records are too long."""
-    too_long = sum(record.too_long for record in log.skipped.values())
-    if too_long > MOST_SKIPPED * total:
-        cut = "" if options.truncate_text else " or set --truncate-text"
-        log.warn(
-            f"{too_long} of {total} records are longer than {options.max_length} tokens and were left out: "
-            f"raise --max-length{cut}"
-        )
 
 
 def _audit(network: nn.Module, groups: dict[str, Group], examples: Examples) -> Audit:

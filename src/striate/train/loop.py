@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from striate.errors import UserError, first_line
 from striate.roundtrip import free_memory
 from striate.train.checkpointing import Checkpointing
 from striate.train.dummies import DummyCollator, EvenExamples
-from striate.train.memory import PeakMemory
+from striate.train.memory import PeakMemory, is_out_of_memory
 from striate.train.nonfinite import SpikeDetector, nonfinite_records
 from striate.train.optimizer import Group, build_optimizer, build_schedule
 from striate.train.options import TrainOptions, micro_batch, num_workers, total_steps
@@ -48,12 +48,9 @@ from striate.train.saved import (
     split_moments,
 )
 from striate.train.sharding import shard_like, whole
+from striate.train.skipped import check_skipped
 from striate.train.watch import Audit, Log, Stop, Wait
 from striate.weights import file_tensors
-
-# In errors that are not an `OutOfMemoryError`: of the host, of cuBLAS, of the driver.
-OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-MOST_SKIPPED = 0.01  # share of the records; more bad records than this mean that the data as a whole is wrong
 
 
 @dataclass
@@ -383,23 +380,6 @@ class Loop:
         if len(rest["random"]) == self.rank.world_size:
             _set_random_state(rest["random"][self.rank.rank], self.device)
         return self.position.step
-
-
-def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions) -> None:
-    """Raise `UserError` when too many of `total` records are bad; one that is too long is not bad."""
-    bad = [record for record in skipped if not record.too_long]
-    allowed = MOST_SKIPPED if options.on_bad_record == "skip" else 0.0
-    if len(bad) > allowed * total:
-        raise UserError(
-            f"{bad[-1].source}: {bad[-1].reason} ({len(bad)} bad records of {total}, {allowed:.0%} allowed; "
-            "all are listed in skipped.jsonl)",
-            see="bad-records",
-        )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _ignore_signals(_: int) -> None:

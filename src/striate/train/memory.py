@@ -20,6 +20,8 @@ from striate.vlm import Vlm
 
 # Bytes of AdamW's two moments per parameter, in float32 or in 8 bits.
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
+# In errors that are not an `OutOfMemoryError`: of the host, of cuBLAS, of the driver.
+OUT_OF_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 SHARE_FOR_STATES = 0.6  # of the free memory; the rest is for activations, which depend on the data
 
 
@@ -54,6 +56,11 @@ class PeakMemory:
 
         unit = 1 if os.uname().sysname == "Darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def free_bytes(device: torch.device) -> int:
