@@ -133,7 +133,7 @@ def test_sheets_are_sweeps_of_the_start(study: ModuleType, tmp_path: Path) -> No
     assert "SmolLM" not in (run.checkpoint / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("world", "validation"):
         world.write_world(tmp_path / name, train=2, test=1)
-    for name in ("four", "healing", "route"):
+    for name in ("four", "healing", "route", "gemma"):
         sheets = [study.sheet(name, tmp_path, seed=0, everything=everything) for everything in (True, False)]
         for sheet in filter(None, sheets):
             (tmp_path / "sheet.yaml").write_text(yaml.safe_dump(sheet), encoding="utf-8")

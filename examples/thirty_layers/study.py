@@ -89,21 +89,29 @@ TRIALS = {
         "eval": {"samples": 20},
     },
 }
+# Of another language model, 18 layers; peak rates of all layers and of a region, chosen as those above.
+OTHERS = {
+    "gemma": {
+        "grid": {"region": ["all", "uniform:25%", "uniform:25%@1", "last:25%"]},
+        "rates": (5e-5, 2e-4),
+    },
+}
 
 
 def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any]:
     """One seed of a sheet as a sweep file: its cells that tune all layers, or those that tune a region; empty if it has
     none."""
-    own = (SHEETS | TRIALS)[name]
+    own = (SHEETS | OTHERS | TRIALS)[name]
     world = out / ("validation" if name in TRIALS else "world")
     grid: dict[str, Any] = {"seed": [seed]} | own["grid"]
     regions = [region for region in grid["region"] if (region == "all") == everything]
     grid["region"] = [region.format(scores=out / "scores") for region in regions]
     if "route" in grid and everything:
         grid["route"] = grid["route"][:1]
+    of_all, of_region = own.get("rates", (ALL_RATE, REGION_RATE))
     tune = {
         "method": "full", "steps": STEPS, "batch": BATCH, "micro_batch": BATCH,
-        "learning_rate": ALL_RATE if everything else REGION_RATE, "projector_learning_rate": PROJECTOR_RATE,
+        "learning_rate": of_all if everything else of_region, "projector_learning_rate": PROJECTOR_RATE,
         "max_length": 256, "attn": "eager", "device": "cpu",  # on a CPU eager attention trains faster than SDPA
     } | own.get("tune", {})  # fmt: skip
     asked = {
@@ -206,7 +214,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=1, help="cells side by side, a thread each")
-    parser.add_argument("--only", nargs="+", default=[], choices=[*SHEETS, *TRIALS], help="these sheets alone")
+    parser.add_argument("--only", nargs="+", default=[], choices=[*SHEETS, *OTHERS, *TRIALS], help="these sheets alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args()
     torch.set_num_threads(1)

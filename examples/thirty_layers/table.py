@@ -21,7 +21,7 @@ from striate.evaluation.statistics import Interval, difference, mcnemar, retenti
 from striate.plot.style import DASHES, INK, PALETTE, STYLE
 
 ROOT = Path(__file__).parents[2] / "research"
-TABLES, FIGURES = ROOT / "thirty_tables.md", ROOT / "figures"
+TABLES, FIGURES, GEMMA = ROOT / "thirty_tables.md", ROOT / "figures", ROOT / "results" / "gemma.json"
 Run = dict[str, Any]
 DEPTH = 30
 SIDES = {"visual": PALETTE[0], "facts": PALETTE[1]}
@@ -238,6 +238,7 @@ def main() -> None:
     sections = {
         "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs), "Data": data_table(runs),
         "Route": route_table(runs), "Pruning": pruning_table(runs), "Ways to heal": healing_table(runs),
+        "A second language model: Gemma 3 270M, 18 layers": regions_table(load(GEMMA)) if GEMMA.is_file() else "",
         "LoRA": regions_table(runs, "lora"), "Three times the steps": regions_table(runs, "longer"),
     }  # fmt: skip
     parts = [

@@ -63,7 +63,7 @@ class DemoSize:
 
 
 FULL = DemoSize(train=3520, test=120, text=120, steps=220)
-QUICK = DemoSize(train=640, test=20, text=20, steps=40)
+QUICK = DemoSize(train=320, test=10, text=10, steps=20)
 
 
 @dataclass(frozen=True)
