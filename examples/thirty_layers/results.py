@@ -14,6 +14,7 @@ CELLS = "cells"  # the folder of the sweeps that share cells
 KEPT = (
     "region",
     "route",
+    "modules",
     "seed",
     "samples",
     "method",

@@ -73,6 +73,7 @@ SHEETS: dict[str, dict[str, Any]] = {
             "route": ["uniform:25%", "auto:25%", "uniform:25%@2", "first:50%", "uniform:50%"],
         },
     },
+    "modules": {"grid": {"region": ["all", "uniform:25%"], "modules": ["gate_up", "attention"]}},
     "lora": {
         "grid": {"region": ["all", "uniform:25%"]},
         "out": "lora",
@@ -94,6 +95,7 @@ OTHERS = {
     "gemma": {
         "grid": {"region": ["all", "uniform:25%", "uniform:25%@1", "last:25%"]},
         "rates": (5e-5, 2e-4),
+        "eval": {"samples": 60},  # questions a task: an answer takes long with a vocabulary of 262,144
     },
 }
 

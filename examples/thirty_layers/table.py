@@ -33,7 +33,7 @@ def tuned(runs: Iterable[Run], folder: str = "cells", **wanted: Any) -> dict[str
     for run in runs:
         options = run["options"]
         here = run["verb"] == "tune" and run["run"].split("/")[0] == folder
-        if here and all(options.get(key) == wanted.get(key) for key in ("samples", "route")):
+        if here and all(options.get(key) == wanted.get(key) for key in ("samples", "route", "modules")):
             found[label(options["region"])][options["seed"]] = run
     return found
 
@@ -126,11 +126,22 @@ def regions_table(runs: Sequence[Run], folder: str = "cells") -> str:
 
 def route_table(runs: Sequence[Run]) -> str:
     """Image tokens through a part of the layers, each run against the one of its region without a route."""
-    plain, rows = tuned(runs), []
-    for route in dict.fromkeys(run["options"]["route"] for run in runs if "route" in run["options"]):
-        for region, by_seed in tuned(runs, route=route).items():
-            rows.append(row(f"{region}, image tokens through {route}", by_seed, plain.get(region, {})))
     head = ("tuned", "seeds", "visual", "minus unrouted (95 %)", "kept of unrouted %", *HEAD[5:])
+    return varied_table(runs, "route", "{region}, image tokens through {value}", head)
+
+
+def modules_table(runs: Sequence[Run]) -> str:
+    """A part of the matrices of each layer, each run against the one that tunes all of them."""
+    head = ("tuned", "seeds", "visual", "minus all matrices (95 %)", "kept of all matrices %", *HEAD[5:])
+    return varied_table(runs, "modules", "{region}, {value}", head)
+
+
+def varied_table(runs: Sequence[Run], option: str, title: str, head: Sequence[str]) -> str:
+    """Runs with a value of an option, each against the one of its region without; nothing if there are none."""
+    plain, rows = tuned(runs), []
+    for value in dict.fromkeys(run["options"][option] for run in runs if option in run["options"]):
+        for region, by_seed in tuned(runs, **{option: value}).items():
+            rows.append(row(title.format(region=region, value=value), by_seed, plain.get(region, {})))
     return table(head, rows) if rows else ""
 
 
@@ -237,7 +248,7 @@ def main() -> None:
     runs = load()
     sections = {
         "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs), "Data": data_table(runs),
-        "Route": route_table(runs), "Pruning": pruning_table(runs), "Ways to heal": healing_table(runs),
+        "Route": route_table(runs), "Matrices": modules_table(runs), "Pruning": pruning_table(runs), "Ways to heal": healing_table(runs),
         "A second language model: Gemma 3 270M, 18 layers": regions_table(load(GEMMA)) if GEMMA.is_file() else "",
         "LoRA": regions_table(runs, "lora"), "Three times the steps": regions_table(runs, "longer"),
     }  # fmt: skip
