@@ -51,6 +51,7 @@ def name_of(run: Run) -> str:
 def describe(run: Run) -> dict[str, Any]:
     """What is kept of a run: its options, results by task, the score of every question, what training took."""
     options, training, results = run.info["options"], run.info.get("training", {}), run.results or {}
+    options = options | {"modules": None} if options.get("modules") == "all" else options
     losses = [line["loss"] for line in run.history() if "loss" in line][-20:]
     return {
         "run": name_of(run), "verb": run.info["verb"],
