@@ -427,3 +427,19 @@ def test_modules_vary_like_regions(here: Path, method: str) -> None:
     whole, mlp, gate_up = (recipe.trainable for recipe in plan.recipes)
     assert whole > mlp > gate_up > 0
     assert [cell.name for cell in plan.cells] == ["modules-all", "modules-mlp", "modules-gate-up"]
+
+
+def test_a_region_that_tune_measures(here: Path) -> None:
+    file = sheet(grid={"region": ["auto:2", "uniform:2"]}, tune=tune(route="same", steps=1))
+    planned = sweep(file, dry_run=True).forecast
+    assert planned is not None
+    assert [row.layers for row in planned.rows] == ["auto:2", "0,2"]
+    assert planned.rows[0].trainable == planned.rows[1].trainable
+    (cell,) = sweep(file, only="auto-2").cells[:1]
+    run = Run.open(cell.runs[0])
+    assert run.region is not None
+    assert len(run.region) == 2
+    assert run.info["training"]["trainable_parameters"] == planned.rows[0].trainable
+    assert len(sweep(file, executor="print").commands or ()) == 1  # the measured one is finished
+    with pytest.raises(striate.UserError, match=r"grid.region: --region auto:9: .*asks for 9 layers"):
+        sweep(sheet(grid={"region": ["auto:9"]}))

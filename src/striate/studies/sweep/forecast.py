@@ -18,7 +18,7 @@ def forecast(plan: SweepPlan, records: int) -> Forecast:
     for recipe in plan.recipes:
         done = recipe in finished
         status = FINISHED if done else recipe.cell.refresh().status
-        row = ForecastRow(recipe.cell.name, status, str(recipe.region), recipe.trainable)
+        row = ForecastRow(recipe.cell.name, status, recipe.layers, recipe.trainable)
         if not done:
             row = row._replace(seconds=predict(recipe, finished, records), memory=_measured_memory(recipe, finished))
         rows.append(row)

@@ -22,7 +22,7 @@ from striate.errors import UserError, nearest
 from striate.evaluation import resolve, sample_tasks
 from striate.prune import Criterion, protected_layers
 from striate.prune.plan import PruneRequest
-from striate.region import SCORES, Region, auto_size
+from striate.region import AUTO, SCORES, Region, auto_size
 from striate.routing import resolve as resolve_route
 from striate.runs.options import options_of
 from striate.runs.provenance import Contents, difference
@@ -43,8 +43,9 @@ CONTENTS = ("model", "data", "heal", "scores")
 class Recipe:
     """Every option of the verbs of one cell, except the run folders.
 
-    `route` is a text where `tune` measures it. `prunings` belong to the cell's runs but the first. `trainable` counts
-    parameters.
+    Where `tune` measures the region, `region` is a uniform one of the same size, for what it trains; a `route` that is
+    measured, or follows such a region, is a text. `prunings` belong to the cell's runs but the first. `trainable`
+    counts parameters.
     """
 
     cell: Cell
@@ -54,6 +55,12 @@ class Recipe:
     eval: Values
     prunings: tuple[Values, ...]
     trainable: int = 0
+
+    @property
+    def layers(self) -> str:
+        """The layers that it trains, or how they will be measured."""
+        text = str(self.tune["region"])
+        return text if text.startswith(AUTO) else str(self.region)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class SweepPlan:
 
     def made_from(self, recipe: Recipe) -> dict[str, Values]:
         """For each run folder of a cell, everything that decides its content."""
-        tuned = {"striate": __version__, "layers": str(recipe.region)}
+        tuned = {"striate": __version__, "layers": recipe.layers}
         tuned |= {"route": str(recipe.route)} if recipe.route else {}
         tuned |= self._describe("tune", recipe.tune) | self._describe("eval", recipe.eval)
         made = {recipe.cell.runs[0].name: tuned}
@@ -223,9 +230,10 @@ def _recipes(sheet: Sheet, depth: int) -> Iterator[Recipe]:
         tune = _defaults("tune") | sheet.tune | chosen
         tune |= {"model": sheet.model, "data": sheet.data, "images": sheet.images}
         with at("grid.region" if "region" in chosen else "tune.region"):
-            region = Region.parse(tune["region"], depth)
+            size = auto_size("--region", tune["region"], depth)
+            region = Region.parse(f"uniform:{size}" if size else tune["region"], depth)
         with at("grid.route" if "route" in chosen else "tune.route"):
-            measured = auto_size("--route", tune["route"], depth) is not None
+            measured = size is not None or auto_size("--route", tune["route"], depth) is not None
             route = tune["route"] if measured else resolve_route(tune["route"], region)
         # Defaults that the sections override:
         evaluate = _defaults("eval") | {"images": sheet.images} | sheet.eval
