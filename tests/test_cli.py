@@ -301,3 +301,15 @@ def test_help_and_wrong_options_import_nothing_slow(words: list[str], code: int)
     )
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize(("said", "shown"), [((), "interrupted"), (("stopped in step 3",), "stopped in step 3")])
+def test_an_interruption_is_one_line(
+    said: tuple[str, ...], shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr("striate.runs.cli.run_verb", interrupted)
+    assert main(["card", "run"]) == 130
+    assert capsys.readouterr().err.strip() == f"striate card: {shown}"

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(f"{error} ({error.link})" if error.see else str(error))
         return 2
     except KeyboardInterrupt as stop:
-        errors.print(f"\nstriate {words[0]}: {stop or 'interrupted'}")
+        errors.print(f"\nstriate {words[0]}: {str(stop) or 'interrupted'}")
         return 130
 
 
