@@ -441,5 +441,10 @@ def test_a_region_that_tune_measures(here: Path) -> None:
     assert len(run.region) == 2
     assert run.info["training"]["trainable_parameters"] == planned.rows[0].trainable
     assert len(sweep(file, executor="print").commands or ()) == 1  # the measured one is finished
+    # Layers to cut cannot be compared with those that will be measured; 2 is in uniform:2.
+    cut = {"prune": {"layers": "2"}, "grid": {"region": ["auto:2"]}}
+    assert read_plan(sheet(**cut)).recipes[0].prunings[0]["layers"] == "2"
+    with pytest.raises(striate.UserError, match=r"--layers 2: 2 in the region 0,2"):
+        read_plan(sheet(**cut | {"grid": {"region": ["uniform:2"]}}))
     with pytest.raises(striate.UserError, match=r"grid.region: --region auto:9: .*asks for 9 layers"):
         sweep(sheet(grid={"region": ["auto:9"]}))

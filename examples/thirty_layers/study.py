@@ -82,15 +82,21 @@ SHEETS: dict[str, dict[str, Any]] = {
     "longer": {"out": "longer", "grid": {"region": ["all", "uniform:25%"]}, "tune": {"steps": 3 * STEPS}},
 }  # fmt: skip
 # Tried on validation scenes, before all else; they are no part of the results.
-TRIALS = {
+TRIALS: dict[str, dict[str, Any]] = {
     "rates": {
         "out": "rates",
         "grid": {"learning_rate": [2e-4, 5e-4], "region": ["all", "uniform:25%"]},
         "tune": {"steps": 40},
         "eval": {"samples": 20},
     },
+    "gemma_rates": {
+        "out": "rates",
+        "grid": {"learning_rate": [5e-5, 1e-4, 2e-4], "region": ["all", "uniform:25%"]},
+        "tune": {"steps": 40},
+        "eval": {"samples": 20},
+    },
 }
-# Of another language model, 18 layers; peak rates of all layers and of a region, chosen as those above.
+# Of another language model, 18 layers; peak rates of all layers and of a region, chosen by the trial "gemma_rates".
 OTHERS = {
     "gemma": {
         "grid": {"region": ["all", "uniform:25%", "uniform:25%@1", "last:25%"]},

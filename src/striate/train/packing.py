@@ -198,7 +198,8 @@ def _attend(
         (ends,), longest = attention_mask.masks, max(lengths)
         rows = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         return inner(module, query, key, value, None, **settings | rows)[0], None
-    if query.device.type != "cpu" and not any(mask is not None for mask in attention_mask.masks) and _alike(lengths):
+    causal = all(mask is None for mask in attention_mask.masks)
+    if causal and query.device.type != "cpu" and len(lengths) > 1 and _alike(lengths):
         return _in_one_call(inner, module, (query, key, value), lengths, **settings), None
     queries = query.split(attention_mask.queries or lengths, dim=2)
     records = zip(queries, key.split(lengths, dim=2), value.split(lengths, dim=2), attention_mask.masks, strict=True)

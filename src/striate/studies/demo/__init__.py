@@ -29,7 +29,7 @@ from striate.runs.scoring import score
 from striate.runs.training import tune
 from striate.scores import states
 from striate.studies.assemble import assemble
-from striate.studies.demo.progress import Watch
+from striate.studies.demo.progress import Bars
 from striate.studies.demo.usual import tune_usually
 from striate.studies.demo.world import write_world
 from striate.studies.explore import EXPLORE, explore
@@ -104,8 +104,8 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
     _apart(assemble_start, out / "backbone")
     # The longest first; the backbone is only evaluated.
     names = ("usual", *ARMS, "backbone")
-    with Watch([out / name for name in names[:-1]], size.steps, on=progress) as watch:
-        found = _side_by_side(partial(_arm, out=out, size=size, seed=seed), names, watch)
+    with Bars([out / name for name in names[:-1]], size.steps, on=progress) as bars:
+        found = _side_by_side(partial(_arm, out=out, size=size, seed=seed), names, bars)
     runs = {name: found[name] for name in ("backbone", "usual", *ARMS)}
     path = report(
         [run.path for run in runs.values()], out=out / "report.html", reference=runs["all"].path, title="striate demo"
@@ -115,7 +115,7 @@ def demo(*, out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False, p
     return Demonstration(path, out / EXPLORED, tuple(run.path for run in runs.values()))
 
 
-def _side_by_side(work: Callable[[str], T], names: Sequence[str], watch: Watch) -> dict[str, T]:
+def _side_by_side(work: Callable[[str], T], names: Sequence[str], bars: Bars) -> dict[str, T]:
     """Call a function with each of some names, each in a process of its own, two at a time; what fails ends all."""
     threads = ThreadPoolExecutor(min(WORKERS, machine()["cores"]))
 
@@ -129,10 +129,10 @@ def _side_by_side(work: Callable[[str], T], names: Sequence[str], watch: Watch) 
     started = {name: threads.submit(start, name) for name in names}
     try:
         while wait(started.values(), PAUSE).not_done:
-            watch.show()
+            bars.show()
     finally:
         threads.shutdown(cancel_futures=True)
-    watch.show()
+    bars.show()
     for future in started.values():
         if not future.cancelled():
             future.result()  # raises what stopped the others

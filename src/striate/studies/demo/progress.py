@@ -20,19 +20,19 @@ COLUMNS = (
 )
 
 
-class Watch:
+class Bars:
     """Shows the steps, the loss and the time left of runs that train; one line for good when a run has trained."""
 
     def __init__(self, runs: Sequence[Path], steps: int, *, on: bool) -> None:
-        self.bars = Progress(*COLUMNS, console=console(), transient=True, disable=not on)
-        self.tasks = {path: self.bars.add_task(path.name, start=False, total=steps, loss="") for path in runs}
+        self.shown = Progress(*COLUMNS, console=console(), transient=True, disable=not on)
+        self.tasks = {path: self.shown.add_task(path.name, start=False, total=steps, loss="") for path in runs}
 
-    def __enter__(self) -> Watch:
-        self.bars.start()
+    def __enter__(self) -> Bars:
+        self.shown.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.bars.stop()
+        self.shown.stop()
 
     def show(self) -> None:
         """Bring what is shown up to date."""
@@ -41,13 +41,13 @@ class Watch:
             if training is not None:
                 self._finish(path, training)
             elif step := last_step(path):
-                self.bars.start_task(task)
-                self.bars.update(task, completed=step["step"], loss=f"  loss {step['loss']:.2f}")
+                self.shown.start_task(task)
+                self.shown.update(task, completed=step["step"], loss=f"  loss {step['loss']:.2f}")
 
     def _finish(self, path: Path, training: dict[str, float]) -> None:
-        self.bars.remove_task(self.tasks.pop(path))
-        if not self.bars.disable:
-            self.bars.console.print(
+        self.shown.remove_task(self.tasks.pop(path))
+        if not self.shown.disable:
+            self.shown.console.print(
                 f"{path.name:8} {training['seconds']:6.1f} s  {training['peak_memory_gb']:5.2f} GB  "
                 f"{training['trainable_parameters']:,} parameters trained, loss {last_step(path)['loss']:.2f}"
             )

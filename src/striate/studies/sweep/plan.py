@@ -57,10 +57,14 @@ class Recipe:
     trainable: int = 0
 
     @property
+    def measured(self) -> bool:
+        """Whether `tune` measures the region."""
+        return str(self.tune["region"]).startswith(AUTO)
+
+    @property
     def layers(self) -> str:
         """The layers that it trains, or how they will be measured."""
-        text = str(self.tune["region"])
-        return text if text.startswith(AUTO) else str(self.region)
+        return self.tune["region"] if self.measured else str(self.region)
 
 
 @dataclass(frozen=True)
@@ -281,7 +285,8 @@ def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
             protected = protected_layers(vlm)
             candidates = [layer for layer in range(vlm.depth) if layer not in keep and layer not in protected]
             if values["layers"] is not None:
-                request.named_layers(keep, protected)
+                known = keep if values["region"] or not recipe.measured else Region((), vlm.depth)
+                request.named_layers(known, protected)  # of layers that will be measured, `prune` says it
                 continue
             request.amount(candidates, keep, protected)
             saved = None if values["scores"] is None else Scores.load(values["scores"])
