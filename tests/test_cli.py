@@ -196,7 +196,7 @@ def test_the_help_of_tune_is_in_groups(
     monkeypatch.setenv("COLUMNS", str(width))
     main(["tune", "--help"])
     short = capsys.readouterr().out
-    assert short.endswith("32 more options: striate tune --help-all\n")
+    assert short.endswith("31 more options: striate tune --help-all\n")
     assert "  --method auto|full|lora\n" in short
     main(["tune", "m", "--help-all"])
     text = capsys.readouterr().out
@@ -211,11 +211,11 @@ def test_a_recipe_sets_options_and_the_command_line_wins(tmp_path: Path) -> None
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: some-model\ndata: a.json\nregion: last:2\nlearning_rate: 0.5\nmax_grad_norm: 0\n")
     parser = parser_of("tune", tune)
-    parsed = parser.parse_args(["--config", str(recipe), "--out", "run", "--region", "first:2", "--allow-urls"])
+    parsed = parser.parse_args(["--config", str(recipe), "--out", "run", "--region", "first:2", "--deterministic"])
     call = call_arguments(tune, parsed)
     assert call["model"] == "some-model"
     assert call["region"] == "first:2"
-    assert call["allow_urls"] is True
+    assert call["options"].deterministic is True
     assert call["options"].learning_rate == 0.5
     assert call["options"].max_grad_norm == 0
     assert call["options"].batch == 128

@@ -290,10 +290,10 @@ def test_a_file_that_changes_under_a_training_is_refused(folder: Path) -> None:
     ({"messages": [{"role": "user", "content": "<image>"}]}, "1 <image> placeholders for 0 images"),
     ({"messages": CHAT, "image": "c.png"}, "image c.png not found in"),
     ({"messages": CHAT, "image": "../c.png"}, "image ../c.png is outside the image folder"),
-    ({"messages": CHAT, "image": 7}, "an image must be a path, URL or data, found 7"),
-    ({"messages": CHAT, "image": [["a.png"]]}, "an image must be a path, URL or data, found ['a.png']"),
+    ({"messages": CHAT, "image": 7}, "an image must be a path or data, found 7"),
+    ({"messages": CHAT, "image": [["a.png"]]}, "an image must be a path or data, found ['a.png']"),
     ({"messages": CHAT, "image": "http://localhost/a.png"},
-     "image http://localhost/a.png is a URL; download it, or pass --allow-urls"),
+     "image http://localhost/a.png is a URL; download it, and name the file instead"),
     ({"messages": CHAT, "answers": {"a": 1}}, "'answers' must be a list of texts, found {'a': 1}"),
     ({"messages": CHAT, "task": 7}, "'task' must be text, found a number"),
 ])  # fmt: skip

@@ -34,41 +34,33 @@ OPTIONS = {
         "patch_size dtype seed"
     ),
     "align": (
-        "model data out images allow_urls tower route resume epochs steps batch micro_batch learning_rate "
+        "model data out images tower route resume epochs steps batch micro_batch learning_rate "
         "max_length on_bad_record checkpointing frozen_layers shard workers seed device dtype attn "
         "report_to"
     ),
     "tune": (
-        "model data out images allow_urls region route modules samples method projector rank alpha dropout "
+        "model data out images region route modules samples method projector rank alpha dropout "
         "resume epochs steps batch micro_batch learning_rate projector_learning_rate warmup schedule optimizer "
         "weight_decay max_grad_norm max_length truncate_text on_bad_record packing checkpointing "
         "frozen_layers skip_nonfinite shard save_steps workers seed deterministic device dtype attn "
         "report_to"
     ),
-    "score": (
-        "model data images out metrics backbone by samples batch max_length seed on_bad_record device dtype allow_urls"
-    ),
-    "revert": (
-        "model backbone groups out visual text images samples batch max_length seed on_bad_record device "
-        "dtype allow_urls"
-    ),
-    "choose": ("model data images budget gpu out samples batch max_length seed on_bad_record device dtype allow_urls"),
+    "score": ("model data images out metrics backbone by samples batch max_length seed on_bad_record device dtype"),
+    "revert": ("model backbone groups out visual text images samples batch max_length seed on_bad_record device dtype"),
+    "choose": "model data images budget gpu out samples batch on_bad_record device dtype",
     "prune": (
         "model out region remove by layers data images scores samples iterative dry_run heal heal_layers "
-        "allow_urls steps batch micro_batch learning_rate max_length seed device attn"
+        "steps batch micro_batch learning_rate max_length seed device attn"
     ),
     "eval": (
         "model data images split out tasks task_path max_new_tokens samples batch max_length seed "
-        "on_bad_record device dtype allow_urls"
+        "on_bad_record device dtype"
     ),
     "ask": "model question image against route max_new_tokens device",
     "card": "run",
     "sweep": "file executor workers only redo dry_run",
     "report": "runs out reference title page_only",
-    "explore": (
-        "model data images out region backbone live against host port samples max_length seed on_bad_record device "
-        "dtype allow_urls"
-    ),
+    "explore": ("model data images out region backbone live against host port samples seed device dtype"),
     "demo": "out seed quick",
 }
 

@@ -8,10 +8,7 @@ import io
 import os
 import re
 import stat
-import time
-import urllib.request
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes
@@ -33,22 +30,19 @@ MAX_SIDE = 2**16
 MIN_SIDE = 4
 """Smallest side in pixels; smaller images are enlarged. `transformers` takes a side of 1 or 3 for color channels."""
 
-URL_BYTES, URL_SECONDS = 32 * 2**20, 20.0
-
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The image folder of a data file: images are files inside `root` or, if allowed, URLs."""
+    """The image folder of a data file: images are files inside `root`. Nothing is downloaded."""
 
     root: Path
-    allow_urls: bool = False
     _real: dict[str, str | None] = field(default_factory=dict, repr=False, compare=False)
 
     def locate(self, value: Any, source: str) -> ImageSource:
-        """Find the image of `value`: a path, URL, data URI, base64, bytes, image, or an object with one of these.
+        """Find the image of `value`: a path, file://, data URI, base64, bytes, image, or an object with one of these.
 
         Raises:
-            RecordError: the file is missing or, after following links, outside the folder.
+            RecordError: the file is missing or, after following links, outside the folder; or the image is on the web.
         """
         if isinstance(value, str) and "." in value and ":" not in value:  # neither base64 nor a URL
             return self._file(value, source)
@@ -58,21 +52,12 @@ class ImageFolder:
         if isinstance(value, Image.Image | DatasetImage):
             return value
         if not isinstance(value, str) or not value:
-            raise RecordError(source, f"an image must be a path, URL or data, found {_brief(value)}")
+            raise RecordError(source, f"an image must be a path or data, found {_brief(value)}")
         if found := _URL.match(value):
-            return self._check_url(value, found[1].lower(), source)
+            if found[1].lower() != "file":
+                raise RecordError(source, f"image {_brief(value)} is a URL; download it, and name the file instead")
+            value = unquote(re.sub("^//(localhost(?=/))?", "", value[len("file:") :]))
         return self._file(value, source)
-
-    def _check_url(self, value: str, scheme: str, source: str) -> ImageSource:
-        if scheme == "file":
-            return self._file(unquote(re.sub("^//(localhost(?=/))?", "", value[len("file:") :])), source)
-        if scheme not in ("http", "https"):
-            raise RecordError(
-                source, f"image {_brief(value)} is a URL of type {scheme}, which is not supported; download it"
-            )
-        if not self.allow_urls:
-            raise RecordError(source, f"image {_brief(value)} is a URL; download it, or pass --allow-urls")
-        return value
 
     def _file(self, name: str, source: str) -> Path:
         # Fast path: a regular file in a folder that is inside `root` is inside, too. Folders are resolved once, so that
@@ -164,8 +149,6 @@ def open_image(image: ImageSource, source: str = "") -> Image.Image:
             `MAX_SIDE` on a side.
     """
     name = _name(image)
-    if isinstance(image, str):
-        image = _fetch(image, source)
     try:
         if isinstance(image, DatasetImage):
             image = image_data(image.load(), source) or b""
@@ -222,34 +205,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
-def _fetch(url: str, source: str) -> bytes:
-    try:
-        return _download(url)
-    except (OSError, ValueError, HTTPException) as error:
-        raise RecordError(source, f"image {_brief(url)} could not be fetched ({_brief(error)})") from error
-
-
-def _download(url: str) -> bytes:
-    """The bytes of a URL; the limits apply to the whole download, however slow."""
-    deadline, data = time.monotonic() + URL_SECONDS, bytearray()
-    with urllib.request.urlopen(url, timeout=URL_SECONDS) as response:
-        while chunk := response.read1(2**16):
-            data += chunk
-            if len(data) > URL_BYTES:
-                raise ValueError(f"larger than {URL_BYTES >> 20} MiB")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not complete after {URL_SECONDS:.0f} s")
-    return bytes(data)
-
-
 def _name(image: ImageSource) -> str:
-    match image:
-        case Path():
-            return str(image)
-        case str():
-            return _brief(image)
-        case _:
-            return "data"
+    return str(image) if isinstance(image, Path) else "data"
 
 
 def _brief(value: Any) -> str:

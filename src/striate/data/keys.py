@@ -89,7 +89,7 @@ REFUSED: dict[str, dict[str, str]] = {
         **dict.fromkeys(("video", "video_url", "frames", "nframes", "fps"), _FRAMES),
         **dict.fromkeys(("audio", "audio_url", "input_audio"), _SOUND),
         **dict.fromkeys(("min_pixels", "max_pixels", "resized_height", "resized_width", "detail"), _PIXELS),
-        **dict.fromkeys(("file", "file_id", "file_data"), "give images as paths, URLs or data"),
+        **dict.fromkeys(("file", "file_id", "file_data"), "give images as paths or data"),
         **dict.fromkeys(("refusal", "name"), _WORDS),
         **dict.fromkeys(LOSS_MARKS, _WHOLE),
         **dict.fromkeys(REASONING, "give it as 'reasoning_content' of the turn"),

@@ -26,8 +26,8 @@ class DatasetImage:
         return value if self.index is None else value[self.index]
 
 
-ImageSource = Path | bytes | Image.Image | str | DatasetImage
-"""A file, its bytes, an open image, a URL, or an image in a data set."""
+ImageSource = Path | bytes | Image.Image | DatasetImage
+"""A file, its bytes, an open image, or an image in a data set."""
 
 
 @dataclass(frozen=True)

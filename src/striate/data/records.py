@@ -70,7 +70,6 @@ def read(
     path: str | Path,
     *,
     images: str | Path | None = None,
-    allow_urls: bool = False,
     on_bad: Literal["stop", "skip"] = "stop",
     split: str = "train",
 ) -> Records:
@@ -95,7 +94,7 @@ def read(
 
     @cache
     def folder(home: Path) -> ImageFolder:
-        return ImageFolder(Path(images or home), allow_urls)
+        return ImageFolder(Path(images or home))
 
     @cache
     def file(place: Path) -> JsonFile:

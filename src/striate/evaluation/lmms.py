@@ -89,8 +89,9 @@ def _record(messages: list[dict[str, Any]], task: str, source: str) -> Record:
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
                 image = part["url"]
-                is_url = isinstance(image, str) and image.startswith(("http://", "https://"))
-                images.append(Path(image) if isinstance(image, str) and not is_url else image)
+                if isinstance(image, str) and image.startswith(("http://", "https://")):
+                    raise _unsupported(task, "has images on the web, which striate does not download")
+                images.append(Path(image) if isinstance(image, str) else image)
                 parts.append({"type": "image"})
             elif part["type"] == "text":
                 parts.append({"type": "text", "text": part["text"]})

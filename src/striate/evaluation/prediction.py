@@ -27,7 +27,7 @@ class Prediction:
     """A model's answer to one record: a line of predictions.jsonl.
 
     `score` is the metric's, from 0 to 1, or the record's perplexity over its `num_tokens`. `modality` is "visual" for a
-    record with images, else "text"; `images` lists those that are files or URLs.
+    record with images, else "text"; `images` lists those that are files.
     """
 
     id: str
@@ -210,6 +210,6 @@ def _predict(record: Record, result: str | Likelihood) -> Prediction:
         answers=record.answers,
         prediction=text,
         score=score,
-        images=tuple(str(image) for image in record.images if isinstance(image, str | Path)),
+        images=tuple(str(image) for image in record.images if isinstance(image, Path)),
         num_tokens=num_tokens,
     )

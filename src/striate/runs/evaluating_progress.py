@@ -41,7 +41,7 @@ def identity(model: str | Path, records: Sequence[Record], **options: Any) -> di
     content = hashlib.sha256()
     for record in records:
         images = tuple(_image_name(image) for image in record.images)
-        content.update(repr(replace(record, images=images)).encode(errors="replace"))
+        content.update(repr((replace(record, images=()), images)).encode(errors="replace"))
     return {
         "model": str(model),
         "weights": hashlib.sha256(repr(weights).encode()).hexdigest(),

@@ -19,13 +19,13 @@ HealLayers = Literal["region", "neighbors", "projector"]
 
 
 def heal_checkpoint(
-    run: Run, pruning: Pruning, *, data: Path, images: Path | None, allow_urls: bool, layers: HealLayers,
+    run: Run, pruning: Pruning, *, data: Path, images: Path | None, layers: HealLayers,
     progress: bool, options: TrainOptions,
 ) -> None:  # fmt: skip
     """Tune the run's checkpoint, and replace it by the healed one at the end."""
     regions = {"region": str(pruning.region), "neighbors": str(pruning.numbers.neighbors), "projector": "none"}
     tuned = tune(
-        run.checkpoint, data=data, out=run.path / "heal", images=images, allow_urls=allow_urls, region=regions[layers],
+        run.checkpoint, data=data, out=run.path / "heal", images=images, region=regions[layers],
         progress=progress, options=options,
     )  # fmt: skip
     for file in run.checkpoint.iterdir():  # the model's other files, and the description of the cut

@@ -21,7 +21,7 @@ FIRST = {
 }
 # All options by group; options of a single verb, which are in no group, come first.
 GROUPS = {
-    "data": "model data images allow_urls split samples max_length truncate_text on_bad_record",
+    "data": "model data images split samples max_length truncate_text on_bad_record",
     "region": "region route modules method projector tower rank alpha dropout",
     "optimization": "epochs steps batch learning_rate projector_learning_rate warmup schedule weight_decay "
     "max_grad_norm skip_nonfinite",

@@ -52,7 +52,6 @@ def prune(
     dry_run: bool = False,
     heal: Path | None = None,
     heal_layers: HealLayers = "region",
-    allow_urls: bool = False,
     progress: bool = False,
     options: Annotated[TrainOptions, HEALING_OPTIONS] = TUNE,
 ) -> Pruning:
@@ -83,7 +82,6 @@ def prune(
             `striate tune` the pruned run.
         heal_layers: the layers to heal: the region, the neighbors of removed layers, or none but the projector, which
             is always trained.
-        allow_urls: download images given as URLs.
         progress: show a progress bar.
         options: training options of the healing; seed, micro_batch, max_length, on_bad_record, device and attn apply to
             measuring, too.
@@ -98,7 +96,7 @@ def prune(
     request = PruneRequest(region, remove, layers)
     if not dry_run:
         _check_out(out)
-    read_from = partial(read, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+    read_from = partial(read, images=images, on_bad=options.on_bad_record)
     if heal is not None:
         read_from(heal)
     source = _checkpoint(model)
@@ -119,7 +117,7 @@ def prune(
     if heal is not None:
         with run.recording():
             heal_checkpoint(
-                run, pruning, data=heal, images=images, allow_urls=allow_urls, layers=heal_layers, progress=progress,
+                run, pruning, data=heal, images=images, layers=heal_layers, progress=progress,
                 options=options,
             )  # fmt: skip
     return pruning

@@ -19,12 +19,10 @@ class ReadOptions(Sampling):
     """device to run on, such as cpu or cuda:0; default: the GPU if there is one"""
     dtype: str = "auto"
     """dtype of the model: auto (that of the checkpoint), float32, bfloat16 or float16"""
-    allow_urls: bool = False
-    """download images given as URLs"""
 
     def records(self, file: str | Path, images: Path | None, *, split: str = "train") -> Records:
         """The records of a file; image paths are relative to `images`."""
-        return read(file, images=images, split=split, allow_urls=self.allow_urls, on_bad=self.on_bad_record)
+        return read(file, images=images, split=split, on_bad=self.on_bad_record)
 
     def model(self, source: str | Path) -> Vlm:
         """The model of a model folder, a run folder or a hub id."""

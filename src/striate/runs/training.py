@@ -48,7 +48,6 @@ def align(
     data: Path,
     out: Path,
     images: Path | None = None,
-    allow_urls: bool = False,
     tower: bool = False,
     route: str | None = None,
     resume: Resume = False,
@@ -62,7 +61,6 @@ def align(
         data: records: JSON, JSONL, Parquet, a folder of these or a hub data set.
         out: the run folder to write.
         images: the folder that image paths are relative to; default: the folder of the data.
-        allow_urls: download images given as URLs.
         tower: train the vision encoder too, for one with fresh weights.
         route: the layers that image tokens pass through, in any form of a region, or auto:25% (those that contribute
             most to image tokens); default: all layers.
@@ -74,14 +72,13 @@ def align(
     Raises:
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
-    arguments = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
-    arguments |= {"tower": tower, "route": route}
+    arguments = {"model": model, "data": data, "images": images, "tower": tower, "route": route}
     stage = Stage("align", out, arguments, options, init_distributed(options.device))
     previous = stage.previous(resume)
     if previous and previous.info["status"] == "finished":
         return previous
     vlm = _open_model(model, options)
-    records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+    records = read(data, images=images, on_bad=options.on_bad_record)
     check_images(records)
     chosen_route = find_route(vlm, records, route, Region((), vlm.depth), options=options, rank=stage.rank)
     with stage.recording(previous) as run:
@@ -97,7 +94,6 @@ def tune(
     data: Path,
     out: Path,
     images: Path | None = None,
-    allow_urls: bool = False,
     region: str = "uniform:25%",
     route: str | None = None,
     modules: str = "all",
@@ -118,7 +114,6 @@ def tune(
         data: records: JSON, JSONL, Parquet, a folder of these or a hub data set.
         out: the run folder to write.
         images: the folder that image paths are relative to; default: the folder of the data.
-        allow_urls: download images given as URLs.
         region: the layers to train, in any form of a region (all, 0,4,8-11, uniform:25%, last:8, ...), or auto:25%:
             chosen by scores of the model and the data, measured first.
         route: the layers that image tokens pass through, in any form of a region; same: the region and layer 0;
@@ -140,7 +135,7 @@ def tune(
     Raises:
         UserError: bad input; the step-1 audit failed; more than 1 % of the records are bad.
     """
-    arguments: dict[str, Any] = {"model": model, "data": data, "images": images, "allow_urls": allow_urls}
+    arguments: dict[str, Any] = {"model": model, "data": data, "images": images}
     modules = parse_modules(modules)
     arguments |= {"region": region, "route": route, "modules": modules, "samples": samples and str(samples)}
     arguments |= {"method": method, "projector": projector, "rank": rank, "alpha": alpha, "dropout": dropout}
@@ -152,7 +147,7 @@ def tune(
     vlm = _open_model(model, options)
     if auto_size("--region", region, vlm.depth) is None:
         vlm.region_parameters(Region.parse(region, vlm.depth), modules)  # raises an error if they are not there
-    records = read(data, images=images, allow_urls=allow_urls, on_bad=options.on_bad_record)
+    records = read(data, images=images, on_bad=options.on_bad_record)
     subset = sample_records(records, samples, seed=options.seed)  # measured is what trains
     chosen = find_region(vlm, subset, region, options=options, rank=stage.rank)
     chosen_route = find_route(vlm, subset, route, chosen, options=options, rank=stage.rank)

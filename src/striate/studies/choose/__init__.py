@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from striate.data import Example, Examples
 from striate.errors import UserError
 from striate.routing import unroute
+from striate.runs.options import Only
 from striate.runs.reading import ReadOptions
 from striate.scores import Scores, scores_in_turn
 from striate.scores import choose as choose_scores
@@ -37,7 +39,7 @@ def choose(
     gpu: str | None = None,
     out: Path | None = None,
     progress: bool = False,
-    options: ReadOptions = ReadOptions(),  # noqa: B008 (frozen)
+    options: Annotated[ReadOptions, Only("samples batch on_bad_record device dtype")] = ReadOptions(),  # noqa: B008
 ) -> Choice:
     """Propose region, modules, method and route for a model, data and budget, with the reasons, as a recipe of `tune`.
 

@@ -27,7 +27,7 @@ from striate.studies.html import check_writable, write
 from striate.vlm import Vlm
 from striate.vlm.reading import model_folder
 
-EXPLORE = ReadOptions(samples=6)
+EXPLORE = ReadOptions(samples=6, on_bad_record="skip")
 
 
 def explore(
@@ -43,7 +43,7 @@ def explore(
     host: str = "127.0.0.1",
     port: int = 7860,
     progress: bool = False,
-    options: Annotated[ReadOptions, Only("samples max_length seed on_bad_record device dtype allow_urls")] = EXPLORE,
+    options: Annotated[ReadOptions, Only("samples seed device dtype")] = EXPLORE,
 ) -> Path | None:
     """Show what each layer of a model does with the images of a few records, in one HTML page that needs no network.
 
@@ -70,8 +70,8 @@ def explore(
         The file; None with `live`.
 
     Raises:
-        UserError: no record has a question, a record is bad, the region or the backbone does not fit the model, `out`
-            exists and is not a page of striate, the port is in use.
+        UserError: no record can be asked, the region or the backbone does not fit the model, `out` exists and is not a
+            page of striate, the port is in use.
     """
     if live:
         _check_alone(data=data, images=images, out=out)

@@ -15,7 +15,6 @@ from typing import Any
 import jinja2
 
 from striate.console import console
-from striate.data.images import URL_BYTES
 from striate.errors import UserError
 from striate.region import Region
 from striate.studies.explore.page import SIZE, page
@@ -29,6 +28,8 @@ KEPT = 2
 """Rounds whose answers are side by side: the last ones."""
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 """The browser loads nothing from other hosts, and sends nothing there."""
+UPLOAD_BYTES = 32 * 2**20
+"""The largest file that can be dropped into the page."""
 CACHE = (3600, 86400)
 """Seconds between two looks for uploaded files, and those after which one is deleted. The end deletes all."""
 
@@ -103,7 +104,7 @@ def launch(blocks: gr.Blocks, *, host: str, port: int) -> str:
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     *_, address, _ = blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=True,
-        ssr_mode=False, run_history=False, footer_links=[], max_file_size=URL_BYTES,
+        ssr_mode=False, run_history=False, footer_links=[], max_file_size=UPLOAD_BYTES,
         theme=theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"),
         css=_read("live.css"), app_kwargs={"middleware": [Middleware(Policy)]},
     )  # fmt: skip

@@ -185,9 +185,7 @@ def num_records(plan: SweepPlan) -> int:
     sheet, settings = plan.sheet, plan.recipes[0].tune
     with at(sheet.file):
         with at("data"):
-            found = read(
-                sheet.data, images=sheet.images, allow_urls=settings["allow_urls"], on_bad=settings["on_bad_record"]
-            )
+            found = read(sheet.data, images=sheet.images, on_bad=settings["on_bad_record"])
             for recipe in plan.recipes:
                 if recipe.tune["samples"] is not None:
                     num_samples(recipe.tune["samples"], len(found))
@@ -202,7 +200,7 @@ def _check_questions(options: Values) -> None:
     with at("eval.data"):
         for path in options["data"]:
             found = read(
-                path, images=options["images"], allow_urls=options["allow_urls"], on_bad=options["on_bad_record"],
+                path, images=options["images"], on_bad=options["on_bad_record"],
                 split=options["split"],
             )  # fmt: skip
             for record in found:
