@@ -22,6 +22,7 @@ from striate.evaluation.metrics import share_named
 from striate.region import Region
 from striate.routing import read_route
 from striate.runs.run import Run
+from striate.scores.table import Score, Scores
 from striate.studies.demo.scene import Scene
 from striate.studies.sweep.plan import read_plan
 
@@ -33,6 +34,7 @@ MODULES = (
     "study",
     "results",
     "table",
+    "predict",
     "healing",
     "projector",
     "tower",
@@ -224,3 +226,20 @@ def test_what_has_finished_is_collected_and_compared(study: ModuleType, tmp_path
     assert row.startswith("| all, image tokens through first:25% | 1 | 50.0 | -50.0 [-50.0, -50.0] | 50.0 | 50 |")
     table.figure(results.load(file), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size
+
+
+def test_which_score_predicts(study: ModuleType) -> None:
+    import predict
+
+    assert predict.longest_gap([0, 3, 4], 8) == 3
+    assert predict.longest_gap([2], 4) == 2
+    value, low, high = predict.correlation([1, 2, 3, 4], [1, 3, 2, 4])
+    assert value == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
+    assert low < value < high <= 1
+    seen = {(0, 2): 0.9, (1, 2): 0.1, (2, 3): 0.5, (0, 3): 0.7}
+    regions = [{"layers": layers, "visual": value, "options": {"seed": 3}} for layers, value in seen.items()]
+    scores = Scores("m", 4, 1, {"right": Score("right", (4, 1, 3, 2)), "wrong": Score("wrong", (1, 4, 2, 3))})
+    found = {name: said for name, *_, said in predict.rows(regions, scores)}
+    assert found["right"].startswith("+1.00 ")  # ranks 0 3 1 2 of the layers: sums 1, 4, 3, 2 of the regions
+    assert found["wrong"].startswith("-1.00 ")
+    assert next(iter(found)) == "right"

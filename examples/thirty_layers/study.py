@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import predict
 import torch
 import yaml
 from results import CELLS, RESULTS, collect
@@ -29,6 +32,8 @@ from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import score
 from striate.scores.consensus import CHOOSING
+from striate.scores.metrics import METRICS
+from striate.scores.table import Scores
 
 OUT = Path("runs/thirty")
 TRAIN, TEST, STEPS, BATCH = 3000, 110, 80, 8
@@ -36,6 +41,7 @@ TRAIN, TEST, STEPS, BATCH = 3000, 110, 80, 8
 ALL_RATE, REGION_RATE, LORA_RATE = 2e-4, 5e-4, 1e-3
 PROJECTOR_RATE = 1e-4
 SEEDS = [0, 1, 2]
+PREDICTING = [name for name, metric in METRICS.items() if "backbone" not in metric.needs]  # looked at by `predict.py`
 FOUR = ["all", "uniform:25%", "uniform:25%@2", "last:25%"]
 
 # Each sheet: the grid of a sweep for each seed, and what differs from the others. Those that share a folder
@@ -53,7 +59,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     # Chosen by scores of the start, before any tuning (`score_start`).
     "scores": {"grid": {"region": ["spread:25%@{scores}:gradient", "top:25%@{scores}:layer_contribution"]}},
     "sizes": {"grid": {"region": [f"uniform:{number}" for number in (4, 2, 1, 16, 6)]}},
-    "data": {"grid": {"samples": ["25%", "50%"], "region": ["all", "uniform:25%", "uniform:4"]}},
+    # Of 3000 records 640 are trained on: of 150 and 300 each one four times and twice.
+    "data": {"grid": {"samples": ["5%", "10%"], "region": ["all", "uniform:25%", "uniform:4"]}},
     "pruning": {
         "grid": {"region": ["all", "uniform:25%"], "prune.remove": ["1", "2", "4", "6", "8"]},
         "prune": {"samples": 64, "region": "uniform:25%"},  # of all, too, only what lies outside of it goes
@@ -66,13 +73,16 @@ SHEETS: dict[str, dict[str, Any]] = {
         "prune": {"samples": 64, "region": "uniform:25%", "steps": 40},
     },
     # Image tokens pass through a quarter of the layers: those that train (`same`), those that contribute most to image
-    # tokens, and some without layer 0; or through half of the layers.
+    # tokens, and some without layer 0; or through more of them.
     "route": {
         "grid": {
-            "region": ["all", "uniform:25%"],
-            "route": ["uniform:25%", "auto:25%", "uniform:25%@2", "first:50%", "uniform:50%"],
+            "region": ["uniform:25%"],
+            "route": [
+                "uniform:25%", "auto:25%", "uniform:25%@2", "first:25%", "first:50%", "first:67%", "uniform:50%",
+            ],
         },
     },
+    "route_all": {"grid": {"region": ["all"], "route": ["uniform:25%", "first:67%", "first:50%"]}},
     "modules": {"grid": {"region": ["all", "uniform:25%"], "modules": ["gate_up", "attention"]}},
     "lora": {
         "grid": {"region": ["all", "uniform:25%"]},
@@ -80,6 +90,9 @@ SHEETS: dict[str, dict[str, Any]] = {
         "tune": {"method": "lora", "rank": 32, "alpha": 64, "learning_rate": LORA_RATE},
     },
     "longer": {"out": "longer", "grid": {"region": ["all", "uniform:25%"]}, "tune": {"steps": 3 * STEPS}},
+    "longer_route": {
+        "out": "longer", "grid": {"region": ["all"], "route": ["first:67%"]}, "tune": {"steps": 3 * STEPS},
+    },
 }  # fmt: skip
 # Tried on validation scenes, before all else; they are no part of the results.
 TRIALS: dict[str, dict[str, Any]] = {
@@ -114,8 +127,6 @@ def sheet(name: str, out: Path, *, seed: int, everything: bool) -> dict[str, Any
     grid: dict[str, Any] = {"seed": [seed]} | own["grid"]
     regions = [region for region in grid["region"] if (region == "all") == everything]
     grid["region"] = [region.format(scores=out / "scores") for region in regions]
-    if "route" in grid and everything:
-        grid["route"] = grid["route"][:1]
     of_all, of_region = own.get("rates", (ALL_RATE, REGION_RATE))
     tune = {
         "method": "full", "steps": STEPS, "batch": BATCH, "micro_batch": BATCH,
@@ -157,7 +168,9 @@ def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: lis
     """Do what is left to do; returns the exit status."""
     for name in only or SHEETS:
         if name == "scores":
-            score_start(out)
+            score_start(out, "scores", "world/train.json", CHOOSING, samples=64)
+            score_start(out, "scores_by_task", "validation/test.json", PREDICTING, samples=128, by="task")
+            write_scores(out / "scores_by_task")
         for seed in [9] if name in TRIALS else seeds:
             for everything in (True, False):
                 if not (content := sheet(name, out, seed=seed, everything=everything)):
@@ -174,15 +187,24 @@ def study(out: Path, results: Path, *, workers: int, only: list[str], seeds: lis
     return 0
 
 
-def score_start(out: Path) -> None:
-    """Measure scores of the start that choose layers before any tuning."""
-    if Run(out / "scores").info.get("status") != "finished":
-        shutil.rmtree(out / "scores", ignore_errors=True)
-        world, options = out / "world", ReadOptions(samples=64, max_length=256, device="cpu")
+def score_start(
+    out: Path, name: str, file: str, metrics: Sequence[str], *, samples: int, by: Literal["task"] | None = None
+) -> None:
+    """Measure scores of the start, before any tuning."""
+    if Run(out / name).info.get("status") != "finished":
+        shutil.rmtree(out / name, ignore_errors=True)
+        data, options = out / file, ReadOptions(samples=samples, max_length=256, device="cpu")
         score(
-            out / "start", data=world / "train.json", images=world / "images", out=out / "scores", metrics=CHOOSING,
+            out / "start", data=data, images=data.parent / "images", out=out / name, metrics=metrics, by=by,
             options=options,
         )  # fmt: skip
+
+
+def write_scores(run: Path) -> None:
+    """Keep the scores of a run, without the measurements of single records, beside the results."""
+    scores = Scores.load(run)
+    brief = {name: replace(one, samples=None, table=None) for name, one in scores.scores.items()}
+    replace(scores, scores=brief).save(predict.SCORES)
 
 
 def evaluate_start(out: Path) -> None:

@@ -14,16 +14,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import predict
 from results import load
 from world import TASKS
 
 from striate.evaluation.statistics import Interval, difference, mcnemar, retention, within_noise
 from striate.plot.style import DASHES, INK, PALETTE, STYLE
+from striate.scores.table import Scores
 
 ROOT = Path(__file__).parents[2] / "research"
 TABLES, FIGURES, GEMMA = ROOT / "thirty_tables.md", ROOT / "figures", ROOT / "results" / "gemma.json"
 Run = dict[str, Any]
-DEPTH = 30
+DEPTH, QUARTER = 30, 8
 SIDES = {"visual": PALETTE[0], "facts": PALETTE[1]}
 
 
@@ -124,23 +126,23 @@ def regions_table(runs: Sequence[Run], folder: str = "cells") -> str:
     return table(HEAD, rows)
 
 
-def route_table(runs: Sequence[Run]) -> str:
+def route_table(runs: Sequence[Run], folder: str = "cells") -> str:
     """Image tokens through a part of the layers, each run against the one of its region without a route."""
     head = ("tuned", "seeds", "visual", "minus unrouted (95 %)", "kept of unrouted %", *HEAD[5:])
-    return varied_table(runs, "route", "{region}, image tokens through {value}", head)
+    return varied_table(runs, "route", "{region}, image tokens through {value}", head, folder)
 
 
 def modules_table(runs: Sequence[Run]) -> str:
     """A part of the matrices of each layer, each run against the one that tunes all of them."""
     head = ("tuned", "seeds", "visual", "minus all matrices (95 %)", "kept of all matrices %", *HEAD[5:])
-    return varied_table(runs, "modules", "{region}, {value}", head)
+    return varied_table(runs, "modules", "{region}, {value}", head, "cells")
 
 
-def varied_table(runs: Sequence[Run], option: str, title: str, head: Sequence[str]) -> str:
+def varied_table(runs: Sequence[Run], option: str, title: str, head: Sequence[str], folder: str) -> str:
     """Runs with a value of an option, each against the one of its region without; nothing if there are none."""
-    plain, rows = tuned(runs), []
+    plain, rows = tuned(runs, folder), []
     for value in dict.fromkeys(run["options"][option] for run in runs if option in run["options"]):
-        for region, by_seed in tuned(runs, **{option: value}).items():
+        for region, by_seed in tuned(runs, folder, **{option: value}).items():
             rows.append(row(title.format(region=region, value=value), by_seed, plain.get(region, {})))
     return table(head, rows) if rows else ""
 
@@ -154,6 +156,20 @@ def pairs_table(runs: Sequence[Run], other: str = "uniform:25%") -> str:
             sides = visual([by_seed[seed] for seed in seeds]), visual([found[other][seed] for seed in seeds])
             rows.append([name, str(len(seeds)), _said(difference(*sides)), f"{mcnemar(*sides):.2g}"])
     return table(("tuned", "seeds", f"minus {other} (95 %)", "McNemar p"), rows)
+
+
+def prediction_table(runs: Sequence[Run]) -> str:
+    """How well each score of the start says which quarter sees most, in the seeds with eight quarters or more."""
+    if not predict.SCORES.is_file():
+        return ""
+    quarters: dict[int, list[Run]] = defaultdict(list)
+    for by_seed in tuned(runs).values():
+        for seed, run in by_seed.items():
+            if len(run["layers"]) == QUARTER:
+                quarters[seed].append(run)
+    scores = Scores.load(predict.SCORES)
+    rows = [row for _, found in sorted(quarters.items()) if len(found) >= 8 for row in predict.rows(found, scores)]
+    return table(predict.HEAD, rows) if rows else ""
 
 
 def pruning_table(runs: Sequence[Run]) -> str:
@@ -196,15 +212,14 @@ def healing_table(runs: Sequence[Run]) -> str:
 
 def data_table(runs: Sequence[Run]) -> str:
     """Regions by the share of the data that they were tuned on, equal steps; nothing if there is one share."""
-    if not any("samples" in run["options"] for run in runs):
-        return ""
+    shares = {run["options"]["samples"] for run in runs if run["verb"] == "tune" and "samples" in run["options"]}
     rows = []
-    for share in ("25%", "50%", None):
+    for share in [*sorted(shares, key=len), None] if shares else []:
         found = tuned(runs, samples=share)
         rows += [
             [share or "100%", *row(region, by_seed, found.get("all", {}))[:5]] for region, by_seed in found.items()
         ]
-    return table(("data", *HEAD[:5]), rows)
+    return table(("data", *HEAD[:5]), rows) if rows else ""
 
 
 def figure(runs: Sequence[Run], out: Path) -> None:
@@ -247,11 +262,14 @@ def main() -> None:
     """Write the tables and the figure."""
     runs = load()
     sections = {
-        "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs), "Data": data_table(runs),
+        "Regions": regions_table(runs), "Against the uniform quarter": pairs_table(runs),
+        "Which score predicts": prediction_table(runs),
+        "Data": data_table(runs),
         "Route": route_table(runs), "Matrices": modules_table(runs),
         "Pruning": pruning_table(runs), "Ways to heal": healing_table(runs),
         "A second language model: Gemma 3 270M, 18 layers": regions_table(load(GEMMA)) if GEMMA.is_file() else "",
         "LoRA": regions_table(runs, "lora"), "Three times the steps": regions_table(runs, "longer"),
+        "Three times the steps, with a route": route_table(runs, "longer"),
     }  # fmt: skip
     parts = [
         "# Tables of the study on thirty layers", "Made by `python examples/thirty_layers/table.py` from"
