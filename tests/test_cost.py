@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from striate.errors import UserError
 from striate.region import Region
+from striate.routing import resolve, route
 from striate.runs.cli import main
 from striate.studies.cost import Counts, FakeModel, Machine, Setup, Step, cost, with_one_image
 from striate.studies.cost.fake_model import fake_model_of
@@ -81,6 +82,8 @@ class Real:
         if setup.checkpointing:
             self.vlm.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.vlm.model.disable_input_require_grads()  # else the frozen tower gets a backward pass for nothing
+        if found := resolve(setup.route, chosen):
+            route(self.vlm, found)
         self.ids = torch.full((setup.micro_batch, setup.tokens), 10)
         self.ids[:, 1 : 1 + setup.image_tokens] = self.vlm.image_token_id
         size = config.vision_config.image_size
@@ -140,6 +143,11 @@ ARMS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "uniform:25%", {"modules": "gate_up"}),
     ("qwen2", "last:25%", {"modules": "o", "projector": False}),
     ("llama", "uniform:25%", {"modules": "attention", "method": "lora"}),
+    ("llama", "3,4", {"route": "same"}),
+    ("llama", "all", {"route": "first:50%"}),
+    ("qwen2", "all", {"route": "3,5", "checkpointing": True}),
+    ("qwen2", "uniform:25%", {"route": "first:1", "method": "lora"}),
+    ("gemma2", "last:25%", {"route": "same", "projector": False}),
 ]
 
 
@@ -149,6 +157,8 @@ def test_flops_are_those_of_a_real_step(model: str, region: str, changes: dict[s
     step, setup = counted(SMALL[model], region, **changes)
     real = Real(SMALL[model], region, setup)
     assert step.trainable == sum(p.numel() for p in real.parameters)
+    if step.route:
+        real.forward()  # the first pass of a route tries which work is not needed
     forward, backward = real.flops()
     assert step.forward.flops == forward
     assert step.backward.flops == backward
@@ -166,6 +176,10 @@ def test_flops_are_those_of_a_real_step(model: str, region: str, changes: dict[s
         ("gemma2", "last:25%", {"projector": False}),
         ("llama", "all", {"modules": "gate_up"}),
         ("gemma2", "uniform:25%", {"method": "lora"}),
+        ("llama", "uniform:25%", {"route": "same"}),
+        ("qwen2", "all", {"route": "first:50%"}),
+        ("llama", "all", {"route": "uniform:25%", "checkpointing": True}),
+        ("gemma2", "uniform:25%", {"route": "same", "method": "lora"}),
     ],
 )
 def test_peak_memory_is_that_of_a_real_step(model: str, region: str, changes: dict[str, Any]) -> None:
@@ -343,7 +357,9 @@ def test_the_multiply_adds_of_a_route_by_hand(tmp_path: Path, capsys: pytest.Cap
     assert main(["cost", str(tmp_path), *words]) == 0
     keys, every = 2 * 128 * 64, 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352  # matrices of a layer: k and v; all
     whole, unrouted = 64 * every + 2 * 64 * 64 * 128, 28 * every + 36 * keys + 2 * 28 * 64 * 128
-    row = next(line for line in capsys.readouterr().out.splitlines() if "multiply-adds, routed 0,3,5" in line)
+    lines = capsys.readouterr().out.splitlines()
+    assert "image tokens through 0,3,5 of them" in lines[2]
+    row = next(line for line in lines if "multiply-adds, per record" in line)
     assert row.split()[-3:-1] == [f"{3 * whole + 5 * unrouted:,}", f"{8 * whole:,}"]
 
 

@@ -94,7 +94,9 @@ def propose(
     region, sureness = choose_region(list(scores.scores.values()), len(fitting.region), seed=sampling.seed)
     fitting = fitting.of(region)
     batches = partial(sampling.show_batches, vlm, sample, "route", progress=progress)
-    lost = route_loss(vlm, fitting.region, batches) if sample.has_images else RouteLoss(why="no record has an image")
+    lost = route_loss(vlm, region, batches) if sample.has_images else RouteLoss(why="no record has an image")
+    if lost.harmless:
+        fitting = fitting.of(region, "same")
     return Choice(scores, fitting, sureness, lost, budget, num_records)
 
 

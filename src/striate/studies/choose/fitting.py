@@ -38,9 +38,9 @@ class Fit:
         """The layers that train."""
         return self.step.region
 
-    def of(self, region: Region) -> Fit:
-        """The same for other layers, as many of them."""
-        return replace(self, step=Counts(self.fake_model, self.step.setup).step(region))
+    def of(self, region: Region, route: str | None = None) -> Fit:
+        """The same for other layers, as many of them, and with a route of image tokens."""
+        return replace(self, step=Counts(self.fake_model, replace(self.step.setup, route=route)).step(region))
 
 
 def fit(vlm: Vlm, setup: Setup, budget: Budget, num_records: int) -> Fit:

@@ -16,7 +16,6 @@ from rich.console import Group
 from striate.errors import UserError, at_least
 from striate.plot import save
 from striate.region import Region
-from striate.routing import resolve
 from striate.studies.cost.display import Cost
 from striate.studies.cost.fake_model import Dtype, FakeModel, fake_model
 from striate.studies.cost.figure import cost_figure
@@ -86,8 +85,8 @@ def cost(
     Args:
         model: model folders, run folders, hub ids or config files; several are compared.
         region: the layers that train.
-        route: the layers that image tokens pass through; same: the region and layer 0. Adds the multiply-adds that
-            are left of the decoder's forward pass; all else is counted without it.
+        route: the layers that image tokens pass through; same: the region and layer 0; default: all layers. Compared
+            with all layers without a route.
         modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o.
         method: full weights, or LoRA.
         projector: train it or leave it.
@@ -117,7 +116,7 @@ def cost(
     setup = Setup(
         method, projector == "train", rank, checkpointing == "all", batch,
         max(1, min(micro_batch, batch // max(1, devices))), image_tokens or 0,
-        text_tokens, answer_tokens, devices, parse_modules(modules),
+        text_tokens, answer_tokens, devices, parse_modules(modules), route,
     )  # fmt: skip
     _check(setup, image_tokens)
     parallelism = Parallelism(shard, link * 1e9)
@@ -133,10 +132,9 @@ def cost(
         seen = with_one_image(fake, setup) if image_tokens is None else setup
         models.append((fake, seen))
         step = largest(fake, seen, region, room, machine) if room else _step(fake, seen, region)
-        whole = replace(step.setup, modules="all")
+        whole = replace(step.setup, modules="all", route=None)
         everything = Counts(fake, whole).step(Region.parse("all", fake.vlm.depth))
-        routed = resolve(route, step.region)
-        rows.append(Cost(name, step, everything, machine, parallelism, fake, routed))
+        rows.append(Cost(name, step, everything, machine, parallelism, fake))
     if plot is not None:
         save(cost_figure(dict(zip(_short(names), models, strict=True)), machine), plot.parent, plot.stem)
     return Costs(tuple(rows))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 
 from rich.table import Table
 
-from striate.region import Region
 from striate.routing import multiply_adds
 from striate.studies.cost.fake_model import FakeModel
 from striate.studies.cost.machine import Machine
@@ -27,8 +26,7 @@ UNSEEN = "\nThe tower, which needs a real image, is counted by its weights, not 
 
 @dataclass(frozen=True)
 class Cost:
-    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several; the
-    `route` of image tokens, if there is one."""
+    """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several."""
 
     name: str
     step: Step
@@ -36,14 +34,13 @@ class Cost:
     machine: Machine
     parallelism: Parallelism
     fake_model: FakeModel
-    route: Region | None = None
 
     @property
     def multiply_adds(self) -> tuple[int, int]:
         """Of the decoder's forward pass over one record: routed, and with all tokens in all layers."""
         vlm, setup, everything = self.fake_model.vlm, self.step.setup, self.everything.region
         tokens = {"image": setup.image_tokens, "text": setup.text_tokens + setup.answer_tokens}
-        return multiply_adds(vlm, self.route or everything, **tokens), multiply_adds(vlm, everything, **tokens)
+        return multiply_adds(vlm, self.step.route or everything, **tokens), multiply_adds(vlm, everything, **tokens)
 
     @property
     def seconds(self) -> float:
@@ -55,6 +52,8 @@ class Cost:
         setup, region = self.step.setup, self.step.region
         shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), title_justify="left", caption_justify="left")
         shown.title = f"{self.name}\n{_layers(region.layers)} of {region.depth} layers, {_method(self.step)}"
+        if self.step.route:
+            shown.title += f",\nimage tokens through {_layers(self.step.route.layers)} of them"
         shown.add_column("")
         for title in (f"{len(region)} layers", "all layers", "share"):
             shown.add_column(title, justify="right", no_wrap=True)
@@ -79,8 +78,8 @@ class Cost:
             ("forward, per record", forward, all_forward, "FLOP"),
             ("backward, per record", backward, all_backward, "FLOP"),
         ]
-        if self.route:
-            rows.append((f"multiply-adds, routed {_layers(self.route.layers)}", *self.multiply_adds, ""))
+        if self.step.route:
+            rows.append(("multiply-adds, per record", *self.multiply_adds, ""))
         for kind in fields(Memory):
             own, whole = (float(getattr(step.memory, kind.name)) for step in steps)
             rows.append((f"memory: {KINDS[kind.name]}", own, whole, "B"))

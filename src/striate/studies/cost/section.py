@@ -15,12 +15,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from striate.routing.layer import Unrouted
+from striate.routing.tokens import Pass, Tokens
 from striate.studies.cost.fake_model import FakeModel, holder
 from striate.studies.cost.tally import Tally, Work
 from striate.vlm import linear_in
 from striate.vlm.modules import ALL, choose_names
 
 Trained = Literal["full", "lora"]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Of a layer outside the route: the image tokens of a record, and whether it is the first or the last of such
+    layers in a row."""
+
+    image_tokens: int
+    first: bool
+    last: bool
 
 
 @dataclass(frozen=True)
@@ -63,9 +75,10 @@ def layer_section(
     rank: int,
     upstream: bool,
     recomputed: bool,
+    passed: Passed | None = None,
 ) -> Section:
     """A decoder layer, its `modules` trained or all of it frozen; `upstream`: whether something below it needs a
-    gradient."""
+    gradient; `passed`: it is outside the route."""
     given, others = call
     layer = _copy(fake_model, layer)
     with fake_model.mode:
@@ -76,14 +89,53 @@ def layer_section(
     if trains == "lora":
         _adapt(fake_model, layer, modules, rank)
 
-    def forward() -> torch.Tensor:
-        if recomputed:
-            result = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **others)
-        else:
-            result = layer(hidden, **others)
-        return result if isinstance(result, torch.Tensor) else result[0]
-
+    if passed:
+        forward = _passed_by(fake_model, layer, hidden, others, passed, recomputed)
+    else:
+        run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if recomputed else layer
+        forward = partial(_states, run, hidden, others)
     return measure(fake_model, forward, trained=_num_trained(layer))
+
+
+def _states(layer: Callable[..., Any], hidden: torch.Tensor, others: dict[str, Any]) -> torch.Tensor:
+    result = layer(hidden, **others)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def _passed_by(
+    fake_model: FakeModel, layer: nn.Module, hidden: torch.Tensor, others: dict[str, Any], passed: Passed,
+    recomputed: bool,
+) -> Callable[[], torch.Tensor]:  # fmt: skip
+    """The forward pass of a layer outside the route (`striate.routing`), for records of one length that begin with
+    their image tokens.
+
+    Such layers in a row hand on both parts of the tokens; only the first splits, and only the last joins them.
+    """
+    vlm, mode = fake_model.vlm, fake_model.mode
+    kept = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    kept[:, : passed.image_tokens] = True
+    tokens = Tokens(kept).converted(mode.from_tensor)
+    running = Pass(vlm.model.config.get_text_config(decoder=True), tokens)
+    unrouted = Unrouted(running, 0, layer, vlm.model.config.model_type)
+    unrouted.learned = True  # by comparing values, which fake tensors do not have
+    for module, forward in [*unrouted.forwards()]:
+        vars(module)["forward"] = forward
+    if recomputed:
+        vars(layer)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        vars(layer)["gradient_checkpointing"] = True
+    if not passed.first:
+        with mode:
+            parts = [torch.empty_like(part, requires_grad=hidden.requires_grad) for part in tokens.split(hidden)]
+            hidden = tokens.join(*parts)
+
+    def run() -> torch.Tensor:
+        states = _states(layer, hidden, others)
+        if not passed.last:
+            states, _ = tokens.split(states)
+        tokens.end()
+        return states
+
+    return run
 
 
 def _copy(fake_model: FakeModel, layer: nn.Module) -> nn.Module:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from striate.region import Region
+from striate.routing import resolve
 from striate.studies.cost.fake_model import FakeModel, calls
-from striate.studies.cost.section import Section, Trained, head_section, layer_section, vision_section
+from striate.studies.cost.section import Passed, Section, Trained, head_section, layer_section, vision_section
 from striate.studies.cost.tally import Work, total
 from striate.vlm import linear_in, select
 from striate.vlm.modules import choose_names
@@ -27,7 +28,8 @@ STEP_TRAFFIC, ADDING_TRAFFIC = 40, 12
 
 @dataclass(frozen=True)
 class Setup:
-    """How the `modules` of a region train. Tokens are those of one record; `devices` share the batch."""
+    """How the `modules` of a region train. Tokens are those of one record; `devices` share the batch; image tokens pass
+    through the layers of `route` (a form of a region, `same`, or None: all of them)."""
 
     method: Trained = "full"
     projector: bool = True
@@ -40,6 +42,7 @@ class Setup:
     answer_tokens: int = 64
     devices: int = 1
     modules: str = "all"
+    route: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -83,6 +86,7 @@ class Step:
     backward: Work
     optimizer: Work
     memory: Memory
+    route: Region | None = None
 
     @property
     def record_flops(self) -> tuple[float, float]:
@@ -128,16 +132,16 @@ class Counts:
             whole=setup.method == "full",
         )
 
-    def layer(self, index: int, trains: Trained | None, upstream: bool) -> Section:
+    def layer(self, index: int, trains: Trained | None, upstream: bool, passed: Passed | None = None) -> Section:
         """One decoder layer."""
         layer, call = self.fake_model.vlm.layers[index], self.calls[index]
         shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
-        alike = (type(layer), shapes, _settings(layer), trains, upstream)
+        alike = (type(layer), shapes, _settings(layer), trains, upstream, passed)
         if alike not in self._layers:
             self._layers[alike] = layer_section(
                 self.fake_model, layer, call, trains=trains, modules=self.setup.modules, rank=self.setup.rank,
                 upstream=upstream,
-                recomputed=self.setup.checkpointing and (upstream or trains is not None),
+                recomputed=self.setup.checkpointing and (upstream or trains is not None), passed=passed,
             )  # fmt: skip
         return self._layers[alike]
 
@@ -145,17 +149,21 @@ class Counts:
         """The step that trains a region.
 
         Raises:
-            UserError: the region is for another depth, or nothing would train.
+            UserError: the region or the route is for another depth, or nothing would train.
         """
         vlm, setup = self.fake_model.vlm, self.setup
         plan = select(vlm, region, modules=setup.modules, projector=setup.projector)
         vision = self.vision
         trained = {index for index in region if self._trains(vlm.layers[index])}
         lowest = min(trained, default=vlm.depth)
+        route = resolve(setup.route, region)
         layers = [
-            self.layer(index, setup.method if index in trained else None, setup.projector or index > lowest)
+            self.layer(
+                index, setup.method if index in trained else None, setup.projector or index > lowest,
+                self._passed(index, route),
+            )
             for index in range(vlm.depth)
-        ]
+        ]  # fmt: skip
         sections = [vision, *layers, self.head]
         trainable = sum(section.trained for section in sections)
         adapters = trainable - vision.trained if setup.method == "lora" else 0
@@ -172,7 +180,14 @@ class Counts:
             total(section.backward for section in sections),
             Work(Counter([optimizer])),
             self._memory(sections, trainable, weights=weights),
+            route,
         )
+
+    def _passed(self, index: int, route: Region | None) -> Passed | None:
+        if route is None or index in route or not self.setup.image_tokens:
+            return None
+        first, last = index == 0 or index - 1 in route, index == route.depth - 1 or index + 1 in route
+        return Passed(self.setup.image_tokens, first, last)
 
     def _trains(self, layer: nn.Module) -> bool:
         """Whether a layer of the region has any of the modules: hybrid models have layers without attention."""
