@@ -9,6 +9,7 @@ Every test begins with the same random numbers and the same number of threads, w
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if (name := group(item)) not in SPREAD:
             item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_configure() -> None:
+    """What a test starts can be stopped by Ctrl-C, though the shell starts work in the background without it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

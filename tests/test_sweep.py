@@ -297,7 +297,6 @@ def test_a_failed_cell_does_not_stop_the_others(here: Path, capsys: pytest.Captu
 
 def started(*words: str) -> subprocess.Popen[str]:
     line = [*PROGRAM, "sweep", "sweep.yaml", *words]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background would hand on that it is ignored
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
