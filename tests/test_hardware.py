@@ -1,4 +1,4 @@
-"""What GPUs do otherwise than CPUs, as far as a CPU can show it: docs/hardware.md lists the findings."""
+"""What GPUs do otherwise than CPUs, as far as a CPU can show it: research/gpu_review.md lists the findings."""
 
 from __future__ import annotations
 

@@ -32,6 +32,7 @@ from striate.train.adapter import adapt
 from striate.train.nonfinite import SpikeDetector
 from striate.train.order import length_grouped
 from striate.train.sampling import sample_records
+from striate.train.watch import Log
 from striate.vlm import select
 
 
@@ -55,6 +56,19 @@ def test_the_checkpoint_is_plain_and_explains_itself(model: Path, data: Path, tm
     assert not run.state.exists()
     assert run.info["status"] == "finished"
     assert [entry["step"] for entry in run.history()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("batch", "steps", "noted"), [(4, None, True), (1, None, False), (4, 3, False)])
+def test_few_steps_are_noticed(
+    model: Path, tmp_path: Path, batch: int, steps: int | None, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Log, "begin", lambda self, done, total, notes: said.extend(notes))
+    options = replace(OPTIONS, batch=batch, micro_batch=1, steps=steps, epochs=1)
+    striate.tune(striate.load(model, device="cpu"), read(write_data(tmp_path, records=20)), region="1", options=options)
+    assert [text for text in said if "of the training" in text] == noted * [
+        "all of the training is 5 steps of --batch 4: a smaller --batch or more --epochs makes more"
+    ]
 
 
 def test_merged_adapter_equals_adapter(model: Path, data: Path) -> None:

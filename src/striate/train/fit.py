@@ -46,6 +46,7 @@ from striate.vlm.modes import eval_mode
 
 # A thread that has a core for less of its time shares it with other programs; seconds from which that is measurable.
 SHARED, MEASURABLE = 0.8, 0.1  # alone 0.94 to 1, beside another 0.53 to 0.64 (bench/threads.py)
+FEW = 20  # steps: the default batch, 128, is for hundreds of thousands of records
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,9 @@ def fit(
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
             audit=_audit(network, groups, examples), memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
         )  # fmt: skip
+        if options.steps is None and loop.total < FEW:
+            steps = f"{loop.total} step{'s' * (loop.total > 1)} of --batch {options.batch}"
+            notes += (f"all of the training is {steps}: a smaller --batch or more --epochs makes more",)
         stack.callback(log.end)
         log.begin(loop.resume(), loop.total, [*notes, str(checkpointing)])
         loop.run(time.monotonic() - began)
