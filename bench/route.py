@@ -196,7 +196,7 @@ def against_lora(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     about = shapes.About(
         options.shape, options.device, dtype, options.steps, options.batch, "", depth=options.depth
     )  # fmt: skip
-    names = ["all", "all-recomputed", "striate", "striate-routed"]
+    names = ["all", "all-recomputed", "striate-all", "striate", "striate-routed"]
     *_, found = shapes.take_turns(names, about, options.turns, limit=None, more=[])
     shapes.compare(found)
     return found
