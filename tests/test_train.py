@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pico import pico_more
+from pico import pico_llava, pico_more
 from training import OPTIONS, batch_of, changed, tune, weights, write_data
 
 import striate
@@ -239,6 +239,33 @@ def test_resume_auto_starts_continues_or_does_nothing(model: Path, data: Path, t
         tune(model, data, tmp_path / "run", replace(options, batch=2), resume="auto")
 
 
+def test_a_resumed_run_trains_with_the_options_of_now(model: Path, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=5, save_steps=2, schedule="linear", learning_rate=1e-3, weight_decay=0.0)
+    now = replace(options, learning_rate=4e-3, projector_learning_rate=1e-4, weight_decay=0.5)
+
+    class Crash(RunLog):
+        def step(self, entry: dict[str, Any]) -> None:
+            super().step(entry)
+            if entry["step"] == 3:
+                raise ValueError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("striate.runs.training.RunLog", Crash)
+        with pytest.raises(ValueError, match="power cut"):
+            tune(model, data, tmp_path / "run", options)
+    used: list[set[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = torch.optim.AdamW.step
+        patch.setattr(
+            torch.optim.AdamW, "step",
+            lambda self, *_: used.append({group["weight_decay"] for group in self.param_groups}) or step(self),
+        )  # fmt: skip
+        resumed = tune(model, data, tmp_path / "run", now, resume="changed")
+    whole = tune(model, data, tmp_path / "whole", now)
+    assert [one["lr"] for one in resumed.history()[2:]] == [one["lr"] for one in whole.history()[2:]]
+    assert used == [{0.0, 0.5}] * 3
+
+
 def test_resume_names_what_has_changed(model: Path, data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data.parent, copy)
@@ -451,6 +478,47 @@ def test_bfloat16_trains_float32_weights_and_saves_the_models_type(model: Path, 
     after = weights(run.path)
     assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.bfloat16}
     assert changed(weights(half), after)
+
+
+@pytest.mark.parametrize("frozen_layers", ["as_saved", "nf4"])
+def test_a_second_training_in_memory_keeps_the_first(
+    model: Path, data: Path, tmp_path: Path, frozen_layers: Any
+) -> None:
+    if frozen_layers == "nf4":
+        pytest.importorskip("bitsandbytes")
+    half = tmp_path / "half"
+    vlm = striate.load(pico_llava(tmp_path / "wide", hidden_size=64, intermediate_size=128, head_dim=16))
+    vlm.model.to(torch.float16).save_pretrained(half)
+    vlm.processor.save_pretrained(half)
+    vlm, records = striate.load(half), read(data)
+    options = replace(OPTIONS, dtype="bfloat16", learning_rate=1e-2, frozen_layers=frozen_layers)
+    before = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    striate.tune(vlm, records, region="1", projector="freeze", method="full", options=options)
+    first = {name: value.clone() for name, value in vlm.model.state_dict().items()}
+    moved = changed(before, first)
+    assert moved
+    assert all(".layers.1." in name for name in moved)
+    striate.tune(vlm, records, region="3", projector="freeze", method="full", options=options)
+    then = changed(first, vlm.model.state_dict())
+    assert then
+    assert all(".layers.3." in name for name in then)
+
+
+def test_layers_are_recomputed_in_the_training_that_asks_for_it_alone(model: Path, data: Path) -> None:
+    vlm, records = striate.load(model, device="cpu"), read(data)
+    first = striate.tune(vlm, records, region="1", options=replace(OPTIONS, checkpointing="all"))
+    assert first.recomputed_layers
+    assert not any(layer.gradient_checkpointing for layer in vlm.layers)
+    for layer in vlm.layers:
+        layer.gradient_checkpointing = True  # as `gradient_checkpointing_enable` leaves it
+    seen: list[bool] = []
+    vlm.layers[1].register_forward_pre_hook(
+        lambda layer, _: seen.append(layer.training and layer.gradient_checkpointing)
+    )
+    second = striate.tune(vlm, records, region="1", options=replace(OPTIONS, checkpointing="none"))
+    assert second.recomputed_layers == ()
+    assert seen
+    assert not any(seen)
 
 
 def test_bad_records_are_listed_and_too_many_stop_the_run(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from training import OPTIONS, tune, weights
 import striate
 from striate.train import TrainOptions
 from striate.train.nf4 import quantize_frozen_layers
-from striate.train.precision import dtypes_of, restore
+from striate.train.precision import Before, restore
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,12 @@ def test_layers_in_four_bits_multiply_as_their_weights_read_back(wide: Path) -> 
     functional: Any = pytest.importorskip("bitsandbytes").functional
     vlm = striate.load(wide, device="cpu")
     region = striate.Region.parse("1", vlm.depth)
-    before, dtypes = {name: p.detach().clone() for name, p in vlm.model.named_parameters()}, dtypes_of(vlm.model)
+    before, saved = (
+        {name: p.detach().clone() for name, p in vlm.model.named_parameters()},
+        Before.of(vlm.model, bf16=False),
+    )
     outside = [name for name in vlm.linear_modules(striate.Region.parse("all", vlm.depth)) if ".layers.1." not in name]
-    quantize_frozen_layers(vlm, region, torch.float32, torch.device("cpu"))
+    saved.linear.update(quantize_frozen_layers(vlm, region, torch.float32, torch.device("cpu")))
     for name in outside:
         held: Any = vlm.model.get_submodule(name)
         # Half the widest gap between NF4's levels, of the largest weight, and a little for scales in 8 bits.
@@ -40,7 +43,7 @@ def test_layers_in_four_bits_multiply_as_their_weights_read_back(wide: Path) -> 
         assert 0 < float((read - original).abs().max()) < 0.17 * float(original.abs().max())
         states = torch.randn(3, held.in_features)
         torch.testing.assert_close(held(states), states @ read.T, rtol=1e-4, atol=1e-5)
-    restore(vlm, region, dtypes, nf4=True)
+    restore(vlm.model, saved)
     after = dict(vlm.model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -26,7 +26,7 @@ from striate.train.memory import full_tuning_fits
 from striate.train.nf4 import quantize_frozen_layers
 from striate.train.optimizer import Group, Named
 from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
-from striate.train.precision import Dtypes, cast, cast_for_training, dtypes_of, restore
+from striate.train.precision import Before, cast, cast_for_training, restore
 from striate.train.sampling import num_samples, sample_records
 from striate.train.saved import last_saved
 from striate.train.skipped import check_skipped
@@ -88,7 +88,7 @@ def align(
     log = _list_skipped(records, options, log or Log())
     region = Region((), vlm.depth, "none")
     chosen_route = _replace_route(vlm, find_route(vlm, records, route, region, options=options, rank=rank), log)
-    saved_as = _prepare(vlm, region, options)
+    before = _prepare(vlm, region, options)
     named = named_parameters(vlm, select(vlm, region, tower=tower))
     _cast(vlm, options)
     rate = _or_default(options.learning_rate, 1e-3)
@@ -98,7 +98,7 @@ def align(
         vlm, vlm.model, region, records, groups, options, route=chosen_route, rank=rank, log=log, state=state
     )  # fmt: skip
     if not (trained.stopped and state):
-        _finish(vlm, vlm.model, trained, saved_as, options)
+        _finish(vlm, vlm.model, trained, before)
     return trained
 
 
@@ -151,7 +151,7 @@ def tune(
     log = _list_skipped(records, options, log or Log())
     plan = select(vlm, chosen, modules=modules, projector=projector == "train")
     chosen_route = _replace_route(vlm, find_route(vlm, subset, route, chosen, options=options, rank=process), log)
-    saved_as = _prepare(vlm, chosen, options)
+    before = _prepare(vlm, chosen, options)
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
     network: Any = vlm.model
     if full:
@@ -171,7 +171,7 @@ def tune(
         state=state,
     )  # fmt: skip
     if not (trained.stopped and state):
-        _finish(vlm, network, trained, saved_as, options)
+        _finish(vlm, network, trained, before)
     return trained
 
 
@@ -200,26 +200,25 @@ def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> Region | None:
     return route
 
 
-def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Dtypes:
+def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Before:
     """Quantize frozen layers (`--frozen-layers nf4`) and move the model to its device; with `shard`, `fit` moves it.
 
-    Returns the dtypes that the model's weights had.
+    Returns what the model was before.
     """
     _ = vlm.processor  # tried on the model before trained weights have another dtype
     set_seed(options.seed)
-    saved_as = dtypes_of(vlm.model)
     bf16 = in_bfloat16(options.dtype, _device(options))
-    if bf16 and not vlm.source and torch.float16 in saved_as.values():
-        raise UserError("a float16 model in memory cannot be trained in bfloat16 without losing bits: load it by name")
+    before = Before.of(vlm.model, bf16=bf16)
     if options.shard:
-        return saved_as
+        return before
     if not bf16:
         vlm.model.float()
     device = _device(options)
     if options.frozen_layers == "nf4":
-        quantize_frozen_layers(vlm, region, torch.bfloat16 if bf16 else torch.float32, device)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        before.linear.update(quantize_frozen_layers(vlm, region, dtype, device))
     torch.nn.Module.to(vlm.model, device)
-    return saved_as
+    return before
 
 
 def _cast(vlm: Vlm, options: TrainOptions) -> None:
@@ -228,12 +227,12 @@ def _cast(vlm: Vlm, options: TrainOptions) -> None:
         cast_for_training(vlm.model, bf16=in_bfloat16(options.dtype, _device(options)))
 
 
-def _finish(vlm: Vlm, network: Any, trained: Trained, saved_as: Dtypes, options: TrainOptions) -> None:
+def _finish(vlm: Vlm, network: Any, trained: Trained, before: Before) -> None:
     """Merge adapters, restore frozen weights bit for bit and all dtypes to those of the checkpoint, set its route."""
-    restore(vlm, trained.region, saved_as, nf4=options.frozen_layers == "nf4")
+    restore(vlm.model, before)
     if network is not vlm.model:
         network.merge_and_unload()
-    cast(vlm.model, saved_as)
+    cast(vlm.model, before.dtypes)
     vlm.model.eval()
     routing.write_route(vlm.model.config, trained.route)
     routing.open_route(vlm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -79,14 +80,23 @@ class Checkpointing:
 
     def _recompute(self, number: int) -> None:
         self.layers = tuple(sorted(self.order[:number]))
-        for layer in self.layers:
-            module = self.vlm.layers[layer]
-            if not isinstance(module, GradientCheckpointingLayer):
-                kind = self.vlm.model.config.model_type
-                raise UserError(
-                    f"{kind} does not support activation checkpointing: use --checkpointing none and a smaller "
-                    "--micro-batch"
-                )
+        recompute(self.vlm, self.layers)
+
+
+def recompute(vlm: Vlm, layers: Collection[int]) -> None:
+    """Recompute these decoder layers in the backward pass, and no others.
+
+    Raises:
+        UserError: the family cannot.
+    """
+    for index, module in enumerate(vlm.layers):
+        if isinstance(module, GradientCheckpointingLayer):
             # Reentrant checkpointing gives no gradient to layers behind a frozen first layer.
             vars(module)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = index in layers
+        elif index in layers:
+            kind = vlm.model.config.model_type
+            raise UserError(
+                f"{kind} does not support activation checkpointing: use --checkpointing none and a smaller "
+                "--micro-batch"
+            )

@@ -20,7 +20,7 @@ from striate.distributed import Rank
 from striate.errors import UserError, first_line
 from striate.region import FILE, Region
 from striate.roundtrip import save
-from striate.train.checkpointing import SHARE, Checkpointing
+from striate.train.checkpointing import SHARE, Checkpointing, recompute
 from striate.train.fast_paths import verify_fast_paths
 from striate.train.loop import Loop
 from striate.train.loss import FastPaths, answer_losses
@@ -141,6 +141,8 @@ def fit(
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     with ExitStack() as stack, _out_of_memory_in_one_line():
         stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        recompute(vlm, ())  # whatever was asked for before
+        stack.callback(recompute, vlm, ())
         probe = _probe(examples, vlm, micro_batch(options, rank))
         if route is not None:
             with autocast():

@@ -33,7 +33,7 @@ from striate.train.checkpointing import Checkpointing
 from striate.train.dummies import DummyCollator, EvenExamples
 from striate.train.memory import PeakMemory, is_out_of_memory
 from striate.train.nonfinite import SpikeDetector, nonfinite_records
-from striate.train.optimizer import Group, build_optimizer, build_schedule
+from striate.train.optimizer import Group, build_optimizer, build_schedule, forward_schedule
 from striate.train.options import TrainOptions, micro_batch, num_workers, total_steps
 from striate.train.order import length_grouped
 from striate.train.saved import (
@@ -344,7 +344,7 @@ class Loop:
             return
         rest = {
             "optimizer": optimizer,
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.schedule.last_epoch,
             "random": self.rank.gather(_random_state(self.device)),
             "position": asdict(self.position),
         }
@@ -375,7 +375,7 @@ class Loop:
                 parameter.copy_(shard_like(parameter, weights[name].read()))
         rest = torch.load(saved / REST, map_location="cpu", weights_only=True)
         load_optimizer(self.optimizer, saved / MOMENTS, rest["optimizer"])
-        self.schedule.load_state_dict(rest["schedule"])
+        forward_schedule(self.schedule, rest["schedule"])
         self.position = Position(**rest["position"])
         if len(rest["random"]) == self.rank.world_size:
             _set_random_state(rest["random"][self.rank.rank], self.device)

@@ -11,20 +11,24 @@ from striate.vlm import Vlm
 BLOCK = 64  # weights per scale; on a CPU bitsandbytes dequantizes wrongly where a block spans two rows
 
 
-def quantize_frozen_layers(vlm: Vlm, region: Region, dtype: torch.dtype, device: torch.device) -> None:
+def quantize_frozen_layers(vlm: Vlm, region: Region, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Linear]:
     """Quantize the linear modules of the layers outside `region` to NF4; GEMMs run in `dtype` on `device`.
+
+    Returns the modules that were replaced, by their names in the model.
 
     Layers are quantized one by one while they move to the device, which never holds all of them unquantized. NF4:
     Dettmers et al. 2023, "QLoRA" (arXiv 2305.14314), through bitsandbytes. Weights outside of linear modules (experts
     in one tensor), and rows whose length is not a multiple of 64, are not quantized.
     """
-    for index in range(vlm.depth):
-        if index in region:
-            continue
-        layer = vlm.layers[index]
-        for name, module in list(layer.named_modules()):
-            if type(module) is nn.Linear and module.in_features % BLOCK == 0:
-                layer.set_submodule(name, _quantize(module, dtype, device))
+    replaced = {
+        f"{vlm.parts.layers}.{index}.{name}": module
+        for index in region.complement
+        for name, module in vlm.layers[index].named_modules()
+        if type(module) is nn.Linear and module.in_features % BLOCK == 0
+    }
+    for name, module in replaced.items():
+        vlm.model.set_submodule(name, _quantize(module, dtype, device))
+    return replaced
 
 
 def _quantize(module: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -44,5 +44,13 @@ def build_schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, step
     return get_scheduler(SCHEDULES[options.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
+def forward_schedule(schedule: LambdaLR, steps: int) -> None:
+    """Put a new schedule where it stands after so many steps."""
+    schedule.last_epoch = steps
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(steps)
+
+
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not name.endswith("bias")

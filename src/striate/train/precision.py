@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig
-
-from striate.region import Region
-from striate.vlm import Vlm
-from striate.vlm.reading import read_model
 
 Dtypes = Mapping[str, torch.dtype]
 """Dtypes by the names of a state dict."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a model was before training changed it: all dtypes; weights in float16 that become bfloat16, on the CPU; the
+    linear modules that become NF4."""
+
+    dtypes: Dtypes
+    float16: Mapping[str, torch.Tensor]
+    linear: dict[str, nn.Linear] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, *, bf16: bool) -> Before:
+        """Of a model on a CPU the weights are not copied."""
+        half = [(name, p.data) for name, p in model.named_parameters() if bf16 and p.dtype == torch.float16]
+        return cls(dtypes_of(model), {name: weights.cpu() for name, weights in half})
 
 
 def dtypes_of(model: nn.Module) -> Dtypes:
@@ -43,24 +55,19 @@ def cast_for_training(module: nn.Module, *, bf16: bool) -> None:
             tensor.data = tensor.data.to(torch.bfloat16)
 
 
-def restore(vlm: Vlm, region: Region, dtypes: Dtypes, *, nf4: bool) -> None:
-    """Restore frozen weights that were quantized or cast from the checkpoint, bit for bit.
+def restore(model: nn.Module, before: Before) -> None:
+    """Restore frozen weights that were quantized or cast, bit for bit.
 
     With NF4 the whole model moves to the CPU: unquantized layers may not fit the device.
     """
-    current = {name.replace(".base_layer.", "."): parameter for name, parameter in vlm.model.named_parameters()}
-    short = [name for name, p in current.items() if p.dtype == torch.bfloat16 and dtypes.get(name) == torch.float16]
-    if not (short or nf4):
-        return
-    config = AutoConfig.from_pretrained(vlm.source, trust_remote_code=False)
-    saved = Vlm.of(read_model(vlm.source, config, dequantize=True)[0])
-    weights = saved.model.state_dict()
-    for name in short:
-        current[name].data = weights[name].to(current[name].device)
-    if nf4:
-        for index in region.complement:
-            vlm.layers[index] = saved.layers[index]
-        nn.Module.to(vlm.model, "cpu")
+    for name, module in before.linear.items():
+        model.set_submodule(name, module)
+    if before.linear:
+        nn.Module.to(model, "cpu")  # a method of its own refuses quantized models
+    for name, parameter in model.named_parameters():
+        own = name.replace(".base_layer.", ".")
+        if parameter.dtype == torch.bfloat16 and own in before.float16:
+            parameter.data = before.float16[own].to(parameter.device)
 
 
 def cast(model: nn.Module, dtypes: Dtypes) -> None:

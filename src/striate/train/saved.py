@@ -129,9 +129,8 @@ def size_of(files: Mapping[str, Tensors]) -> int:
     return sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
 
 
-def split_moments(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors in an optimizer's state dict, named by parameter and key (`3.exp_avg`), and the state dict without
-    them."""
+def split_moments(state: dict[str, Any]) -> tuple[Tensors, dict[int, Any]]:
+    """Of the state in an optimizer's state dict the tensors, named by parameter and key (`3.exp_avg`), and the rest."""
     moments = {
         f"{index}.{key}": value
         for index, values in state["state"].items()
@@ -142,16 +141,17 @@ def split_moments(state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         index: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
         for index, values in state["state"].items()
     }
-    return moments, {**state, "state": rest}
+    return moments, rest
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, moments: Path, rest: dict[str, Any]) -> None:
-    """Load what `split_moments` split; each process takes its shards, for any number of processes."""
+def load_optimizer(optimizer: torch.optim.Optimizer, moments: Path, rest: dict[int, Any]) -> None:
+    """Load what `split_moments` split; each process takes its shards, for any number of processes. Rates and weight
+    decay are those of now."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for one in file_tensors(moments):
         index, _, key = one.name.partition(".")
-        rest["state"][int(index)][key] = shard_like(parameters[int(index)], one.read())
-    optimizer.load_state_dict(rest)
+        rest[int(index)][key] = shard_like(parameters[int(index)], one.read())
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": rest})
 
 
 def last_saved(state: Path) -> Path | None:
