@@ -156,6 +156,15 @@ def test_training_a_routed_checkpoint_without_a_route_makes_it_plain(routed: Run
     assert changed(whole.vlm.model.state_dict(), weights(run.path)) == set()
 
 
+def test_healing_keeps_the_route(routed: Run, data: Path, tmp_path: Path) -> None:
+    options = replace(OPTIONS, steps=1)
+    prune(routed.path, out=tmp_path / "run", region="2", layers="0", heal=data, options=options)
+    run = Run.open(tmp_path / "run")
+    assert read_route(load(run.path).model.config) == Region((1, 2), 3)
+    assert json.loads((run.checkpoint / "region.json").read_text())["route"] == [1, 2]
+    assert run.info["warnings"] == ["layer 0, which images need most, is not in the route 1,2"]
+
+
 def test_a_resumed_run_keeps_its_route(model: Path, data: Path, tmp_path: Path) -> None:
     options = replace(OPTIONS, steps=4, save_steps=2)
     settings: dict[str, Any] = {"region": "1,3", "route": ROUTE, "method": "full", "options": options}

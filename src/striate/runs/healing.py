@@ -9,11 +9,13 @@ from typing import Literal
 from striate.prune.plan import Pruning
 from striate.prune.surgery import MAP, WEIGHT_FILES
 from striate.region import FILE as REGION_FILE
+from striate.routing import read_route
 from striate.runs.card import CARD, add_text
 from striate.runs.pruning_card import healing_text
 from striate.runs.run import Run
 from striate.runs.training import tune
 from striate.train import TrainOptions
+from striate.vlm.config import check_config
 
 HealLayers = Literal["region", "neighbors", "projector"]
 
@@ -24,8 +26,10 @@ def heal_checkpoint(
 ) -> None:  # fmt: skip
     """Tune the run's checkpoint, and replace it by the healed one at the end."""
     regions = {"region": str(pruning.region), "neighbors": str(pruning.numbers.neighbors), "projector": "none"}
+    route = read_route(check_config(str(run.checkpoint)))
     tuned = tune(
         run.checkpoint, data=data, out=run.path / "heal", images=images, region=regions[layers],
+        route=None if route is None else str(route),
         progress=progress, options=options,
     )  # fmt: skip
     for file in run.checkpoint.iterdir():  # the model's other files, and the description of the cut
@@ -43,6 +47,8 @@ def _merge_into(run: Run, tuned: Run) -> None:
         run.log(entry)
     for entry in tuned.skipped():
         run.skip(entry)
+    for text in tuned.info.get("warnings", ()):
+        run.warn(text)
     run.update(training=tuned.info["training"], healed=tuned.info["options"])
     unhealed = run.path / ".unhealed"
     run.checkpoint.rename(unhealed)
