@@ -223,12 +223,13 @@ def data_table(runs: Sequence[Run]) -> str:
 
 
 def figure(runs: Sequence[Run], out: Path) -> None:
-    """A line a region, the best first: its layers; what each seed sees, and still knows, of what all layers do."""
+    """A line a quarter, the best first: its layers; what each seed sees, and still knows, of what all layers do."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    found = tuned(runs)
-    reference = found.pop("all")
+    every = tuned(runs)
+    reference = every.pop("all")
+    found = {name: seeds for name, seeds in every.items() if len(next(iter(seeds.values()))["layers"]) == QUARTER}
     kept = {key: {name: _kept(by_seed, reference, key) for name, by_seed in found.items()} for key in SIDES}
     names = sorted((name for name in found if kept["visual"][name]), key=lambda name: fmean(kept["visual"][name]))
     with rc_context(STYLE | {"svg.hashsalt": "thirty"}):  # the same file from the same runs
