@@ -140,7 +140,7 @@ class Loop:
         self.collate = (
             DummyCollator.of(examples, pad_id=pad_id) if rank.world_size > 1 else partial(collate, pad_id=pad_id)
         )
-        self.total = total_steps(options, len(self.dataset), self.micro * rank.world_size)
+        self.total = total_steps(len(self.dataset), steps=options.steps, epochs=options.epochs, batch=options.batch)
         self.optimizer = build_optimizer(groups, options)
         self.schedule = build_schedule(options, self.optimizer, self.total)
         self.wrapped: nn.Module = network

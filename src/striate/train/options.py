@@ -163,11 +163,9 @@ def micro_batch(options: TrainOptions, rank: Rank) -> int:
     return micro
 
 
-def total_steps(options: TrainOptions, records: int, at_once: int) -> int:
-    """Optimizer steps of a training run; `at_once` is the number of records per micro-batch over all devices."""
-    if options.steps is not None:
-        return options.steps
-    return max(1, math.ceil(options.epochs * math.ceil(math.ceil(records / at_once) / (options.batch // at_once))))
+def total_steps(records: int, *, steps: int | None, epochs: float, batch: int) -> int:
+    """Optimizer steps of a training run."""
+    return max(1, math.ceil(epochs * math.ceil(records / batch))) if steps is None else steps
 
 
 def num_workers(options: TrainOptions, device: torch.device) -> int:

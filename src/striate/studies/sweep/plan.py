@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from striate.studies.sweep.cell import FILE, NOTES, Cell
 from striate.studies.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
 from striate.train import num_samples
 from striate.train.memory import full_tuning_fits
+from striate.train.options import total_steps
 from striate.vlm import Selection, Vlm, load_on_meta, select
 from striate.vlm.devices import default_device
 
@@ -216,10 +216,8 @@ def _check_questions(options: Values) -> None:
 def num_steps(recipe: Recipe, records: int) -> int:
     """Optimizer steps of a cell."""
     settings = recipe.tune
-    if settings["steps"] is not None:
-        return int(settings["steps"])
     sampled = records if settings["samples"] is None else num_samples(settings["samples"], records)
-    return math.ceil(settings["epochs"] * math.ceil(sampled / settings["batch"]))
+    return total_steps(sampled, **{name: settings[name] for name in ("steps", "epochs", "batch")})
 
 
 def _recipes(sheet: Sheet, depth: int) -> Iterator[Recipe]:
