@@ -30,7 +30,7 @@ from striate.routing.tokens import MASK, Pass, Tokens
 from striate.routing.work import multiply_adds
 from striate.vlm import Vlm
 from striate.vlm import load as load_plain
-from striate.vlm.modes import eval_mode
+from striate.vlm.modes import eval_mode, replace_forward
 
 ENTRY = "striate_route"
 """The entry of a model's config that holds the route of its checkpoint."""
@@ -253,25 +253,16 @@ class Routed:
         self._own: Forward = vlm.model.forward
         self.__signature__ = inspect.signature(self._own)  # `generate` and the Trainer read it
         self._names = tuple(self.__signature__.parameters)
-        self._before: list[tuple[nn.Module, Forward | None]] = []
-        self._put(vlm.model, self)
+        forwards: dict[nn.Module, Forward] = {vlm.model: self}
         for layer in region.complement:
             unrouted = Unrouted(self.running, layer, vlm.layers[layer], vlm.model.config.model_type)
-            for module, forward in unrouted.forwards():
-                self._put(module, forward)
-
-    def _put(self, module: nn.Module, forward: Forward) -> None:
-        self._before.append((module, vars(module).get("forward")))
-        vars(module)["forward"] = forward
+            forwards.update(unrouted.forwards())
+        self._before = replace_forward(forwards)
 
     def remove(self) -> None:
         """Make the model the plain one again."""
-        while self._before:
-            module, own = self._before.pop()
-            if own is None:
-                vars(module).pop("forward", None)
-            else:  # somebody else's wrapper, such as accelerate's
-                vars(module)["forward"] = own
+        replace_forward(self._before)
+        self._before = {}
 
     def __enter__(self) -> Routed:
         return self

@@ -11,20 +11,25 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
+def replace_forward(forwards: Mapping[nn.Module, Forward | None]) -> dict[nn.Module, Forward | None]:
+    """Let modules run the given forward functions, or their class's for None; gives those before, to put them back."""
+    before = {module: vars(module).get("forward") for module in forwards}  # a wrapper, such as accelerate's, or None
+    for module, forward in forwards.items():
+        if forward is None:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = forward
+    return before
+
+
 @contextmanager
 def override_forward(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Context in which modules run the given forward functions; their own are restored at the end."""
-    before = {module: vars(module).get("forward") for module in forwards}
+    before = replace_forward(forwards)
     try:
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
-                vars(module).pop("forward", None)
-            else:  # a wrapper, such as accelerate's
-                vars(module)["forward"] = own
+        replace_forward(before)
 
 
 @contextmanager
