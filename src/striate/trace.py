@@ -21,6 +21,7 @@ from striate.data import Batch
 from striate.errors import UserError
 from striate.routing import running_tokens
 from striate.vlm import Vlm
+from striate.vlm.modes import hidden_of, layer_input
 
 MAX_WEIGHTS = 1 << 24
 """Number of attention weights recomputed at a time, 64 MB; longer inputs are processed in chunks."""
@@ -37,11 +38,6 @@ class Attention:
 
     by_query: Tensor
     by_key: Tensor
-
-
-def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state [B, T, D] among the arguments of a decoder layer."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def with_layer_input(
@@ -68,7 +64,7 @@ def watch_layers(vlm: Vlm, on_layer: Callable[[int, Tensor, Tensor], None]) -> I
     """
 
     def call(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        on_layer(layer, layer_input(args, kwargs), output[0] if isinstance(output, tuple) else output)
+        on_layer(layer, layer_input(args, kwargs), hidden_of(output))
 
     with ExitStack() as hooks:
         for layer, module in enumerate(vlm.layers):

@@ -14,8 +14,9 @@ from striate.exploration.asking import Asked, answer_tokens, answers_alike
 from striate.prune.bypassing import bypass
 from striate.region import Region
 from striate.scores.backbone import Backbone
-from striate.scores.replay import Replay, change_layers
+from striate.scores.replay import Replay
 from striate.vlm import Vlm
+from striate.vlm.modes import change_layers
 
 BYPASS, IMAGE, REVERT = "bypass", "image", "revert"
 Context = Callable[[Region], AbstractContextManager[None]]
@@ -95,7 +96,7 @@ def _pass_images_by(vlm: Vlm, region: Region, asked: Asked) -> AbstractContextMa
             return leaving
         return torch.where(image[:, : entering.shape[1], None], entering, leaving)
 
-    return change_layers(vlm, region, keep)
+    return change_layers((vlm.layers[layer] for layer in region), keep)
 
 
 def _revert(backbone: Backbone | None, region: Region) -> AbstractContextManager[None]:

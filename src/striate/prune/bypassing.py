@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -12,18 +12,16 @@ from striate.errors import UserError
 from striate.prune.numbering import Numbering
 from striate.region import Region
 from striate.routing import read_route, route, unroute, write_route
-from striate.scores.replay import change_layers
 from striate.vlm import Vlm
+from striate.vlm.modes import change_layers, skip
 
 
-@contextmanager
-def bypass(vlm: Vlm, layers: Iterable[int]) -> Iterator[None]:
+def bypass(vlm: Vlm, layers: Iterable[int]) -> AbstractContextManager[None]:
     """Context in which the output of each of the layers is its input.
 
     The layers still run and their outputs are discarded: generation with a cache is that of the model without them.
     """
-    with change_layers(vlm, layers, lambda entering, _: entering):
-        yield
+    return change_layers((vlm.layers[layer] for layer in layers), skip)
 
 
 def cut(vlm: Vlm, numbers: Numbering) -> None:

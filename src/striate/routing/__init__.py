@@ -13,8 +13,7 @@ kept states, and attention is recomputed from it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from striate.data import Batch
 from striate.errors import UserError, first_line
 from striate.region import Region, auto_size
-from striate.routing.layer import Forward, Unrouted
+from striate.routing.layer import Unrouted
 from striate.routing.tokens import MASK, Pass, Tokens
 from striate.routing.work import multiply_adds
 from striate.vlm import Vlm
 from striate.vlm import load as load_plain
-from striate.vlm.modes import eval_mode, replace_forward
+from striate.vlm.modes import Forward, change_layers, eval_mode, freeze, replace_forward
 
 ENTRY = "striate_route"
 """The entry of a model's config that holds the route of its checkpoint."""
@@ -206,7 +205,7 @@ def verify(vlm: Vlm, region: Region, probe: Batch) -> None:
 
     try:
         with eval_mode(vlm.model), torch.no_grad():
-            with _reverted(vlm, region, probe.image_mask):
+            with change_layers((vlm.layers[layer] for layer in region.complement), freeze(probe.image_mask)):
                 slow = logits()
             with route(vlm, region, image_token_id=token):
                 off = float((logits() - slow).float().abs().max() / slow.float().abs().max())
@@ -216,21 +215,6 @@ def verify(vlm: Vlm, region: Region, probe: Batch) -> None:
         raise UserError(f"{kind} cannot be routed through {region}: {first_line(error)}") from error
     if not off <= TOLERANCE[slow.dtype]:
         raise UserError(f"{kind} cannot be routed through {region}: its logits are off by {off:.1%} of the largest")
-
-
-@contextmanager
-def _reverted(vlm: Vlm, region: Region, kept: Tensor) -> Iterator[None]:
-    """Within it, tokens that are `kept` [B, T] leave the layers outside the route as they entered them."""
-
-    def revert(_: nn.Module, args: tuple[Any, ...], settings: dict[str, Any], output: Any) -> Any:
-        after = output[0] if isinstance(output, tuple) else output
-        states = torch.where(kept.unsqueeze(-1), args[0] if args else settings["hidden_states"], after)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
-
-    with ExitStack() as hooks:
-        for layer in region.complement:
-            hooks.enter_context(vlm.layers[layer].register_forward_hook(revert, with_kwargs=True))
-        yield
 
 
 def _check_attention(vlm: Vlm) -> None:

@@ -15,9 +15,9 @@ from transformers import DynamicCache
 
 from striate.errors import UserError
 from striate.routing.tokens import MASK, Pass, Tokens
+from striate.vlm.modes import Forward, hidden_of, replace_hidden
 
 CACHE = "past_key_values"
-Forward = Callable[..., Any]
 
 
 def attentions(layer: nn.Module) -> Iterator[nn.Module]:
@@ -73,9 +73,7 @@ class Unrouted:
         run = partial(self._run, tokens, settings, again, unit)
         func: Any = self.layer._gradient_checkpointing_func if again else None
         output = func(run, computed, kept) if again else run(computed, kept)
-        after = output[0] if isinstance(output, tuple) else output
-        states = tokens.join(tokens.changed(computed, after), kept)
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+        return replace_hidden(output, tokens.join(tokens.changed(computed, hidden_of(output)), kept))
 
     def _run(
         self, tokens: Tokens, settings: dict[str, Any], again: bool, unit: Tensor | None, computed: Tensor, kept: Tensor

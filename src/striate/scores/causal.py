@@ -16,10 +16,10 @@ from striate.data import Batch
 from striate.errors import UserError
 from striate.scores.backbone import Backbone
 from striate.scores.likelihood import AnswerTokens, perplexity
-from striate.scores.replay import Change, Replay, divergence
+from striate.scores.replay import Replay, divergence
 from striate.scores.table import Metric, Score
 from striate.vlm import Vlm
-from striate.vlm.modes import eval_mode
+from striate.vlm.modes import eval_mode, freeze, skip
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -159,17 +159,3 @@ class Causal:
         (losses,) = kinds.values()
         values, errors = perplexity(losses, self._counts()[chosen])
         return Score.of(metric, tuple(values.tolist()), stderr=tuple(errors.tolist()), n=len(losses))
-
-
-def skip(entering: Tensor, leaving: Tensor) -> Tensor:
-    """The change of a bypassed layer: its output is its input."""
-    return entering
-
-
-def freeze(tokens: Tensor) -> Change:
-    """The change of a layer whose output at `tokens` [B, T] is its input; other tokens still attend to these."""
-
-    def change(entering: Tensor, leaving: Tensor) -> Tensor:
-        return torch.where(tokens.unsqueeze(-1), entering, leaving)
-
-    return change

@@ -8,8 +8,7 @@ state on, so no family needs code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -20,15 +19,13 @@ from torch import Tensor, nn
 
 from striate.data import Batch
 from striate.scores.likelihood import AnswerTokens
-from striate.trace import forward, layer_input, watch_layers, with_layer_input
+from striate.trace import forward, watch_layers, with_layer_input
 from striate.vlm import Vlm
 from striate.vlm.matching import TOKEN_KEYS
-from striate.vlm.modes import Forward, override_forward
+from striate.vlm.modes import Change, Forward, changing, hidden_of, layer_input, override_forward, replace_hidden
 
 GRAY = 1e-3
 """The value of gray pixels; not 0, which is padding (Idefics drops images of zeros)."""
-Change = Callable[[Tensor, Tensor], Tensor]
-"""The output of a changed layer [B, T, D], from its input and its unchanged output."""
 
 
 class Replay:
@@ -58,14 +55,10 @@ class Replay:
 
     def run_with(self, layer: int, change: Change) -> Tensor:
         """Logits [N, V] with one layer changed."""
-        own, output = self.layers[layer].forward, self._outputs[layer]
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            # Where a layer passes on more than the hidden state, it has to run.
-            leaving = output if self._resumes else own(*args, **kwargs)
-            return replace_hidden(leaving, change(layer_input(args, kwargs), _hidden(leaving)))
-
-        with override_forward({self.layers[layer]: forward}):
+        module, output = self.layers[layer], self._outputs[layer]
+        # Where a layer passes on more than the hidden state, it has to run.
+        own = (lambda *_, **__: output) if self._resumes else module.forward
+        with override_forward({module: changing(own, change)}):
             return self.run(layer)
 
     def logits_after(self, layer: int, positions: Tensor) -> Tensor:
@@ -96,8 +89,8 @@ class Replay:
             swapped = layer_input(args, kwargs).clone()
             swapped[image] = gray
             args, kwargs = with_layer_input(args, kwargs, swapped)
-            changed = _hidden(own(*args, **kwargs))
-            return replace_hidden(leaving, torch.where(image.unsqueeze(-1), _hidden(leaving), changed))
+            changed = hidden_of(own(*args, **kwargs))
+            return replace_hidden(leaving, torch.where(image.unsqueeze(-1), hidden_of(leaving), changed))
 
         with override_forward({self.layers[layer]: run}):
             return self.run(layer)
@@ -132,28 +125,6 @@ class Replay:
         return bool(((logits - self.logits).abs() <= 1e-3 * scale).all())
 
 
-@contextmanager
-def change_layers(vlm: Vlm, layers: Iterable[int], change: Change) -> Iterator[None]:
-    """Context in which the output of each of the layers is changed.
-
-    The layers still run: their slots of the key-value cache are filled, so that positions are counted correctly, and
-    generation with a cache is that of a model with the change.
-    """
-    chosen = [vlm.layers[layer] for layer in layers]
-    with override_forward({layer: _changing(layer, change) for layer in chosen}):
-        yield
-
-
-def _changing(layer: nn.Module, change: Change) -> Forward:
-    own: Forward = layer.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        leaving = own(*args, **kwargs)
-        return replace_hidden(leaving, change(layer_input(args, kwargs), _hidden(leaving)))
-
-    return forward
-
-
 def _players(layers: list[nn.Module], output: Any) -> dict[nn.Module, Forward]:
     """Forward functions of the layers: the uppermost replays the output, the others return their input."""
     *others, uppermost = layers
@@ -181,18 +152,8 @@ def _player(outputs: list[Any]) -> Forward:
     return lambda *args, **kwargs: copy(next(left))
 
 
-def _hidden(output: Any) -> Tensor:
-    """The hidden state in a layer's output, which is a tuple in some families."""
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _clone(output: Any) -> Any:
-    return replace_hidden(output, _hidden(output).clone())
-
-
-def replace_hidden(output: Any, hidden: Tensor) -> Any:
-    """A layer's output with another hidden state: the tensor, or the first entry of a tuple."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return replace_hidden(output, hidden_of(output).clone())
 
 
 def divergence(logits: Tensor, changed: Tensor, *, rows: int = 256) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from striate.errors import UserError, first_line
 from striate.train.loss import NONE, FastPaths, answer_losses
 from striate.train.packing import record_by_record
 from striate.vlm import Vlm
-from striate.vlm.modes import eval_mode
+from striate.vlm.modes import change_layers, eval_mode
 
 # Other kernels round differently. A fast path may differ from the plain path by this many times the effect of rounding
 # alone, or by this share of the loss; a record at wrong positions or with a wrong mask differs by more.
@@ -109,24 +109,16 @@ def _has_experts(vlm: Vlm) -> bool:
     return any(name.endswith("experts") for name, _ in vlm.layers.named_modules())
 
 
-@contextmanager
-def _round_anew(vlm: Vlm, in_bfloat16: bool) -> Iterator[None]:
+def _round_anew(vlm: Vlm, in_bfloat16: bool) -> AbstractContextManager[None]:
     """Perturb each decoder layer's output by up to half a unit in the last place of bfloat16 or float32."""
     half = torch.finfo(torch.bfloat16 if in_bfloat16 else torch.float32).eps / 2
     generator = torch.Generator(vlm.device).manual_seed(0)
 
-    def round_anew(_: nn.Module, __: Any, output: Any) -> Any:
-        states = output if isinstance(output, Tensor) else output[0]  # B T D
+    def round_anew(_: Tensor, states: Tensor) -> Tensor:
         noise = half * (2 * torch.rand(states.shape, generator=generator, device=states.device) - 1)
-        states = (states * (1 + noise)).to(states.dtype)
-        return states if isinstance(output, Tensor) else (states, *output[1:])
+        return (states * (1 + noise)).to(states.dtype)
 
-    hooks = [layer.register_forward_hook(round_anew) for layer in vlm.layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return change_layers(vlm.layers, round_anew)
 
 
 def _change_first_answer(probe: Batch) -> Batch:
