@@ -42,8 +42,8 @@ def difference(
     Raises:
         UserError: a run has no tasks, or the tasks or their numbers of records differ.
     """
-    observed, resampled = _bootstrap(_pair(scores, others), draws, seed)
-    return _interval(observed.real - observed.imag, resampled.real - resampled.imag, level)
+    (value, other), (values, other_values) = _bootstrap(_pair(scores, others), draws, seed)
+    return _interval(value - other, values - other_values, level)
 
 
 def retention(
@@ -57,12 +57,11 @@ def retention(
     Raises:
         UserError: as `difference`, or the reference's value is 0.
     """
-    observed, resampled = _bootstrap(_pair(scores, reference), draws, seed)
-    if observed.imag == 0:
+    (value, whole), (values, wholes) = _bootstrap(_pair(scores, reference), draws, seed)
+    if whole == 0:
         raise UserError("retention needs a reference with a value above 0, found 0")
-    ratios = np.full(draws, np.inf)
-    np.divide(resampled.real, resampled.imag, out=ratios, where=resampled.imag > 0)
-    return _interval(observed.real / observed.imag, ratios, level)
+    ratios = np.divide(values, wholes, out=np.full(draws, np.inf), where=wholes > 0)
+    return _interval(value / whole, ratios, level)
 
 
 def within_noise(interval: Interval) -> bool:
@@ -81,7 +80,7 @@ def mcnemar(scores: TaskScores, others: TaskScores) -> float:
     Raises:
         UserError: as `difference`.
     """
-    signs = np.concatenate([np.sign(pairs.real - pairs.imag) for pairs in _pair(scores, others).values()])
+    signs = np.concatenate([np.sign(one - other) for one, other in _pair(scores, others).values()])
     num_differing = int(np.count_nonzero(signs))
     fewer = min(int((signs > 0).sum()), int((signs < 0).sum()))
     term = tail = 1  # binomial coefficients as integers: no underflow with thousands of records
@@ -92,11 +91,7 @@ def mcnemar(scores: TaskScores, others: TaskScores) -> float:
 
 
 def _pair(scores: TaskScores, others: TaskScores) -> dict[str, np.ndarray]:
-    """The scores by task, one complex number per record: the first run's real, the other's imaginary.
-
-    Complex numbers can be averaged and sorted as pairs. Sorted, since sums of floating-point numbers depend on their
-    order.
-    """
+    """The scores of both runs by task [2, N], with the records sorted: sums of floats depend on their order."""
     if not scores or not others:
         raise UserError("runs are compared on their common tasks, found a run without tasks")
     for task in sorted({*scores, *others}):
@@ -104,30 +99,31 @@ def _pair(scores: TaskScores, others: TaskScores) -> dict[str, np.ndarray]:
         if numbers[0] != numbers[1] or not numbers[0]:
             counts = f"task {task!r} has {numbers[0]} records in one run and {numbers[1]} in the other"
             raise UserError(f"{counts}: evaluate both on the same records")
-    return {task: np.sort(np.asarray(scores[task]) + 1j * np.asarray(others[task])) for task in sorted(scores)}
+    pairs = {task: np.array([scores[task], others[task]], dtype=float) for task in sorted(scores)}
+    return {task: pair.take(np.lexsort(pair[::-1]), axis=1) for task, pair in pairs.items()}
 
 
-def _bootstrap(pairs: Mapping[str, np.ndarray], draws: int, seed: int) -> tuple[complex, np.ndarray]:
-    """The values of both runs, observed and in every resample."""
+def _bootstrap(pairs: Mapping[str, np.ndarray], draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The values of both runs, observed [2] and in every resample [2, draws]."""
     generator = np.random.default_rng(seed)
     means = [_means(task, draws, generator) for task in pairs.values()]
-    return complex(np.mean([task.mean() for task in pairs.values()])), np.mean(means, axis=0)
+    return np.mean([task.mean(axis=1) for task in pairs.values()], axis=0), np.mean(means, axis=0)
 
 
 def _means(pairs: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """The mean of one task in every resample.
+    """The means of both runs on one task in every resample [2, draws].
 
     With few distinct pairs (four, of scores 0 and 1) it is faster to sample the count of each, which is multinomial;
     with more than about one distinct pair per twelve records, to sample the records.
     """
-    kinds, counts = np.unique(pairs, return_counts=True)
-    num = len(pairs)
-    if 12 * len(kinds) <= num:
-        return generator.multinomial(num, counts / num, size=draws) @ kinds / num
-    return np.array([pairs[generator.integers(num, size=num)].mean() for _ in range(draws)])
+    kinds, counts = np.unique(pairs, axis=1, return_counts=True)
+    num = pairs.shape[1]
+    if 12 * len(counts) <= num:
+        return kinds @ generator.multinomial(num, counts / num, size=draws).T / num
+    return np.array([pairs.take(generator.integers(num, size=num), axis=1).mean(axis=1) for _ in range(draws)]).T
 
 
 def _interval(value: float, resampled: np.ndarray, level: float) -> Interval:
     """Percentile interval, with (1 - level) / 2 of the values on either side; not interpolated, as some may be Inf."""
     ranked, outside = np.sort(resampled), int(len(resampled) * (1 - level) / 2)
-    return Interval(value, float(ranked[outside]), float(ranked[-1 - outside]))
+    return Interval(float(value), float(ranked[outside]), float(ranked[-1 - outside]))
