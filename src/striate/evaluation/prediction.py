@@ -86,11 +86,10 @@ def predict(
     groups = _groups(vlm, records, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
     missing = [(group, function) for group, function in groups if not all(index in known for index in group)]
     number, of = share
-    for start in range(number, len(missing) + number, of):
-        results: dict[int, Any] = {}
-        for group, function in missing[start : start + 1]:  # empty where the last round has fewer batches than shares
-            results |= zip(group, function([records[index] for index in group]), strict=True)
-        yield {i: one if isinstance(one, Skipped) else _predict(records[i], one) for i, one in results.items()}
+    missing += [([], list)] * (-len(missing) % of)  # empty batches, so that all shares have as many
+    for group, function in missing[number::of]:
+        results = zip(group, function([records[index] for index in group]), strict=True)
+        yield {i: one if isinstance(one, Skipped) else _predict(records[i], one) for i, one in results}
 
 
 def summary(predictions: Iterable[Prediction]) -> dict[str, Any]:
