@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
@@ -74,11 +74,11 @@ class Calibration:
         return measure.scores()[0]
 
     @torch.inference_mode()
-    def perplexity(self) -> float:
-        """exp(mean answer-token loss) of the model as it is now, bypassed layers included, >= 1."""
+    def perplexity(self, without: tuple[int, ...]) -> float:
+        """exp(mean answer-token loss) of the model with these layers bypassed, >= 1."""
         losses: list[Tensor] = []
         counts: list[int] = []
-        with eval_mode(self.vlm.model):
+        with eval_mode(self.vlm.model), bypass(self.vlm, without):
             for batch in self._batches("perplexity"):
                 answers = AnswerTokens.of(batch)
                 loss = answers.sums(answers.nll(answers.logits(self.vlm, batch)))
@@ -210,9 +210,9 @@ def blocks(table: Sequence[Sequence[float]], candidates: Sequence[int], count: i
 
 
 def choose(
-    proposals: Iterator[tuple[int, ...]], amount: Amount, vlm: Vlm, calibration: Calibration | None
+    proposals: Iterator[tuple[int, ...]], amount: Amount, perplexity: Callable[[tuple[int, ...]], float] | None
 ) -> tuple[int, ...]:
-    """The layers to cut.
+    """The layers to cut; `perplexity` is that of the model without some layers.
 
     Raises:
         UserError: the amount is a rise of perplexity and data is missing, or the first layer exceeds it already.
@@ -220,13 +220,12 @@ def choose(
     if amount.count is not None:
         return next(layers for number, layers in enumerate(proposals, start=1) if number == amount.count)
     assert amount.rise is not None
-    if calibration is None:
+    if perplexity is None:
         raise UserError("--remove until:... measures perplexity on records: give them with --data")
     chosen: tuple[int, ...] = ()
-    whole = calibration.perplexity()
+    whole = perplexity(())
     for layers in proposals:
-        with bypass(vlm, layers):
-            rise = calibration.perplexity() / whole - 1
+        rise = perplexity(layers) / whole - 1
         if not rise <= amount.rise:
             if not chosen:
                 named = ", ".join(map(str, layers))

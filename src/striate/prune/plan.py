@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from striate.errors import UserError
-from striate.prune.bypassing import bypass
 from striate.prune.choice import Amount, Calibration, Criterion, choose
 from striate.prune.numbering import Numbering
 from striate.prune.protected import protected_layers
@@ -156,6 +155,7 @@ def plan_pruning(
         UserError: the request cannot be fulfilled, or the data cannot be used.
     """
     keep, protected = request.keep(source, vlm.depth), protected_layers(vlm)
+    perplexity = cache(calibration.perplexity) if calibration else None  # nothing is measured twice
     if request.region is None and (route := read_route(vlm.model.config)):
         keep |= route
     if request.layers is not None:
@@ -163,12 +163,10 @@ def plan_pruning(
     else:
         candidates = [layer for layer in range(vlm.depth) if layer not in keep and layer not in protected]
         amount, by = request.amount(candidates, keep, protected), criterion.by
-        order = choose(criterion.proposals(vlm, candidates, calibration), amount, vlm, calibration)
+        order = choose(criterion.proposals(vlm, candidates, calibration), amount, perplexity)
     sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in vlm.layers]
     total = sum(parameter.numel() for parameter in vlm.model.parameters())
     pruning = partial(Pruning, keep, order, by, protected, (total, total - sum(sizes[layer] for layer in order)))
-    if calibration is None:
+    if perplexity is None:
         return pruning()
-    whole = calibration.perplexity()
-    with bypass(vlm, order):
-        return pruning(perplexity=(whole, calibration.perplexity()), scores=tuple(criterion.measured))
+    return pruning(perplexity=(perplexity(()), perplexity(order)), scores=tuple(criterion.measured))
