@@ -36,10 +36,12 @@ def answer_losses(vlm: Vlm, model: nn.Module, batch: Batch, *, fast_paths: FastP
     `model` is called (the plain model, or a wrapper of it for LoRA or several devices), `vlm` knows its parts.
     """
     targets = batch.targets()[1].to(vlm.device, non_blocking=True)
+    # Made where the batch is, so that a batch on the CPU does not wait for a GPU.
+    prepared = (ModelInputs.packed(vlm, batch) if fast_paths.packing else ModelInputs.padded(batch)).to(vlm.device)
     if not fast_paths.chunking:
-        logits = answer_logits(vlm, model, batch, packing=fast_paths.packing)
+        with vlm.head_at(prepared.positions), using(prepared):
+            logits = model(**prepared.inputs, use_cache=False).logits[0].float()  # N V
         return F.cross_entropy(logits, targets, reduction="none")
-    prepared = _model_inputs(vlm, batch, fast_paths.packing)
     with vlm.defer_head(prepared.positions) as tail, using(prepared):
         model(**prepared.inputs, use_cache=False)
 
@@ -53,23 +55,6 @@ def answer_losses(vlm: Vlm, model: nn.Module, batch: Batch, *, fast_paths: FastP
 def answer_nll(vlm: Vlm, model: nn.Module, batch: Batch) -> Tensor:
     """Negative log-likelihood of each of the batch's N labeled tokens [N], in nats, on the padded batch."""
     return answer_losses(vlm, model, batch)
-
-
-def answer_logits(vlm: Vlm, model: nn.Module, batch: Batch, *, packing: bool = False) -> Tensor:
-    """Logits, in float32, from which each of the batch's N labeled tokens is predicted [N, V], row after row.
-
-    Logits exist at labeled positions only.
-    """
-    prepared = _model_inputs(vlm, batch, packing)
-    with vlm.head_at(prepared.positions), using(prepared):
-        logits = model(**prepared.inputs, use_cache=False).logits[0]  # N V
-    return logits.float()
-
-
-def _model_inputs(vlm: Vlm, batch: Batch, packing: bool) -> ModelInputs:
-    """On the model's device; made where the batch is, so that a batch on the CPU does not wait for a GPU."""
-    made = ModelInputs.packed(vlm, batch) if packing else ModelInputs.padded(batch)
-    return made.to(vlm.device)
 
 
 class _ChunkedLosses(torch.autograd.Function):
