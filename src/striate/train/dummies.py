@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.data import Dataset
 
 from striate.data import IGNORED, Batch, Example, Examples, Skipped, collate
 
@@ -31,24 +30,8 @@ class DummyCollator:
         example = next(one for one in read if isinstance(one, Example))
         return cls(pad_id, replace(example, labels=torch.full_like(example.labels, IGNORED)))
 
-    def __call__(self, examples: Sequence[Example | Skipped | None]) -> Batch:
-        """Collate B examples, or B + 1 with the dummy; None is a slot without a record."""
-        present = [one for one in examples if one is not None]
+    def __call__(self, examples: Sequence[Example | Skipped]) -> Batch:
+        """Collate B examples, which may be none, or B + 1 with the dummy."""
         has_image = bool(self.dummy.image_mask.any())
-        complete = any(isinstance(one, Example) and (not has_image or bool(one.image_mask.any())) for one in present)
-        return collate(present if complete else [*present, self.dummy], pad_id=self.pad_id)
-
-
-class EvenExamples(Dataset[Example | Skipped | None]):
-    """Examples, followed by empty slots, so that every process gets equally many; `accelerate` would fill the slots
-    with the first records, which would then count twice."""
-
-    def __init__(self, examples: Examples, *, step: int) -> None:
-        self.examples, self.lengths = examples, examples.lengths
-        self.length = -(-len(examples) // step) * step
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Example | Skipped | None:
-        return self.examples[index] if index < len(self.examples) else None
+        complete = any(isinstance(one, Example) and (not has_image or bool(one.image_mask.any())) for one in examples)
+        return collate(examples if complete else [*examples, self.dummy], pad_id=self.pad_id)

@@ -30,7 +30,7 @@ from striate.distributed import Rank
 from striate.errors import UserError, first_line
 from striate.roundtrip import free_memory
 from striate.train.checkpointing import Checkpointing
-from striate.train.dummies import DummyCollator, EvenExamples
+from striate.train.dummies import DummyCollator
 from striate.train.memory import PeakMemory, is_out_of_memory
 from striate.train.nonfinite import SpikeDetector, nonfinite_records
 from striate.train.optimizer import Group, build_optimizer, build_schedule, forward_schedule
@@ -136,11 +136,10 @@ class Loop:
         self.unread = frozenset(log.skipped)  # sources of records that were skipped on reading
         self.micro = micro_batch(options, rank)
         self.accumulation = options.batch // (self.micro * rank.world_size)
-        self.dataset = EvenExamples(examples, step=self.micro * rank.world_size) if rank.world_size > 1 else examples
         self.collate = (
             DummyCollator.of(examples, pad_id=pad_id) if rank.world_size > 1 else partial(collate, pad_id=pad_id)
         )
-        self.total = total_steps(len(self.dataset), steps=options.steps, epochs=options.epochs, batch=options.batch)
+        self.total = total_steps(len(examples), steps=options.steps, epochs=options.epochs, batch=options.batch)
         self.optimizer = build_optimizer(groups, options)
         self.schedule = build_schedule(options, self.optimizer, self.total)
         self.wrapped: nn.Module = network
@@ -185,13 +184,13 @@ class Loop:
     def _micro_batches(self, epoch: int) -> list[list[int]]:
         """The record indices of each micro-batch of this process, in an order that depends on seed and epoch alone."""
         order = length_grouped(self.examples.lengths, self.options.batch, self.options.seed + epoch)
-        order += range(len(self.examples), len(self.dataset))  # empty slots: every process gets equally many
         batches = [order[start : start + self.micro] for start in range(0, len(order), self.micro)]
+        batches += [[]] * (-len(batches) % self.rank.world_size)  # every process gets equally many
         return batches[self.rank.rank :: self.rank.world_size]
 
     def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
         return DataLoader(
-            self.dataset, batch_sampler=batches, collate_fn=self.collate, worker_init_fn=_ignore_signals,
+            self.examples, batch_sampler=batches, collate_fn=self.collate, worker_init_fn=_ignore_signals,
             num_workers=num_workers(self.options, self.device),
             generator=torch.Generator(),  # its own: reading data must not advance the model's random state
         )  # fmt: skip
