@@ -85,6 +85,17 @@ def test_files_of_other_splits_are_passed_over(folder: Path, form: str) -> None:
     assert sorted(ids(folder, split="other")) == ["test", "train", "val"]
 
 
+@pytest.mark.parametrize("form", ["{}.JSONL", "{}-0.json", "data/{}.jsonl", "{}/deep/0.json.gz"])
+def test_the_content_of_a_folder_is_that_of_the_files_that_are_read(folder: Path, form: str) -> None:
+    files = {split: write(folder / form.format(split), [row(split)]) for split in ("train", "test")}
+    before = {split: content_of(folder, split=split) for split in files}
+    assert all(form.format(split) in before[split] for split in files)
+    write(files["train"], [row("other")])
+    assert content_of(folder, split="train") != before["train"]
+    if "/" in form:
+        assert content_of(folder, split="test") == before["test"]
+
+
 def test_what_else_is_there_is_named(folder: Path) -> None:
     for name in ("a.tar", "b.tar", "c.csv", "README.md", "x.png"):
         (folder / name).write_bytes(b"x")
@@ -184,6 +195,10 @@ def test_a_saved_dict_of_splits(folder: Path, datasets: Any) -> None:
     datasets.DatasetDict(splits).save_to_disk(folder / "saved")
     assert ids(folder / "saved") == ["train"]
     assert ids(folder / "saved", split="test") == ["test"]
+    for split in splits:
+        content = content_of(folder / "saved", split=split)
+        assert {f"{split}/state.json", f"{split}/data-00000-of-00001.arrow", "dataset_dict.json"} <= content.keys()
+        assert len({name.rpartition("/")[0] for name in content}) == 2
     with pytest.raises(UserError, match=r"saved: no split 'validation'; there are: train, test"):
         read(folder / "saved", split="validation")
     for broken in ("[]", "{"):

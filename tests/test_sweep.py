@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def tune(**options: Any) -> dict[str, Any]:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"modle": "m"}, "sweep.yaml: unknown key 'modle'; nearest: model"),
     ({"data": None}, "sweep.yaml: data is missing"),
+    ({"data": "."}, "sweep.yaml: .: no .json, .jsonl, .parquet file in this folder"),
     ({"data": "none.json"}, "sweep.yaml: data: none.json: no such file"),
     ({"model": 3}, "sweep.yaml: model: text was expected, found 3"),
     ({"model": "../none"}, "sweep.yaml: model: no model at '../none'"),
@@ -217,6 +219,17 @@ def test_files_can_vary(here: Path) -> None:
     file = sheet(prune=prune, grid={"region": ["last:25%"], "prune.heal": ["../train.json"]})
     assert len(sweep(file, executor="print").commands or ()) == 1
     assert [one.prunings for one in cells("out")] == [({"prune.heal": "../train.json"},)]
+
+
+def test_data_in_subfolders_is_part_of_a_cell(here: Path) -> None:
+    for split in ("train", "test"):
+        (here / "data" / split).mkdir(parents=True)
+        shutil.copy("../train.json", f"data/{split}/rows.json")
+    file = sheet(data="data", eval={**SHEET["eval"], "data": "data", "split": "test"})
+    found = read_plan(file)
+    made = found.made_from(found.recipes[0])["uniform-25%"]
+    assert {"tune.data/train/rows.json", "eval.data 1/test/rows.json"} <= made.keys()
+    assert not {"tune.data/test/rows.json", "eval.data 1/train/rows.json"} & made.keys()
 
 
 def test_what_a_sweep_did_not_make_is_not_touched(here: Path) -> None:

@@ -285,6 +285,16 @@ def test_resume_names_what_has_changed(model: Path, data: Path, tmp_path: Path) 
     ]  # fmt: skip
 
 
+def test_resume_names_a_file_in_a_subfolder_that_has_changed(model: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data.parent, tmp_path / "data" / "train")
+    tune(model, tmp_path / "data", tmp_path / "run", OPTIONS)
+    Run.open(tmp_path / "run").update(status="interrupted")
+    copy = tmp_path / "data" / "train" / data.name
+    copy.write_text(copy.read_text().replace("red", "green"))
+    with pytest.raises(striate.UserError, match=f"the content of data train/{data.name} has changed"):
+        tune(model, tmp_path / "data", tmp_path / "run", OPTIONS, resume=True)
+
+
 @pytest.fixture(scope="module")
 def with_a_bad_word(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """The pico model, in which one word's embedding is NaN: every record with a dog in it corrupts its step."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from striate.data.layout import data_files
 from striate.vlm.reading import model_folder
 
 # Of larger weight files 1024 evenly spaced blocks are read: any change of at least a thousandth of the file is found.
@@ -22,26 +23,37 @@ TRAINING = ("data/**/*.py", "region.py", "routing/**/*.py", "train/**/*.py", "vl
 class Contents:
     """A cache of digests by path."""
 
-    seen: dict[str, dict[str, str]] = field(default_factory=dict)
+    seen: dict[tuple[str, str | None], dict[str, str]] = field(default_factory=dict)
 
-    def of(self, path: str | Path) -> dict[str, str]:
+    def of(self, path: str | Path, split: str | None) -> dict[str, str]:
         """The result of `content_of`."""
-        if str(path) not in self.seen:
-            self.seen[str(path)] = content_of(path)
-        return self.seen[str(path)]
+        key = str(path), split
+        if key not in self.seen:
+            self.seen[key] = content_of(path, split=split)
+        return self.seen[key]
 
 
-def content_of(path: str | Path) -> dict[str, str]:
+def content_of(path: str | Path, *, split: str | None = None) -> dict[str, str]:
     """Digests of the files of a model, a run's checkpoint or a folder of records, by name; of a single file, by "".
 
-    A hub id is not resolved: it is identified by its name.
+    With a `split`, those of a folder of records include the files in subfolders that are read for it. A hub id is not
+    resolved: it is identified by its name.
+
+    Raises:
+        UserError: there are no records for the split.
     """
     source = Path(model_folder(path))
     if source.is_file():
         return {"": digest(source)}
     if not source.is_dir():
         return {str(path): "of the hub"}
-    return {file.name: digest(file) for file in sorted(source.iterdir()) if file.suffix in SUFFIXES and file.is_file()}
+    places = [source, *(data_files(source, split)[0] if split else ())]
+    files = {file for place in places for file in (place.iterdir() if place.is_dir() else [place])}
+    return {
+        file.relative_to(source).as_posix(): digest(file)
+        for file in sorted(files)
+        if file.suffix.lower() in SUFFIXES and file.is_file()
+    }
 
 
 def digest(file: Path) -> str:

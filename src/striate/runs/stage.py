@@ -18,7 +18,7 @@ from striate.train.options import TrainOptions, check_launch
 
 Resume = bool | Literal["auto", "changed"]
 IRRELEVANT = ("save_steps", "workers", "report_to", "skip_nonfinite")  # options that no trained weight depends on
-PATHS = ("model", "data")  # arguments that name files
+PATHS = {"model": None, "data": "train"}  # arguments that name files, with the split that is read
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Stage:
                 "code": code(),
                 **{
                     f"{name} {file}".rstrip(): digest
-                    for name in PATHS
+                    for name, split in PATHS.items()
                     if (path := self.arguments.get(name)) is not None
-                    for file, digest in content_of(path).items()
+                    for file, digest in content_of(path, split=split).items()
                 },
             },
             "versions": versions(),

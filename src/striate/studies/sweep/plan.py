@@ -112,18 +112,20 @@ class SweepPlan:
         described: Values = {}
         for key, value in values.items():
             if key in CONTENTS and value is not None:
-                described |= self._content(f"{verb}.{key}", value)
+                split = values.get("split", "train") if key in ("data", "heal") else None
+                with at(self.sheet.file):
+                    described |= self._content(f"{verb}.{key}", value, split)
             elif key not in ("model", "out"):
                 described[f"{verb}.{key}"] = json.loads(_plain(value))
         return described
 
-    def _content(self, key: str, value: Any) -> Values:
+    def _content(self, key: str, value: Any, split: str | None) -> Values:
         if isinstance(value, list):
-            numbered = (self._content(f"{key} {number}", one) for number, one in enumerate(value, start=1))
+            numbered = (self._content(f"{key} {number}", one, split) for number, one in enumerate(value, start=1))
             return {name: found for content in numbered for name, found in content.items()}
         if key.endswith("scores") and Path(value).is_dir():
             value = Path(value) / SCORES
-        return {f"{key}/{name}" if name else key: found for name, found in self.contents.of(value).items()}
+        return {f"{key}/{name}" if name else key: found for name, found in self.contents.of(value, split).items()}
 
     def foreign(self, recipe: Recipe) -> Iterator[tuple[Path, str]]:
         """The run folders of the cell that were made from other options or content, and the difference.
