@@ -23,6 +23,7 @@ from asking import answered, in_family, loud, noise, record
 from pico import WORDS, pico_llava
 from PIL import Image
 
+import striate
 from striate.data import IGNORED, Example, Record, RecordError, Skipped, collate, encode
 from striate.errors import UserError
 from striate.evaluation import (
@@ -416,6 +417,16 @@ def test_bad_records_stop_or_are_listed(folder: Path, data: list[Path], tmp_path
     data[0].write_text(json.dumps(rows[1:2]))
     with pytest.raises(UserError, match=r"none of the 1 records can be used: test.json:1: "):
         evaluate(folder, data[0], out=tmp_path / "none", options=replace(CPU, on_bad_record="skip"))
+
+
+def test_the_library_skips_records_without_answers(vlm: Vlm) -> None:
+    silent = replace(record("what is this ?"), source="a.json:1", task="silent")
+    found = striate.evaluate(vlm, [silent, record("no", "no")], max_new_tokens=2)
+    assert [one.question for one in found.predictions] == ["no"]
+    assert found.skipped == (Skipped("a.json:1", "exact_match needs 'answers', found none"),)
+    assert found.to_json()["skipped"] == 1
+    with pytest.raises(UserError, match=r"none of the 1 records can be used: a.json:1: exact_match needs"):
+        striate.evaluate(vlm, [silent])
 
 
 def test_skipped_records_are_counted_in_the_last_line(

@@ -15,7 +15,7 @@ from striate.errors import UserError, nearest
 from striate.evaluation import harness
 from striate.evaluation.answers import Likelihood, answer, choose, likelihood
 from striate.evaluation.asking import Reply, ask
-from striate.evaluation.prediction import PERPLEXITY, Prediction, by_task, predict, resolve, summary
+from striate.evaluation.prediction import PERPLEXITY, Prediction, by_task, predict, resolve, resolve_all, summary
 from striate.vlm import Vlm
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "likelihood",
     "predict",
     "resolve",
+    "resolve_all",
     "sample_tasks",
     "summary",
 ]
@@ -104,12 +105,13 @@ def evaluate(
         UserError: a task or metric is unknown, or no record can be used.
     """
     start = time.monotonic()
-    chosen = sample_tasks([resolve(record) for record in records], tasks=tasks, samples=samples, seed=seed)
+    resolved, unusable = resolve_all(records)
+    chosen = sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed)
     by_index: dict[int, Prediction | Skipped] = {}
     for part in predict(vlm, chosen, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length):
         by_index |= part
     predictions = tuple(one for _, one in sorted(by_index.items()) if isinstance(one, Prediction))
-    skipped = tuple(one for _, one in sorted(by_index.items()) if isinstance(one, Skipped))
+    skipped = (*unusable, *(one for _, one in sorted(by_index.items()) if isinstance(one, Skipped)))
     if not predictions:
         reason = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
         raise UserError(f"none of the {len(skipped)} records can be used{reason}", see="bad-records")
@@ -126,7 +128,7 @@ def sample_tasks(
     """The records of the named tasks, at most `samples` per task, in their order.
 
     The sample of a task depends only on the seed, the task's name and its number of records, not on the other tasks.
-    `records` come from `resolve`.
+    `records` come from `resolve_all`.
 
     Raises:
         UserError: no record has a named task, or a task mixes metrics.

@@ -66,6 +66,25 @@ def resolve(record: Record) -> Record:
     return replace(record, task=task, metric=metric, answers=answers)
 
 
+def resolve_all(records: Iterable[Record], *, stop: bool = False) -> tuple[list[Record], list[Skipped]]:
+    """The records as `resolve` returns them, and the skipped ones.
+
+    Raises:
+        UserError: a metric is unknown.
+        RecordError: with `stop`, a record lacks an input of its metric.
+    """
+    resolved: list[Record] = []
+    skipped: list[Skipped] = []
+    for record in records:
+        try:
+            resolved.append(resolve(record))
+        except RecordError as error:
+            if stop:
+                raise
+            skipped.append(error.skipped)
+    return resolved, skipped
+
+
 def predict(
     vlm: Vlm,
     records: Sequence[Record],

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from striate.data import Record, RecordError, Skipped
+from striate.data import Record, Skipped
 from striate.distributed import init_distributed
 from striate.errors import UserError, at_least
-from striate.evaluation import Prediction, Results, harness, resolve, sample_tasks
+from striate.evaluation import Prediction, Results, harness, resolve_all, sample_tasks
 from striate.runs.evaluating_progress import complete, identity
 from striate.runs.options import flat
 from striate.runs.reading import ReadOptions
@@ -182,18 +183,7 @@ def _read(
     files: Sequence[str | Path], images: Path | None, split: str, options: ReadOptions
 ) -> tuple[list[Record], list[Skipped], list[str]]:
     """The records of all files, the skipped records, and notes on anything else that was not read."""
-    records: list[Record] = []
-    skipped: list[Skipped] = []
-    notes: list[str] = []
-    for file in files:
-        found = options.records(file, images, split=split)
-        skipped += found.skipped
-        notes += found.notes
-        for record in found:
-            try:
-                records.append(resolve(record))
-            except RecordError as error:
-                if options.on_bad_record == "stop":
-                    raise
-                skipped.append(error.skipped)
-    return records, skipped, notes
+    found = [options.records(file, images, split=split) for file in files]
+    records, unusable = resolve_all(chain.from_iterable(found), stop=options.on_bad_record == "stop")
+    skipped = [bad for one in found for bad in one.skipped]
+    return records, skipped + unusable, [note for one in found for note in one.notes]

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from striate import __version__
-from striate.data import Record, RecordError, read
+from striate.data import read
 from striate.errors import UserError, nearest
-from striate.evaluation import resolve, sample_tasks
+from striate.evaluation import resolve_all, sample_tasks
 from striate.prune import Criterion, protected_layers
 from striate.prune.plan import PruneRequest
 from striate.region import AUTO, SCORES, Region, auto_size
@@ -198,19 +198,10 @@ def num_records(plan: SweepPlan) -> int:
 
 def _check_questions(options: Values) -> None:
     """Read the records of an evaluation and choose its tasks among them."""
-    records: list[Record] = []
+    settings = {"images": options["images"], "on_bad": options["on_bad_record"], "split": options["split"]}
     with at("eval.data"):
-        for path in options["data"]:
-            found = read(
-                path, images=options["images"], on_bad=options["on_bad_record"],
-                split=options["split"],
-            )  # fmt: skip
-            for record in found:
-                try:
-                    records.append(resolve(record))
-                except RecordError:
-                    if options["on_bad_record"] == "stop":
-                        raise
+        found = (record for path in options["data"] for record in read(path, **settings))
+        records, _ = resolve_all(found, stop=options["on_bad_record"] == "stop")
     with at("eval.tasks"):
         sample_tasks(records, tasks=options["tasks"])
 
