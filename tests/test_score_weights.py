@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import striate
 import striate.weights as stored_weights
 from striate.errors import UserError
 from striate.runs.run import Run
 from striate.scores import weights
+from striate.scores.backbone import Backbone
 from striate.scores.table import Score
 from striate.scores.weights import (
     FORMULAS,
@@ -219,6 +221,24 @@ def test_broken_and_missing_checkpoints(tuned: Path, backbone: Path, tmp_path: P
     refused("cannot read .*index.json")
 
 
+@pytest.mark.parametrize(("dtype", "code"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantized_matrices_are_refused(tuned: Path, backbone: Path, dtype: torch.dtype, code: str) -> None:
+    vlm, tensors = striate.load(tuned), load_file(backbone / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    mask = {f"model.layers.{layer}.self_attn.bias": torch.ones(2, 2, dtype=torch.uint8) for layer in range(DEPTH)}
+    save_file(tensors | mask, backbone / "model.safetensors")  # of an old checkpoint: no weight
+    expected = weight_scores(tuned, tuned), weight_scores(tuned, backbone), signal_scores(backbone)
+    assert all(expected)
+    save_file(tensors | {name: tensors[name].to(dtype)}, backbone / "model.safetensors")
+    uses = (
+        lambda: weight_scores(tuned, backbone), lambda: weight_scores(backbone, tuned),
+        lambda: signal_scores(backbone), lambda: Backbone(vlm, backbone),
+    )  # fmt: skip
+    for use in uses:
+        with pytest.raises(UserError, match=rf"llm: {name} is stored as {code}, quantized: give the checkpoint before"):
+            use()
+
+
 def test_signal_share_against_singular_values_of_numpy() -> None:
     draw = np.random.default_rng(0)
     noise = draw.normal(size=(60, 40))
@@ -257,5 +277,5 @@ def test_signal_of_broken_weights_is_one_line(backbone: Path, tmp_path: Path) ->
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
     model.save_pretrained(tmp_path / "nan")
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight is quantized, or has NaN"):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN or Inf"):
         signal_scores(tmp_path / "nan")

@@ -18,7 +18,7 @@ from striate.scores.table import Metric, Score
 from striate.vlm.devices import default_device
 from striate.vlm.modules import MODULES, role_of
 from striate.vlm.reading import model_folder
-from striate.weights import StoredTensor, tensors
+from striate.weights import FLOATS, StoredTensor, tensors
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -73,7 +73,8 @@ class StoredLayers:
         `model` is a model folder or a run folder.
 
         Raises:
-            UserError: the folder does not exist, or has no safetensors, a corrupted file, or no decoder layers.
+            UserError: the folder does not exist, or has no safetensors, a corrupted file, no decoder layers, or
+                quantized ones (names the matrix).
         """
         folder = Path(model_folder(model))
         lists: dict[str, dict[int, dict[str, StoredTensor]]] = defaultdict(lambda: defaultdict(dict))
@@ -89,6 +90,8 @@ class StoredLayers:
         gap = next((layer for layer in range(len(layers)) if layer not in layers), None)
         if gap is not None:
             raise UserError(f"{folder} has weights of layer {max(layers)}, but none of layer {gap}")
+        for one in (one for layer in layers.values() for one in layer.values()):
+            _check_plain(one, folder)
         return cls(str(folder), tuple(layers[layer] for layer in range(len(layers))))
 
     @property
@@ -197,7 +200,7 @@ def signal_scores(model: str | Path) -> Score:
     that a layer does not have are NaN there.
 
     Raises:
-        UserError: a matrix is quantized or has NaN or Inf (names it), or a layer has no matrix with a role.
+        UserError: a matrix has NaN or Inf (names it), or a layer has no matrix with a role.
     """
     by_role: dict[str, list[list[float]]] = {}
     depth = len(layers := StoredLayers.open(model).layers)
@@ -207,8 +210,8 @@ def signal_scores(model: str | Path) -> Score:
             if role is None or len(one.shape) < 2:
                 continue
             weight = one.read()
-            if not weight.is_floating_point() or not weight.isfinite().all():
-                raise UserError(f"{model}: {one.name} is quantized, or has NaN or Inf: snr needs its singular values")
+            if not weight.isfinite().all():
+                raise UserError(f"{model}: {one.name} has NaN or Inf: snr needs its singular values")
             by_role.setdefault(role, [[] for _ in range(depth)])[index].append(signal_share(weight))
     parts = {
         word: _means(*(by_role[role] for role in sorted(roles & by_role.keys())))
@@ -238,6 +241,15 @@ def _norm(combine: Callable[[Tensor, Tensor], Tensor], tuned: Tensor, base: Tens
     """Frobenius norm of a combination of two tensors, in double precision, a chunk at a time."""
     chunks = zip(tuned.reshape(-1).split(CHUNK), base.reshape(-1).split(CHUNK), strict=True)
     return math.sqrt(sum(float(combine(a.double(), b.double()).square().sum()) for a, b in chunks))
+
+
+def _check_plain(one: StoredTensor, folder: Path) -> None:
+    """Refuse a quantized matrix: its codes are not its values. Masks of old checkpoints, named as a bias, are none."""
+    if len(one.shape) > 1 and one.code not in FLOATS and not one.name.endswith("bias"):
+        raise UserError(
+            f"{folder}: {one.name} is stored as {one.code}, quantized: give the checkpoint before quantization, or one "
+            "that is dequantized"
+        )
 
 
 def _format(shape: Sequence[int]) -> str:
