@@ -24,6 +24,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import striate
 from striate.studies.assemble import assemble
+from striate.studies.assemble.templates import wording
 from striate.weights import tensors
 
 SIZE = {"height": 32, "width": 32}
@@ -44,6 +45,14 @@ def llm(tmp_path: Path) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     return tmp_path / "llm"
+
+
+def test_the_default_of_a_language_models_templates_is_taken() -> None:
+    tokenizer = pico_tokenizer()
+    expected = wording(None, tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "rag": "{{ 'other' }}"}
+    assert wording(None, tokenizer) == expected
+    assert "other" not in expected.template
 
 
 def ask(folder: Path) -> torch.Tensor:

@@ -328,11 +328,29 @@ def test_a_template_that_changes_answers_is_refused() -> None:
         encode(ONE, llava(TEMPLATES["chatml"].replace("parts(message)", upper)))
 
 
-def test_processors_that_will_not_do() -> None:
+# transformers leaves the files of the templates open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_default_of_several_chat_templates_is_used(tmp_path: Path) -> None:
+    one, several = llava(TEMPLATES["chatml"]), llava(TEMPLATES["chatml"])
+    several.chat_template = {"default": TEMPLATES["chatml"], "tool_use": "{{ 'no image, no end' }}"}
+    several.save_pretrained(tmp_path)
+    loaded = LlavaProcessor.from_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates").is_dir()
+    assert isinstance(loaded.chat_template, dict)
+    for generation in (False, True):
+        expected, *found = (encode(ONE, reader, generation=generation) for reader in (one, several, loaded))
+        for example in found:
+            assert torch.equal(example.inputs["input_ids"], expected.inputs["input_ids"])
+            assert torch.equal(example.labels, expected.labels)
+
+
+@pytest.mark.parametrize("template", [None, {"tool_use": TEMPLATES["chatml"]}])
+def test_processors_that_will_not_do(template: dict[str, str] | None) -> None:
     reader = llava()
-    reader.chat_template = None
-    with pytest.raises(UserError, match="no chat template"):
-        encode(ONE, reader)
+    reader.chat_template = template
+    for generation in (False, True):
+        with pytest.raises(UserError, match="no chat template"):
+            encode(ONE, reader, generation=generation)
     reader = llava(TEMPLATES["chatml"])
     reader.tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end token"):

@@ -30,6 +30,7 @@ from striate.vlm.template import (
     lead_of,
     reads_reasoning,
     split_reasoning,
+    template_of,
     turn,
 )
 
@@ -42,11 +43,12 @@ def render(processor: Any, messages: list[Message], source: str, *, prompt: bool
 
     Line breaks between a text and an image are kept, unless the template writes them itself.
     """
-    if processor.chat_template is None:
+    template = template_of(processor)
+    if template is None:
         raise UserError(
             "the model's processor has no chat template; set processor.chat_template and save it", see="chat-template"
         )
-    own = _own_breaks(processor, processor.chat_template)
+    own = _own_breaks(processor, template)
     try:
         return apply_template(processor, [_without_breaks(message, *own) for message in messages], prompt=prompt)
     except (TemplateError, TypeError) as error:
@@ -54,7 +56,7 @@ def render(processor: Any, messages: list[Message], source: str, *, prompt: bool
 
 
 @lru_cache(maxsize=8)
-def _own_breaks(processor: Any, template: Any) -> tuple[bool, bool]:
+def _own_breaks(processor: Any, template: str) -> tuple[bool, bool]:
     """Whether the chat template writes a line break between a text and an image, and between an image and a text.
 
     `template` is a key of the cache: a processor may be given another.
@@ -201,7 +203,7 @@ def check_texts(processor: Any, messages: list[Message], source: str) -> None:
     Raises:
         RecordError: a text contains such a token.
     """
-    pattern = _template_tokens(processor, str(processor.chat_template))
+    pattern = _template_tokens(processor, str(template_of(processor)))
     for message in messages:
         texts = [part.get("text", "") for part in message["content"]] + [str(message.get(REASONING_KEYS[0], ""))]
         if found := next(filter(None, map(pattern.search, texts)), None):

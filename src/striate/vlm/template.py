@@ -40,6 +40,12 @@ def image_mark(processor: Any) -> str:
     return getattr(processor, "image_placeholder_token", processor.image_token)
 
 
+def template_of(processor: Any) -> str | None:
+    """The chat template of a processor or tokenizer: of several, the one named "default"; None without one."""
+    found = processor.chat_template
+    return found.get("default") if isinstance(found, dict) else found
+
+
 def apply_template(processor: Any, messages: list[Message], *, prompt: bool = False) -> str:
     """The text of a conversation by the chat template; with `prompt`, the generation prompt is added.
 
@@ -139,8 +145,8 @@ def check_template(processor: Any) -> None:
         UserError: the template writes no generation prompt, one that its conversations do not have, or nothing for an
             image; or it ends answers with text that is not a token.
     """
-    if processor.chat_template is not None:
-        _check_template(processor, str(processor.chat_template))
+    if (template := template_of(processor)) is not None:
+        _check_template(processor, template)
 
 
 @lru_cache(maxsize=8)

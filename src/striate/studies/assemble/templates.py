@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from striate.errors import UserError, nearest
+from striate.vlm.template import template_of
 
 IMAGE_TOKEN = "<image>"
 
@@ -98,7 +99,7 @@ def wording(name: str | None, tokenizer: PreTrainedTokenizerBase) -> Wording:
         UserError: there is no such wording, or the tokenizer lacks its end token.
     """
     if name is None:
-        return Wording(FLATTEN_PARTS + str(tokenizer.chat_template or PLAIN_TEMPLATE))
+        return Wording(FLATTEN_PARTS + (template_of(tokenizer) or PLAIN_TEMPLATE))
     if name not in WORDINGS:
         raise UserError(f"no template {nearest(name, WORDINGS)}")
     found = WORDINGS[name]
