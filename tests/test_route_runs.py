@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,42 @@ def test_a_resumed_run_keeps_its_route(model: Path, data: Path, tmp_path: Path) 
         training.tune(model, data=data, out=tmp_path / "cut", resume=True, **settings | {"route": "same"})
     resumed = training.tune(model, data=data, out=tmp_path / "cut", resume=True, **settings)
     assert changed(weights(whole.path), weights(resumed.path)) == set()
+
+
+@pytest.mark.parametrize(("verb", "settings"), [
+    ("tune", {"region": "auto:2", "route": "auto:2", "method": "full"}),
+    ("tune", {"region": "auto:2", "route": "same", "method": "lora", "rank": 4}),
+    ("align", {"route": "auto:2"}),
+])  # fmt: skip
+def test_a_resumed_run_does_not_measure_its_layers_again(
+    model: Path, data: Path, tmp_path: Path, verb: str, settings: dict[str, Any]
+) -> None:
+    run = partial(getattr(training, verb), model, data=data, options=replace(OPTIONS, steps=4, save_steps=2))
+    whole = run(out=tmp_path / "whole", **settings)
+
+    class Crash(RunLog):
+        def step(self, entry: dict[str, Any]) -> None:
+            super().step(entry)
+            if entry["step"] == 3:
+                raise ValueError("power cut")
+
+    def measure(*_: Any, **__: Any) -> None:
+        raise ValueError("measured")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("striate.runs.training.RunLog", Crash)
+        with pytest.raises(ValueError, match="power cut"):
+            run(out=tmp_path / "cut", **settings)
+    assert Run.open(tmp_path / "cut").route == whole.route
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("striate.train.measured.score", measure)
+        with pytest.raises(ValueError, match="measured"):
+            run(out=tmp_path / "cut", resume="changed", **settings | {"route": "auto:3"})
+        resumed = run(out=tmp_path / "cut", resume=True, **settings)
+    assert resumed.route == whole.route is not None
+    assert changed(weights(whole.path), weights(resumed.path)) == set()
+    for file in ("region.json", "checkpoint/region.json", "checkpoint/config.json"):
+        assert (resumed.path / file).read_bytes() == (whole.path / file).read_bytes(), file
 
 
 def test_answers_are_those_of_the_slow_way(routed: Run, data: Path) -> None:

@@ -3,7 +3,7 @@
 runs/<name>/
     run.json            verb, status, options, versions, seed, machine, timings, parent model or run, warnings,
                         digests of code, data and model
-    region.json         the layers that were trained or kept
+    region.json         the layers that were trained or kept, and the route
     scores.json         one value per layer and score
     log.jsonl           one line per training step
     results.json        accuracy by task
@@ -185,6 +185,12 @@ class Run:
         """The layers that this run trained or kept; None if it has no region."""
         data = self._read(REGION)
         return None if data is None else Region.from_json(data)
+
+    @property
+    def route(self) -> Region | None:
+        """The layers that image tokens pass through, as saved with the region; None where they pass through all."""
+        data = self._read(REGION) or {}
+        return Region(tuple(data["route"]), data["depth"]) if "route" in data else None
 
     def write_region(self, region: Region, route: Region | None = None, *, modules: str = "all") -> None:
         """Save the region, with route and modules as in `to_json`; `Region.parse` accepts the run folder afterwards."""

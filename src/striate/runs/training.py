@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from striate.data import read
+from striate.data import Records, read
 from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
 from striate.region import Region, auto_size
@@ -80,8 +80,11 @@ def align(
     vlm = _open_model(model, options)
     records = read(data, images=images, on_bad=options.on_bad_record)
     check_images(records)
-    chosen_route = find_route(vlm, records, route, Region((), vlm.depth), options=options, rank=stage.rank)
+    none = Region((), vlm.depth, "none")
+    _, chosen_route = _find_layers(vlm, records, none, route, stage=stage, previous=previous)
     with stage.recording(previous) as run:
+        if chosen_route is not None:
+            run.write_region(none, chosen_route)
         log = _begin(run, vlm, stage, progress=progress)
         trained = align_model(vlm, records, tower=tower, route=chosen_route, options=options, log=log, state=run.state)
         _end(run, trained, stage)
@@ -149,8 +152,7 @@ def tune(
         vlm.region_parameters(Region.parse(region, vlm.depth), modules)  # raises an error if they are not there
     records = read(data, images=images, on_bad=options.on_bad_record)
     subset = sample_records(records, samples, seed=options.seed)  # measured is what trains
-    chosen = find_region(vlm, subset, region, options=options, rank=stage.rank)
-    chosen_route = find_route(vlm, subset, route, chosen, options=options, rank=stage.rank)
+    chosen, chosen_route = _find_layers(vlm, subset, region, route, stage=stage, previous=previous)
     with stage.recording(previous) as run:
         run.write_region(chosen, chosen_route, modules=modules)
         log = _begin(run, vlm, stage, progress=progress)
@@ -169,6 +171,26 @@ def _open_model(model: str | Path, options: TrainOptions) -> Vlm:
     vlm = load(model, device=device, attn=options.attn, dequantize=True, mapped=options.shard)
     _ = vlm.processor  # raises an error if it does not fit the model, before anything is written
     return vlm
+
+
+def _find_layers(
+    vlm: Vlm, records: Records, region: Region | str, route: str | None, *, stage: Stage, previous: Run | None
+) -> tuple[Region, Region | None]:
+    """The region and the route; those that a resumed run has measured stay, as a GPU rounds differently each time."""
+    options, rank, depth = stage.options, stage.rank, vlm.depth
+    layers = _keep_measured(previous, "region", region, depth) or region
+    chosen = find_region(vlm, records, layers, options=options, rank=rank)
+    routed = _keep_measured(previous, "route", route, depth) or route
+    return chosen, find_route(vlm, records, routed, chosen, options=options, rank=rank)
+
+
+def _keep_measured(previous: Run | None, option: str, form: Region | str | None, depth: int) -> Region | None:
+    """The layers that a resumed run has measured for the same `auto:25%`; None if there are none."""
+    measured = auto_size(f"--{option}", form, depth) is not None
+    if previous is None or not measured or previous.info["options"].get(option) != form:
+        return None
+    saved: Region | None = getattr(previous, option)
+    return Region(saved.layers, depth, saved.origin or str(form)) if saved and saved.depth == depth else None
 
 
 def _begin(run: Run, vlm: Vlm, stage: Stage, *, progress: bool) -> RunLog:
