@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from pico import pico_llava
+from training import write_data
 
 import striate
 from striate.region import Region
@@ -144,6 +145,16 @@ def test_time_becomes_steps(choice: Choice, model: Path) -> None:
     assert "3 steps of the 8 of an epoch" in shorter.reasons[2]
     with pytest.raises(striate.UserError, match=r"is less than the .* s of one step of 128 records"):
         fit(vlm, setup, replace(PLENTY, seconds=0.5 * second), 1000)
+
+
+def test_without_a_record_that_can_be_used_one_line_says_so(model: Path, tmp_path: Path) -> None:
+    file = write_data(tmp_path, records=2)
+    for image in tmp_path.glob("*.png"):
+        image.write_bytes(b"not an image")
+    with pytest.raises(striate.UserError, match=r"none of the 2 records can be used: train.json:1: ") as caught:
+        proposed(model, file)
+    assert "\n" not in str(caught.value)
+    assert caught.value.see == "bad-records"
 
 
 def test_a_route_is_proposed_where_the_loss_does_not_rise(choice: Choice) -> None:

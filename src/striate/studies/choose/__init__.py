@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from striate.data import Example, Examples
+from striate.data import Example, Examples, Skipped
 from striate.errors import UserError
 from striate.routing import unroute
 from striate.runs.options import Only
@@ -108,9 +108,19 @@ def _measure(vlm: Vlm, sample: RecordSample, sampling: Sampling, *, progress: bo
 
 
 def _setup(vlm: Vlm, sample: RecordSample, sampling: Sampling) -> Setup:
-    """The mean numbers of tokens of the sample's records."""
+    """The mean numbers of tokens of the sample's records.
+
+    Raises:
+        UserError: no record can be used.
+    """
     examples = Examples(sample.records, vlm.processor, max_length=sampling.max_length, truncate_text=True)
-    read = [example for index in range(len(examples)) if isinstance(example := examples[index], Example)]
+    encoded = [examples[index] for index in range(len(examples))]
+    read = [example for example in encoded if isinstance(example, Example)]
+    if not read:
+        bad = next(one for one in encoded if isinstance(one, Skipped))
+        raise UserError(
+            f"none of the {len(encoded)} records can be used: {bad.source}: {bad.reason}", see="bad-records"
+        )
     image, answer, every = (
         math.ceil(sum(numbers) / len(read))
         for numbers in zip(
