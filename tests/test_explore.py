@@ -16,8 +16,9 @@ from asking import answered, noise, record
 from pico import pico_llava
 from torch import Tensor, nn
 from tracing import llava_of, of_family
+from training import write_data
 
-from striate.data import Record, RecordError, Records, encode, read
+from striate.data import Record, RecordError, Records, encode, lazy_records, read
 from striate.errors import UserError
 from striate.evaluation.answers import answer_fn, answer_texts
 from striate.exploration import Exploration, asking, explore, explore_questions, observing, steps
@@ -29,6 +30,7 @@ from striate.prune import bypass
 from striate.region import Region
 from striate.routing import route
 from striate.scores.backbone import Backbone
+from striate.scores.sampling import Sampling
 from striate.scores.states import States
 from striate.trace import forward, watch_layers
 from striate.vlm import Vlm, load
@@ -348,6 +350,15 @@ def test_the_numbers_as_json(vlm: Vlm) -> None:
     assert numbers["lens"]["text"][3][-1][0] == exploration.words[int(sample.lens.words[3, -1, 0])]
     assert len(numbers["lesions"]) == 2 * 7
     assert numbers["lesions"][0]["layers"] == [0]
+
+
+@pytest.mark.parametrize("draws", [lambda records: draw(records, 3, 0), Sampling(samples=3).draw])
+def test_each_record_is_read_once_to_sample_some(draws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records, parsed, parse = read(write_data(tmp_path, records=40)), [], lazy_records.record_of
+    monkeypatch.setattr(lazy_records, "record_of", lambda *a: [parsed.append(a[1]), parse(*a)][1])
+    draws(records)
+    assert len(set(parsed)) == 40
+    assert len(parsed) <= 40 + 3  # those of the sample may be read again
 
 
 def test_questions_are_sampled_from_records_with_an_image() -> None:

@@ -27,14 +27,19 @@ def draw(records: Records, samples: int | None, seed: int) -> tuple[list[Record]
     Raises:
         UserError: no record has a question.
     """
-    questions = [question for record in records if (question := _question(record))]
-    skipped = [Skipped(record.source, "has no question") for record in records if not _question(record)]
+    questions: list[Record] = []
+    skipped = list(records.skipped)
+    for record in records:
+        if question := _question(record):
+            questions.append(question)
+        else:
+            skipped.append(Skipped(record.source, "has no question"))
     chosen = [question for question in questions if question.images] or questions
     if not chosen:
         raise UserError(f"none of the {len(records)} records has a question", see="bad-records")
     if samples is not None and samples < len(chosen):
         chosen = [chosen[index] for index in sorted(random.Random(seed).sample(range(len(chosen)), samples))]
-    return chosen, [*records.skipped, *skipped]
+    return chosen, skipped
 
 
 def _question(record: Record) -> Record | None:

@@ -44,8 +44,13 @@ class Sampling:
         Raises:
             UserError: no record has an answer.
         """
-        without = [Skipped(record.source, "has no answer") for record in records if not _with_answer(record)]
-        indices = [index for index, record in enumerate(records) if _with_answer(record)]
+        indices: list[int] = []
+        without: list[Skipped] = []
+        for index, record in enumerate(records):
+            if _with_answer(record):
+                indices.append(index)
+            else:
+                without.append(Skipped(record.source, "has no answer"))
         if not indices:
             raise UserError(f"none of the {len(records)} records has an answer to measure layers on", see="bad-records")
         if self.samples is not None and self.samples < len(indices):
