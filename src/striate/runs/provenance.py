@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,6 @@ WHOLE, BLOCKS, BLOCK = 64 * 2**20, 1024, 4096
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".safetensors", ".jinja", ".model", ".txt")
 # The part of striate's own source that trained weights depend on.
 TRAINING = ("data/**/*.py", "region.py", "routing/**/*.py", "train/**/*.py", "vlm/**/*.py", "weights.py")
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A cache of digests by path."""
-
-    seen: dict[tuple[str, str | None], dict[str, str]] = field(default_factory=dict)
-
-    def of(self, path: str | Path, split: str | None) -> dict[str, str]:
-        """The result of `content_of`."""
-        key = str(path), split
-        if key not in self.seen:
-            self.seen[key] = content_of(path, split=split)
-        return self.seen[key]
 
 
 def content_of(path: str | Path, *, split: str | None = None) -> dict[str, str]:

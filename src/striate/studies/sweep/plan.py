@@ -7,8 +7,9 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from striate.prune.plan import PruneRequest
 from striate.region import AUTO, SCORES, Region, auto_size
 from striate.routing import resolve as resolve_route
 from striate.runs.options import options_of
-from striate.runs.provenance import Contents, difference
+from striate.runs.provenance import content_of, difference
 from striate.scores.table import Scores
 from striate.studies.sweep.cell import FILE, NOTES, Cell
 from striate.studies.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
@@ -74,7 +75,7 @@ class SweepPlan:
     sheet: Sheet
     recipes: tuple[Recipe, ...]
     method: str | None
-    contents: Contents = field(default_factory=Contents)
+    content_of: Callable[..., Values] = field(default_factory=lambda: cache(content_of), compare=False)  # read once
 
     @property
     def about(self) -> Values:
@@ -125,7 +126,9 @@ class SweepPlan:
             return {name: found for content in numbered for name, found in content.items()}
         if key.endswith("scores") and Path(value).is_dir():
             value = Path(value) / SCORES
-        return {f"{key}/{name}" if name else key: found for name, found in self.contents.of(value, split).items()}
+        return {
+            f"{key}/{name}" if name else key: found for name, found in self.content_of(str(value), split=split).items()
+        }
 
     def foreign(self, recipe: Recipe) -> Iterator[tuple[Path, str]]:
         """The run folders of the cell that were made from other options or content, and the difference.
