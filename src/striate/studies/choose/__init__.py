@@ -17,7 +17,6 @@ from striate.routing import unroute
 from striate.runs.options import Only
 from striate.runs.reading import ReadOptions
 from striate.scores import Scores, scores_in_turn
-from striate.scores import choose as choose_scores
 from striate.scores.consensus import CHOOSING, choose_region
 from striate.scores.sampling import RecordSample, Sampling
 from striate.studies.choose.budget import Budget
@@ -102,7 +101,6 @@ def propose(
 
 def _measure(vlm: Vlm, sample: RecordSample, sampling: Sampling, *, progress: bool) -> Scores:
     names = [name for name in CHOOSING if sample.has_images or name != "layer_contribution"]
-    names = choose_scores(names, backbone=False, data=True, images=sample.has_images)
     *_, scores = scores_in_turn(vlm.source, lambda: vlm, names, sampling, sample, backbone=None, progress=progress)
     return scores
 
