@@ -133,11 +133,13 @@ def test_same_seed_same_bytes(model: Path, data: Path, tmp_path: Path, determini
     assert first == second
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("method", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "adamw_8bit")])
 def test_resumed_run_equals_uninterrupted_run(
-    model: Path, data: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, method: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = replace(OPTIONS, steps=5, save_steps=2)
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    options = replace(OPTIONS, steps=5, save_steps=2, optimizer=optimizer)
     whole = tune(model, data, tmp_path / "whole", options, method=method)
 
     class Crash(RunLog):
