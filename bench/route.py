@@ -191,8 +191,8 @@ def pruned(options: argparse.Namespace, dtype: torch.dtype, region: Region) -> t
 
 
 def against_lora(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """A step of the Trainer with LoRA r 128 on all layers, with and without recomputation, and striate's without and
-    with a route, each in processes of its own, turn by turn."""
+    """A step of the Trainer with LoRA r 128 on all layers, with and without recomputation, and striate's
+    on all layers, and on the region without and with a route, each in processes of its own, turn by turn."""
     about = shapes.About(
         options.shape, options.device, dtype, options.steps, options.batch, "", depth=options.depth
     )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import torch
 from asking import loud
 from test_route import reverted
-from training import OPTIONS, changed, weights, write_data
+from training import OPTIONS, changed, power_cut, weights, write_data
 from transformers import AutoModelForImageTextToText
 
 import striate
@@ -28,7 +28,6 @@ from striate.runs import training
 from striate.runs.cli import main
 from striate.runs.pruning import prune
 from striate.runs.run import Run
-from striate.runs.training_log import RunLog
 from striate.scores.replay import Replay
 from striate.train import Trained, TrainOptions
 from striate.vlm import Vlm, load
@@ -171,16 +170,8 @@ def test_a_resumed_run_keeps_its_route(model: Path, data: Path, tmp_path: Path) 
     settings: dict[str, Any] = {"region": "1,3", "route": ROUTE, "method": "full", "options": options}
     whole = training.tune(model, data=data, out=tmp_path / "whole", **settings)
 
-    class Crash(RunLog):
-        def step(self, entry: dict[str, Any]) -> None:
-            super().step(entry)
-            if entry["step"] == 3:
-                raise ValueError("power cut")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.runs.training.RunLog", Crash)
-        with pytest.raises(ValueError, match="power cut"):
-            training.tune(model, data=data, out=tmp_path / "cut", **settings)
+    with power_cut(3):
+        training.tune(model, data=data, out=tmp_path / "cut", **settings)
     with pytest.raises(striate.UserError, match="route was 0,2, now it is same"):
         training.tune(model, data=data, out=tmp_path / "cut", resume=True, **settings | {"route": "same"})
     resumed = training.tune(model, data=data, out=tmp_path / "cut", resume=True, **settings)
@@ -198,19 +189,11 @@ def test_a_resumed_run_does_not_measure_its_layers_again(
     run = partial(getattr(training, verb), model, data=data, options=replace(OPTIONS, steps=4, save_steps=2))
     whole = run(out=tmp_path / "whole", **settings)
 
-    class Crash(RunLog):
-        def step(self, entry: dict[str, Any]) -> None:
-            super().step(entry)
-            if entry["step"] == 3:
-                raise ValueError("power cut")
-
     def measure(*_: Any, **__: Any) -> None:
         raise ValueError("measured")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.runs.training.RunLog", Crash)
-        with pytest.raises(ValueError, match="power cut"):
-            run(out=tmp_path / "cut", **settings)
+    with power_cut(3):
+        run(out=tmp_path / "cut", **settings)
     assert Run.open(tmp_path / "cut").route == whole.route
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("striate.train.measured.score", measure)

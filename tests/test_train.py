@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from pico import pico_llava, pico_more
-from training import OPTIONS, batch_of, changed, tune, weights, write_data
+from training import OPTIONS, batch_of, changed, power_cut, tune, weights, write_data
 
 import striate
 from striate.data import read
@@ -135,24 +135,16 @@ def test_same_seed_same_bytes(model: Path, data: Path, tmp_path: Path, determini
 
 @pytest.mark.parametrize(("method", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "adamw_8bit")])
 def test_resumed_run_equals_uninterrupted_run(
-    model: Path, data: Path, tmp_path: Path, method: str, optimizer: Any, monkeypatch: pytest.MonkeyPatch
+    model: Path, data: Path, tmp_path: Path, method: str, optimizer: Any
 ) -> None:
     if optimizer == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
     options = replace(OPTIONS, steps=5, save_steps=2, optimizer=optimizer)
     whole = tune(model, data, tmp_path / "whole", options, method=method)
 
-    class Crash(RunLog):
-        def step(self, entry: dict[str, Any]) -> None:
-            super().step(entry)
-            if entry["step"] == 3:
-                raise RuntimeError("power cut")
-
-    monkeypatch.setattr("striate.runs.training.RunLog", Crash)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(3):
         tune(model, data, tmp_path / "cut", options, method=method)
     assert Run.open(tmp_path / "cut").info["status"] == "failed"
-    monkeypatch.undo()
     resumed = tune(model, data, tmp_path / "cut", options, method=method, resume=True)
     assert changed(weights(whole.path), weights(resumed.path)) == set()
     assert [entry["step"] for entry in resumed.history()] == [1, 2, 3, 4, 5]
@@ -221,16 +213,8 @@ def test_resume_auto_starts_continues_or_does_nothing(model: Path, data: Path, t
     options = replace(OPTIONS, steps=5, save_steps=2)
     whole = tune(model, data, tmp_path / "whole", options)
 
-    class Crash(RunLog):
-        def step(self, entry: dict[str, Any]) -> None:
-            super().step(entry)
-            if entry["step"] == 3:
-                raise ValueError("power cut")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.runs.training.RunLog", Crash)
-        with pytest.raises(ValueError, match="power cut"):
-            tune(model, data, tmp_path / "run", options, resume="auto")
+    with power_cut(3):
+        tune(model, data, tmp_path / "run", options, resume="auto")
     resumed = tune(model, data, tmp_path / "run", options, resume="auto")
     assert changed(weights(whole.path), weights(resumed.path)) == set()
     file = resumed.checkpoint / "model.safetensors"
@@ -245,16 +229,8 @@ def test_a_resumed_run_trains_with_the_options_of_now(model: Path, data: Path, t
     options = replace(OPTIONS, steps=5, save_steps=2, schedule="linear", learning_rate=1e-3, weight_decay=0.0)
     now = replace(options, learning_rate=4e-3, projector_learning_rate=1e-4, weight_decay=0.5)
 
-    class Crash(RunLog):
-        def step(self, entry: dict[str, Any]) -> None:
-            super().step(entry)
-            if entry["step"] == 3:
-                raise ValueError("power cut")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("striate.runs.training.RunLog", Crash)
-        with pytest.raises(ValueError, match="power cut"):
-            tune(model, data, tmp_path / "run", options)
+    with power_cut(3):
+        tune(model, data, tmp_path / "run", options)
     used: list[set[float]] = []
     with pytest.MonkeyPatch.context() as patch:
         step = torch.optim.AdamW.step

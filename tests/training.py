@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -14,6 +17,7 @@ import striate
 from striate.data import Batch, Examples, collate, read
 from striate.runs import training
 from striate.runs.run import Run
+from striate.runs.training_log import RunLog
 from striate.train import TrainOptions
 
 
@@ -39,6 +43,22 @@ OPTIONS = TrainOptions(
 
 def tune(model: Path, data: Path, out: Path, options: TrainOptions, **settings: Any) -> Run:
     return training.tune(model, data=data, out=out, region="1,3", options=options, **{"method": "full", **settings})
+
+
+@contextmanager
+def power_cut(after: int) -> Iterator[None]:
+    """The training within ends after this step, as if the power were cut."""
+
+    class Cut(RunLog):
+        def step(self, entry: dict[str, Any]) -> None:
+            super().step(entry)
+            if entry["step"] == after:
+                raise ValueError("power cut")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("striate.runs.training.RunLog", Cut)
+        with pytest.raises(ValueError, match="power cut"):
+            yield
 
 
 def batch_of(vlm: striate.Vlm, data: Path) -> Batch:

@@ -43,11 +43,10 @@ class Tokens:
         self._joined: tuple[Tensor, int, Tensor, Tensor] | None = None
         self._shared: tuple[Tensor, dict[Any, Tensor]] | None = None
 
-    def converted(self, convert: Callable[[Tensor], Tensor]) -> Tokens:
-        """The same tokens, their places converted, such as to fake tensors."""
-        self.parts = tuple(map(convert, self.parts))
-        self._places = [*map(convert, self._places)]
-        return self
+    def convert(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Convert the places of the tokens, such as to fake tensors."""
+        self.parts = tuple(map(function, self.parts))
+        self._places = [*map(function, self._places)]
 
     def end(self) -> None:
         """Drop the states of a forward pass that has ended: their graph refers to these tokens, and a cycle of

@@ -343,7 +343,6 @@ class Loop:
             return
         rest = {
             "optimizer": optimizer,
-            "schedule": self.schedule.last_epoch,
             "random": self.rank.gather(_random_state(self.device)),
             "position": asdict(self.position),
         }
@@ -374,8 +373,8 @@ class Loop:
                 parameter.copy_(shard_like(parameter, weights[name].read()))
         rest = torch.load(saved / REST, map_location="cpu", weights_only=True)
         load_optimizer(self.optimizer, saved / MOMENTS, rest["optimizer"])
-        forward_schedule(self.schedule, rest["schedule"])
         self.position = Position(**rest["position"])
+        forward_schedule(self.schedule, self.position.step)
         if len(rest["random"]) == self.rank.world_size:
             _set_random_state(rest["random"][self.rank.rank], self.device)
         return self.position.step

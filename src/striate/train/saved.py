@@ -1,7 +1,7 @@
 """The saved states of a training run, written atomically, and while training continues.
 
-A state is a folder of three files: the trained weights, the tensors of the optimizer, and everything else (schedule,
-random states, progress).
+A state is a folder of three files: the trained weights, the tensors of the optimizer, and everything else (random
+states, progress).
 """
 
 from __future__ import annotations

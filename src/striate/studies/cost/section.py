@@ -20,6 +20,7 @@ from striate.routing.tokens import Pass, Tokens
 from striate.studies.cost.fake_model import FakeModel, holder
 from striate.studies.cost.tally import Tally, Work
 from striate.vlm import linear_in
+from striate.vlm.modes import hidden_of, replace_forward
 from striate.vlm.modules import ALL, choose_names
 
 Trained = Literal["full", "lora"]
@@ -93,13 +94,11 @@ def layer_section(
         forward = _passed_by(fake_model, layer, hidden, others, passed, recomputed)
     else:
         run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if recomputed else layer
-        forward = partial(_states, run, hidden, others)
+
+        def forward() -> torch.Tensor:
+            return hidden_of(run(hidden, **others))
+
     return measure(fake_model, forward, trained=_num_trained(layer))
-
-
-def _states(layer: Callable[..., Any], hidden: torch.Tensor, others: dict[str, Any]) -> torch.Tensor:
-    result = layer(hidden, **others)
-    return result if isinstance(result, torch.Tensor) else result[0]
 
 
 def _passed_by(
@@ -114,12 +113,12 @@ def _passed_by(
     vlm, mode = fake_model.vlm, fake_model.mode
     kept = torch.zeros(hidden.shape[:2], dtype=torch.bool)
     kept[:, : passed.image_tokens] = True
-    tokens = Tokens(kept).converted(mode.from_tensor)
+    tokens = Tokens(kept)
+    tokens.convert(mode.from_tensor)
     running = Pass(vlm.model.config.get_text_config(decoder=True), tokens)
     unrouted = Unrouted(running, 0, layer, vlm.model.config.model_type)
     unrouted.learned = True  # by comparing values, which fake tensors do not have
-    for module, forward in [*unrouted.forwards()]:
-        vars(module)["forward"] = forward
+    replace_forward(dict(unrouted.forwards()))
     if recomputed:
         vars(layer)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         vars(layer)["gradient_checkpointing"] = True
@@ -129,7 +128,7 @@ def _passed_by(
             hidden = tokens.join(*parts)
 
     def run() -> torch.Tensor:
-        states = _states(layer, hidden, others)
+        states = hidden_of(layer(hidden, **others))
         if not passed.last:
             states, _ = tokens.split(states)
         tokens.end()
