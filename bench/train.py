@@ -59,7 +59,7 @@ from striate.train.fit import Trained, fit
 from striate.train.loop import Loop
 from striate.train.memory import PeakMemory
 from striate.train.optimizer import Group
-from striate.train.order import length_grouped
+from striate.train.records import length_grouped
 from striate.vlm import Vlm, select
 from striate.vlm.devices import has_native_bfloat16
 

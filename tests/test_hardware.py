@@ -29,11 +29,10 @@ from striate.evaluation import answers
 from striate.prune import proof
 from striate.scores.gradient import Gradient
 from striate.studies.cost.machine import measured_sizes
-from striate.train import fast_paths, packing
+from striate.train import loss, packing
 from striate.train.adapter import adapt
-from striate.train.fast_paths import verify_fast_paths
 from striate.train.loop import Loop
-from striate.train.loss import FastPaths, answer_losses
+from striate.train.loss import FastPaths, answer_losses, verify_fast_paths
 from striate.train.memory import activations
 from striate.train.options import check_launch
 from striate.train.packing import ModelInputs, record_by_record
@@ -108,7 +107,7 @@ def full(*_: Any, **__: Any) -> Any:
 
 def test_memory_that_runs_out_in_a_probe_says_nothing_about_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     vlm, probe = two_records("llava_llama")
-    monkeypatch.setattr(fast_paths, "record_by_record", full)
+    monkeypatch.setattr(loss, "record_by_record", full)
     with pytest.raises(torch.OutOfMemoryError):
         verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
 
@@ -169,16 +168,16 @@ def test_an_accelerator_is_measured_on_what_keeps_it_busy() -> None:
 
 def test_records_of_a_model_with_experts_may_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     vlm, probe = two_records("llava_llama")
-    real, calls = fast_paths.answer_losses, iter(range(100))
+    real, calls = loss.answer_losses, iter(range(100))
 
     def rounded(vlm: Vlm, model: Any, batch: Batch, **ways: Any) -> torch.Tensor:
         losses = real(vlm, model, batch, **ways)
         packed = ways.get("fast_paths", FastPaths()).packing
         return losses * (1 + 1e-6 * next(calls)) if packed else losses
 
-    monkeypatch.setattr(fast_paths, "answer_losses", rounded)
+    monkeypatch.setattr(loss, "answer_losses", rounded)
     for experts, packs in ((False, False), (True, True)):
-        monkeypatch.setattr(fast_paths, "_has_experts", lambda vlm, experts=experts: experts)
+        monkeypatch.setattr(loss, "_has_experts", lambda vlm, experts=experts: experts)
         found, _ = verify_fast_paths(vlm, probe, packing="auto", sharded=False, autocast=nullcontext)
         assert found.packing is packs
 

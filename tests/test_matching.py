@@ -24,8 +24,7 @@ from striate.runs.run import Run
 from striate.runs.training import align, tune
 from striate.train import TrainOptions
 from striate.vlm import load, load_on_meta
-from striate.vlm.matching import check_match
-from striate.vlm.processors import image_token_id
+from striate.vlm.processors import check_match, image_token_id
 from striate.vlm.template import check_template, lead_of
 
 OPTIONS = TrainOptions(batch=2, micro_batch=2, steps=1, dtype="float32", device="cpu")

@@ -31,7 +31,7 @@ from striate.runs.scoring import revert, score
 from striate.runs.training import tune
 from striate.runs.training_log import RunLog
 from striate.train import TrainOptions, last_saved
-from striate.train.dummies import DummyCollator
+from striate.train.collator import DummyCollator
 
 OPTIONS = TrainOptions(
     batch=4, micro_batch=1, epochs=2, learning_rate=1e-2, projector_learning_rate=1e-2, warmup=0.0, dtype="float32",

@@ -29,10 +29,8 @@ from striate.runs.run import Run
 from striate.runs.training_log import RunLog
 from striate.train import TrainOptions, answer_nll, last_saved, loop, num_samples, saved
 from striate.train.adapter import adapt
-from striate.train.nonfinite import SpikeDetector
-from striate.train.order import length_grouped
-from striate.train.sampling import sample_records
-from striate.train.watch import Log
+from striate.train.records import length_grouped, sample_records
+from striate.train.watch import Log, SpikeDetector
 from striate.vlm import select
 
 

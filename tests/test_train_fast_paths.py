@@ -15,8 +15,7 @@ from tracing import family
 import striate
 from striate.data import IGNORED, TOKEN_KEYS, Batch, Example, collate
 from striate.train import packing
-from striate.train.fast_paths import verify_fast_paths
-from striate.train.loss import FastPaths, answer_losses
+from striate.train.loss import FastPaths, answer_losses, verify_fast_paths
 from striate.train.packing import ModelInputs, record_by_record
 from striate.vlm import Vlm
 

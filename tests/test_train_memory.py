@@ -18,10 +18,9 @@ from training import OPTIONS, batch_of, changed, tune, weights
 import striate
 from striate.data import Batch
 from striate.train import TrainOptions
-from striate.train.checkpointing import Checkpointing
 from striate.train.fit import in_bfloat16
 from striate.train.loss import NONE, answer_nll
-from striate.train.memory import Activations, activations
+from striate.train.memory import Activations, Checkpointing, activations
 from striate.train.saved import REST
 from striate.train.watch import Wait
 from striate.vlm import Vlm, select

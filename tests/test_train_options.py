@@ -14,8 +14,7 @@ from training import OPTIONS, tune, weights
 
 import striate
 from striate.train import TrainOptions
-from striate.train.nf4 import quantize_frozen_layers
-from striate.train.precision import Before, restore
+from striate.train.precision import Before, quantize_frozen_layers, restore
 
 
 @pytest.fixture(scope="module")

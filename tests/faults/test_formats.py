@@ -29,7 +29,7 @@ from striate.runs.training import tune
 from striate.scores.weights import weight_scores
 from striate.train import TrainOptions
 from striate.vlm import load, reading
-from striate.vlm.config import check_config
+from striate.vlm.reading import check_config
 from striate.weights import INDEX, WEIGHTS, tensors
 
 OPTIONS = TrainOptions(

@@ -6,7 +6,7 @@ from striate.data.images import open_image
 from striate.data.lazy_records import LazyRecords
 from striate.data.record import ImageSource, Record, RecordError, Skipped
 from striate.data.records import Records, read
-from striate.vlm.matching import TOKEN_KEYS
+from striate.vlm.processors import TOKEN_KEYS
 
 __all__ = [
     "IGNORED",

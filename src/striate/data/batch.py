@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from striate.data.example import IGNORED, Example, encode
 from striate.data.lazy_records import LazyRecords
 from striate.data.record import Record, RecordError, Skipped
-from striate.vlm.matching import TOKEN_KEYS
+from striate.errors import UserError
+from striate.vlm.processors import TOKEN_KEYS
 
 CHARS_PER_TOKEN = 4
 """A typical rate, good enough to sort records by length."""
@@ -45,6 +46,10 @@ class Batch:
         next_labels = F.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
         positions = next_labels != IGNORED
         return positions, next_labels[positions]
+
+    def num_answer_tokens(self) -> list[int]:
+        """Number of labeled tokens of each record; the first token of a row is predicted by none."""
+        return (self.labels[:, 1:] != IGNORED).sum(dim=1).tolist()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on `device`, its floating-point inputs as `dtype`."""
@@ -153,10 +158,25 @@ class Examples(Dataset[Example | Skipped]):
 
         Each image counts as many tokens as the images of the first readable record with images have on average.
         """
-        sizes = [self.records.size(index) for index in range(len(self))]
-        per_image = 0
+        sizes, per_image = self.records.sizes, 0
         for index, size in enumerate(sizes):
             if size.images and isinstance(example := self[index], Example):
                 per_image = int(example.image_mask.sum()) // size.images
                 break
         return [size.characters // CHARS_PER_TOKEN + per_image * size.images for size in sizes]
+
+    def shortest(self) -> Iterator[tuple[int, Example]]:
+        """The readable examples with their numbers, the shortest first; those with images before all others.
+
+        Raises:
+            UserError: none of the records can be read.
+        """
+        sizes, found, reason = self.records.sizes, False, "there is none"
+        for index in sorted(range(len(self)), key=lambda index: (not sizes[index].images, self.lengths[index])):
+            if isinstance(example := self[index], Example):
+                found = True
+                yield index, example
+            else:
+                reason = f"the last one, {example.source}: {example.reason}"
+        if not found:
+            raise UserError(f"no record is left to train on; {reason}", see="bad-records")

@@ -15,8 +15,7 @@ from striate.data.chat import Span, check_texts, render_answers, render_prompt
 from striate.data.images import open_image
 from striate.data.record import ImageSource, Record, RecordError
 from striate.errors import UserError
-from striate.vlm.matching import TOKEN_KEYS
-from striate.vlm.processors import image_token_id
+from striate.vlm.processors import TOKEN_KEYS, image_token_id
 from striate.vlm.template import Message, image_mark
 
 IGNORED = -100

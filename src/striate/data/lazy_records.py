@@ -107,10 +107,15 @@ class LazyRecords(Sequence[Record]):
         """The records at these indices, in this order."""
         return LazyRecords(self.entries[index] for index in indices)
 
-    def size(self, index: int) -> RecordSize:
-        """The size of one record, without reading it."""
-        entry = self.entries[index]
-        return entry.size if isinstance(entry, RecordLocation) else RecordSize.of(entry)
+    @property
+    def sizes(self) -> list[RecordSize]:
+        """The size of every record, without reading any."""
+        return [one.size if isinstance(one, RecordLocation) else RecordSize.of(one) for one in self.entries]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any record has an image."""
+        return any(size.images for size in self.sizes)
 
 
 def parse_json(data: bytes, source: str) -> Any:

@@ -63,7 +63,7 @@ class Records:
     @property
     def has_images(self) -> bool:
         """Whether any record has an image."""
-        return any(self.records.size(index).images for index in range(len(self)))
+        return self.records.has_images
 
 
 def read(

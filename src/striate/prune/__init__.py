@@ -28,8 +28,7 @@ from striate.roundtrip import Inputs, free_memory, probes, save
 from striate.routing import load
 from striate.train import TUNE, TrainOptions
 from striate.vlm import Vlm
-from striate.vlm.config import check_config
-from striate.vlm.reading import quantization
+from striate.vlm.reading import check_config, quantization
 from striate.vlm.template import write_stop_tokens
 from striate.weights import weight_files
 

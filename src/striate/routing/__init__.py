@@ -24,9 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from striate.data import Batch
 from striate.errors import UserError, first_line
 from striate.region import Region, auto_size
-from striate.routing.layer import Unrouted
+from striate.routing.layer import Unrouted, multiply_adds
 from striate.routing.tokens import MASK, Pass, Tokens
-from striate.routing.work import multiply_adds
 from striate.vlm import Vlm
 from striate.vlm import load as load_plain
 from striate.vlm.modes import Forward, change_layers, eval_mode, freeze, replace_forward

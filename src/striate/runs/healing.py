@@ -15,7 +15,7 @@ from striate.runs.pruning_card import healing_text
 from striate.runs.run import Run
 from striate.runs.training import tune
 from striate.train import TrainOptions
-from striate.vlm.config import check_config
+from striate.vlm.reading import check_config
 
 HealLayers = Literal["region", "neighbors", "projector"]
 

@@ -29,8 +29,7 @@ from striate.runs.run import Run
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Scores
 from striate.train import TUNE, TrainOptions
-from striate.vlm.config import check_config
-from striate.vlm.reading import model_folder
+from striate.vlm.reading import check_config, model_folder
 
 PARTIAL = ".checkpoint.partial"
 HEALING_OPTIONS = Only("steps batch micro_batch learning_rate max_length seed device attn")

@@ -24,8 +24,7 @@ from striate.train import (
     TrainOptions,
     check_images,
     check_tuning,
-    find_region,
-    find_route,
+    find_layers,
     sample_records,
 )
 from striate.train import align as align_model
@@ -177,11 +176,9 @@ def _find_layers(
     vlm: Vlm, records: Records, region: Region | str, route: str | None, *, stage: Stage, previous: Run | None
 ) -> tuple[Region, Region | None]:
     """The region and the route; those that a resumed run has measured stay, as a GPU rounds differently each time."""
-    options, rank, depth = stage.options, stage.rank, vlm.depth
-    layers = _keep_measured(previous, "region", region, depth) or region
-    chosen = find_region(vlm, records, layers, options=options, rank=rank)
-    routed = _keep_measured(previous, "route", route, depth) or route
-    return chosen, find_route(vlm, records, routed, chosen, options=options, rank=rank)
+    layers = _keep_measured(previous, "region", region, vlm.depth) or region
+    routed = _keep_measured(previous, "route", route, vlm.depth) or route
+    return find_layers(vlm, records, layers, routed, options=stage.options, rank=stage.rank)
 
 
 def _keep_measured(previous: Run | None, option: str, form: Region | str | None, depth: int) -> Region | None:

@@ -21,8 +21,8 @@ from striate.data import Batch
 from striate.scores.likelihood import AnswerTokens
 from striate.trace import forward, watch_layers, with_layer_input
 from striate.vlm import Vlm
-from striate.vlm.matching import TOKEN_KEYS
 from striate.vlm.modes import Change, Forward, changing, hidden_of, layer_input, override_forward, replace_hidden
+from striate.vlm.processors import TOKEN_KEYS
 
 GRAY = 1e-3
 """The value of gray pixels; not 0, which is padding (Idefics drops images of zeros)."""

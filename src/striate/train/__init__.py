@@ -21,15 +21,13 @@ from striate.region import Region
 from striate.train.adapter import adapt, lora_config
 from striate.train.fit import Trained, fit, in_bfloat16
 from striate.train.loss import answer_nll
-from striate.train.measured import find_region, find_route
+from striate.train.measured import find_layers
 from striate.train.memory import full_tuning_fits
-from striate.train.nf4 import quantize_frozen_layers
 from striate.train.optimizer import Group, Named
 from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
-from striate.train.precision import Before, cast, cast_for_training, restore
-from striate.train.sampling import num_samples, sample_records
+from striate.train.precision import Before, cast, cast_for_training, quantize_frozen_layers, restore
+from striate.train.records import check_skipped, num_samples, sample_records
 from striate.train.saved import last_saved
-from striate.train.skipped import check_skipped
 from striate.train.watch import Log
 from striate.vlm import Selection, Vlm, select
 from striate.vlm.devices import default_device
@@ -43,8 +41,7 @@ __all__ = [
     "answer_nll",
     "check_images",
     "check_tuning",
-    "find_region",
-    "find_route",
+    "find_layers",
     "in_bfloat16",
     "last_saved",
     "lora_config",
@@ -73,7 +70,7 @@ def align(
         vlm: the model, which is trained in place.
         records: the training records.
         tower: train the vision encoder too, for one with fresh weights.
-        route: the layers that image tokens pass through: a region in any form, or `auto:25%` (see `find_route`);
+        route: the layers that image tokens pass through: a region in any form, or `auto:25%` (see `find_layers`);
             default: all layers.
         options: how to train.
         log: receives every step; default: a new one, in the result.
@@ -86,8 +83,8 @@ def align(
     check_launch(options, rank)
     check_images(records)
     log = _list_skipped(records, options, log or Log())
-    region = Region((), vlm.depth, "none")
-    chosen_route = _replace_route(vlm, find_route(vlm, records, route, region, options=options, rank=rank), log)
+    region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank)
+    _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, region, options)
     named = named_parameters(vlm, select(vlm, region, tower=tower))
     _cast(vlm, options)
@@ -124,9 +121,9 @@ def tune(
     Args:
         vlm: the model, which is trained in place.
         records: the training records.
-        region: the layers to train, in any form of a region, or `auto:25%` (measured, see `find_region`).
+        region: the layers to train, in any form of a region, or `auto:25%` (measured, see `find_layers`).
         route: the layers that image tokens pass through: a region in any form, `same` (the trained layers and layer 0),
-            or `auto:25%` (measured, see `find_route`); default: all layers. See `striate.route`.
+            or `auto:25%` (measured, see `find_layers`); default: all layers. See `striate.route`.
         modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,
             separated by commas.
         samples: number (500) or share (25%) of the records to train on, sampled at random by the seed; smaller subsets
@@ -147,10 +144,10 @@ def tune(
     check_launch(options, process)
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     subset = sample_records(records, samples, seed=options.seed)
-    chosen = find_region(vlm, subset, region, options=options, rank=process)
     log = _list_skipped(records, options, log or Log())
+    chosen, chosen_route = find_layers(vlm, subset, region, route, options=options, rank=process)
     plan = select(vlm, chosen, modules=modules, projector=projector == "train")
-    chosen_route = _replace_route(vlm, find_route(vlm, subset, route, chosen, options=options, rank=process), log)
+    _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, chosen, options)
     full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
     network: Any = vlm.model
@@ -189,7 +186,7 @@ def _list_skipped(records: Records, options: TrainOptions, log: Log) -> Log:
     return log
 
 
-def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> Region | None:
+def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> None:
     """Turn the route of the model's checkpoint off, and log what is unusual about the one to train with."""
     before = routing.read_route(vlm.model.config)
     routing.unroute(vlm.model)
@@ -197,7 +194,6 @@ def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> Region | None:
         log.warn(f"the checkpoint was routed through {before} and is not any more: --route {before} keeps its route")
     if route and 0 not in route:
         log.warn(f"layer 0, which images need most, is not in the route {route}")
-    return route
 
 
 def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Before:

@@ -15,30 +15,31 @@ import torch
 from torch import nn
 
 from striate import routing
-from striate.data import Batch, Example, Examples, Records, Skipped, collate
+from striate.data import Batch, Examples, Records, collate
 from striate.distributed import Rank
 from striate.errors import UserError, first_line
 from striate.region import FILE, Region
 from striate.roundtrip import save
-from striate.train.checkpointing import SHARE, Checkpointing, recompute
-from striate.train.fast_paths import verify_fast_paths
 from striate.train.loop import Loop
-from striate.train.loss import FastPaths, answer_losses
+from striate.train.loss import FastPaths, answer_losses, verify_fast_paths
 from striate.train.memory import (
     MOMENT_BYTES,
+    SHARE,
     Activations,
+    Checkpointing,
     PeakMemory,
     activations,
     free_bytes,
     is_out_of_memory,
     reachable_parameters,
+    recompute,
 )
 from striate.train.optimizer import Group
 from striate.train.options import TrainOptions, micro_batch
 from striate.train.packing import record_by_record
+from striate.train.records import warn_of_too_long
 from striate.train.saved import StateWriter
 from striate.train.sharding import shard, unshard, unsharded_parameters
-from striate.train.skipped import warn_of_too_long
 from striate.train.watch import Audit, Log
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device, has_native_bfloat16
@@ -209,8 +210,7 @@ def fit(
 def _audit(network: nn.Module, groups: dict[str, Group], examples: Examples) -> Audit:
     trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
     visual = {name for part, group in groups.items() if part != "layers" for name in group.parameters}
-    images = any(examples.records.size(index).images for index in range(len(examples)))
-    return Audit(network, trained, visual=visual, images=images)
+    return Audit(network, trained, visual=visual, images=examples.records.has_images)
 
 
 def in_bfloat16(dtype: str, device: torch.device) -> bool:
@@ -249,14 +249,7 @@ def _probe(examples: Examples, vlm: Vlm, micro: int) -> Probe:
     Raises:
         UserError: none of the records can be read.
     """
-    images, lengths = [bool(examples.records.size(index).images) for index in range(len(examples))], examples.lengths
-    with_images_first = sorted(range(len(examples)), key=lambda index: (not images[index], lengths[index]))
-    read = ((index, examples[index]) for index in with_images_first)
-    found = list(islice(((index, example) for index, example in read if isinstance(example, Example)), 2))
-    if not found:
-        last = examples[with_images_first[-1]]
-        assert isinstance(last, Skipped)
-        raise UserError(f"no record is left to train on; the last one, {last.source}: {last.reason}", see="bad-records")
+    found, lengths = list(islice(examples.shortest(), 2)), examples.lengths
     (first, one), (second, other) = found[0], found[-1]
     longest = sorted(lengths)[-micro:]
     scale = sum(longest) / max(1, lengths[first] + lengths[second])

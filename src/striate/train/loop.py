@@ -25,17 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import enable_full_determinism, set_seed
 
-from striate.data import IGNORED, Batch, Examples, Skipped, collate
+from striate.data import Batch, Examples, Skipped, collate
 from striate.distributed import Rank
 from striate.errors import UserError, first_line
 from striate.roundtrip import free_memory
-from striate.train.checkpointing import Checkpointing
-from striate.train.dummies import DummyCollator
-from striate.train.memory import PeakMemory, is_out_of_memory
-from striate.train.nonfinite import SpikeDetector, nonfinite_records
+from striate.train.collator import DummyCollator
+from striate.train.memory import Checkpointing, PeakMemory, is_out_of_memory
 from striate.train.optimizer import Group, build_optimizer, build_schedule, forward_schedule
 from striate.train.options import TrainOptions, micro_batch, num_workers, total_steps
-from striate.train.order import length_grouped
+from striate.train.records import check_skipped, length_grouped
 from striate.train.saved import (
     MOMENTS,
     REST,
@@ -48,8 +46,7 @@ from striate.train.saved import (
     split_moments,
 )
 from striate.train.sharding import shard_like, whole
-from striate.train.skipped import check_skipped
-from striate.train.watch import Audit, Log, Stop, Wait
+from striate.train.watch import Audit, Log, SpikeDetector, Stop, Wait, nonfinite_records
 from striate.weights import file_tensors
 
 
@@ -87,7 +84,7 @@ class Contribution:
             for batch in batches
             if len(batch)
             for count, name, has_image in zip(
-                (batch.labels[:, 1:] != IGNORED).sum(dim=1).tolist(), batch.ids,
+                batch.num_answer_tokens(), batch.ids,
                 batch.image_mask.any(dim=1).tolist(), strict=True,
             )
             if count

@@ -19,16 +19,28 @@ ROUTING = "layer_contribution"
 REGION_SAMPLES, ROUTE_SAMPLES = 64, 32
 
 
-def find_region(vlm: Vlm, records: Records, region: Region | str, *, options: TrainOptions, rank: Rank) -> Region:
-    """The layers to train.
+def find_layers(
+    vlm: Vlm, records: Records, region: Region | str, route: Region | str | None, *, options: TrainOptions, rank: Rank
+) -> tuple[Region, Region | None]:
+    """The layers to train and the route to train with, None where image tokens pass through all layers.
 
-    `auto:25%` takes a quarter, from each of as many equal stretches of the depth the layer that several scores of 64
-    records rank highest, where these agree; else `uniform:25%` (see `striate.scores.consensus.choose_region`). Anything
-    else is what `Region.parse` accepts.
+    The region `auto:25%` takes a quarter, from each of as many equal stretches of the depth the layer that several
+    scores of 64 records rank highest, where these agree; else `uniform:25%` (see
+    `striate.scores.consensus.choose_region`). Anything else is what `Region.parse` accepts.
+
+    The route `auto:25%` takes layer 0 and the layers that contribute most to the image tokens of 32 records, by
+    `layer_contribution` (ShortV, 2025), so that with layer 0 there are a quarter of the layers. Anything else is what
+    `striate.routing.resolve` accepts.
 
     Raises:
-        UserError: an unknown form, another depth; `auto` with weights that are not on one device yet.
+        UserError: an unknown form, another depth, or an empty route; `auto` without images or with weights that are not
+            on one device yet.
     """
+    chosen = _find_region(vlm, records, region, options, rank)
+    return chosen, _find_route(vlm, records, route, chosen, options, rank)
+
+
+def _find_region(vlm: Vlm, records: Records, region: Region | str, options: TrainOptions, rank: Rank) -> Region:
     size = auto_size("--region", region, vlm.depth)
     if size is None:
         return Region.parse(region, vlm.depth) if isinstance(region, str) else region
@@ -38,19 +50,9 @@ def find_region(vlm: Vlm, records: Records, region: Region | str, *, options: Tr
     return Region(_agreed(found, rank), vlm.depth, f"{region}, {sureness}")
 
 
-def find_route(
-    vlm: Vlm, records: Records, route: Region | str | None, region: Region, *, options: TrainOptions, rank: Rank
+def _find_route(
+    vlm: Vlm, records: Records, route: Region | str | None, region: Region, options: TrainOptions, rank: Rank
 ) -> Region | None:
-    """The route to train with; None where image tokens pass through all layers.
-
-    `auto:25%` takes layer 0 and the layers that contribute most to the image tokens of 32 records, by
-    `layer_contribution` (ShortV, 2025), so that with layer 0 there are a quarter of the layers. Anything else is
-    what `striate.routing.resolve` accepts.
-
-    Raises:
-        UserError: an unknown form, another depth, or an empty region; `auto` without images or with weights that are
-            not on one device yet.
-    """
     size = auto_size("--route", route, vlm.depth)
     if size is None:
         return routing.resolve(route, region)

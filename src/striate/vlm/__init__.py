@@ -15,14 +15,12 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from striate.errors import UserError, first_line
 from striate.region import Region
-from striate.vlm.config import check_config
 from striate.vlm.devices import align_memory, check_device, default_device
-from striate.vlm.matching import check_match
 from striate.vlm.modes import override_forward
 from striate.vlm.modules import ALL, check_present, choose_names, parse_modules
 from striate.vlm.parts import Parts, find_parts
-from striate.vlm.processors import image_token_id, load_processor
-from striate.vlm.reading import check_size, model_folder, read_model
+from striate.vlm.processors import check_match, image_token_id, load_processor
+from striate.vlm.reading import check_config, check_size, model_folder, read_model
 from striate.vlm.template import check_template, set_stop_tokens
 
 

@@ -20,8 +20,7 @@ from transformers.initialization import no_init_weights
 
 from striate.errors import UserError, first_line
 from striate.vlm import Vlm
-from striate.vlm.config import check_config
-from striate.vlm.reading import model_folder
+from striate.vlm.reading import check_config, model_folder
 
 Dtype = Literal["bfloat16", "float32"]
 
