@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["striate.train", "striate.scores", "striate.evaluation"])
+# The server imports it from its environment's path, and would leave it out without a word.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+CONTEXT.set_forkserver_preload(["preloaded"])
 PATIENCE = 120  # seconds; a process that waits for another for ever is the fault to look for
 
 
