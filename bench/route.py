@@ -30,8 +30,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from striate.data import IGNORED, Batch
-from striate.prune.bypassing import cut
-from striate.prune.numbering import Numbering
+from striate.prune.cutting import Numbering, cut
 from striate.region import Region
 from striate.routing import multiply_adds, route
 from striate.studies.cost.tally import FORMULAS

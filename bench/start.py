@@ -18,13 +18,13 @@ from statistics import median
 
 STEP = """
 import os, sys, time
-from striate.runs import training, training_log
-step = training_log.RunLog.step
+from striate.runs import stage, training
+step = stage.RunLog.step
 def end(self, entry):
     step(self, entry)
     print(time.time(), time.process_time(), flush=True)
     os._exit(0)
-training_log.RunLog.step = end
+stage.RunLog.step = end
 from striate.runs.cli import main
 main(sys.argv[1:])
 """

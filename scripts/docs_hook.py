@@ -15,8 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import striate
 from striate.runs.cli import VERBS
-from striate.runs.help import groups_of
-from striate.runs.options import Option, options_of
+from striate.runs.options import Option, groups_of, options_of
 
 OPTIONS, API = "<!-- options -->", "<!-- api -->"
 KINDS = {Path: "PATH", str: "TEXT", int: "N", float: "X"}

@@ -16,10 +16,8 @@ from training import write_data
 
 from striate.errors import UserError
 from striate.runs.cli import VERBS, call_arguments, main, parse_call, parser_of
-from striate.runs.help import help_of
-from striate.runs.options import options_of
+from striate.runs.options import help_of, options_of, signature_of
 from striate.runs.scoring import score
-from striate.runs.signature import signature_of
 from striate.runs.training import align, tune
 from striate.train import ALIGN
 

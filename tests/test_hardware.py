@@ -142,7 +142,7 @@ def test_a_proof_in_float32_does_not_take_kernels_without_float32(
             return real(*arguments, **settings)
 
         monkeypatch.setattr(module, "load", load)
-    numbers = import_module("striate.prune.numbering").Numbering(striate.Region.parse("3", 4))
+    numbers = import_module("striate.prune.cutting").Numbering(striate.Region.parse("3", 4))
     package.cut_checkpoint(model, tmp_path / "cut", numbers, options=replace(OPTIONS, attn="flash_attention_2"))
     package.cut_checkpoint(model, tmp_path / "eager", numbers, options=replace(OPTIONS, attn="eager"))
     assert asked == [None, None, "eager", "eager"]

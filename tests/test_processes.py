@@ -28,8 +28,8 @@ from striate.runs import training as verbs
 from striate.runs.reading import ReadOptions
 from striate.runs.run import Run
 from striate.runs.scoring import revert, score
+from striate.runs.stage import RunLog
 from striate.runs.training import tune
-from striate.runs.training_log import RunLog
 from striate.train import TrainOptions, last_saved
 from striate.train.collator import DummyCollator
 

@@ -26,7 +26,7 @@ import striate
 from striate.data import read
 from striate.runs import training
 from striate.runs.run import Run
-from striate.runs.training_log import RunLog
+from striate.runs.stage import RunLog
 from striate.train import TrainOptions, answer_nll, last_saved, loop, num_samples, saved
 from striate.train.adapter import adapt
 from striate.train.records import length_grouped, sample_records

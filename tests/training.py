@@ -17,7 +17,7 @@ import striate
 from striate.data import Batch, Examples, collate, read
 from striate.runs import training
 from striate.runs.run import Run
-from striate.runs.training_log import RunLog
+from striate.runs.stage import RunLog
 from striate.train import TrainOptions
 
 

@@ -17,8 +17,8 @@ from training import changed, weights
 
 import striate
 from striate.runs.run import Run
+from striate.runs.stage import RunLog
 from striate.runs.training import tune
-from striate.runs.training_log import RunLog
 from striate.train import TrainOptions, last_saved
 from striate.train.saved import MARGIN
 

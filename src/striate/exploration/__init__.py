@@ -17,9 +17,8 @@ from torch import Tensor
 from striate.data import IGNORED, Record, RecordError, Records, Skipped, open_image
 from striate.errors import at_least
 from striate.exploration.asking import Asked, ask, draw
-from striate.exploration.intervening import Intervention, intervene
 from striate.exploration.layout import View, layout
-from striate.exploration.lesions import Lesion, groups, kinds, lesions
+from striate.exploration.lesions import Intervention, Lesion, groups, intervene, kinds, lesions
 from striate.exploration.observing import MAX_LENS_TOKENS, Attention, Lens, lens, observe
 from striate.region import Region
 from striate.routing import read_route

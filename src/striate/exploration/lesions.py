@@ -1,18 +1,23 @@
-"""Lesions: the answer and its likelihood when layers are bypassed, for all tokens or for image tokens, or reverted."""
+"""Lesions: the answer and its likelihood when layers are bypassed, for all tokens or for image tokens, or reverted.
+
+`lesions` measures all of them on one answer; an `Intervention` is one that a user sets and asks the model under.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from striate.errors import UserError
 from striate.evaluation.answers import answer_texts
 from striate.exploration.asking import Asked, answer_tokens, answers_alike
-from striate.prune.bypassing import bypass
+from striate.prune.cutting import bypass
 from striate.region import Region
+from striate.routing import route, unroute
 from striate.scores.backbone import Backbone
 from striate.scores.replay import Replay
 from striate.vlm import Vlm
@@ -102,3 +107,58 @@ def _pass_images_by(vlm: Vlm, region: Region, asked: Asked) -> AbstractContextMa
 def _revert(backbone: Backbone | None, region: Region) -> AbstractContextManager[None]:
     assert backbone is not None
     return backbone.layer(region.layers[0]) if len(region) == 1 else backbone.revert(region)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Layers that all tokens bypass, layers that have the backbone's weights, and the route of image tokens.
+
+    `route` None: image tokens pass through all layers.
+
+    Raises:
+        UserError: a layer is both bypassed and reverted.
+    """
+
+    bypassed: Region
+    reverted: Region
+    route: Region | None = None
+
+    def __post_init__(self) -> None:
+        if both := self.bypassed & self.reverted:
+            raise UserError(f"bypassed and reverted: {_layers(both)}; choose one of the two")
+
+    def __str__(self) -> str:
+        """What is not as in the plain model, in a few words."""
+        parts = [
+            f"{_layers(self.bypassed)} bypassed" if self.bypassed else "",
+            f"{_layers(self.reverted)} reverted" if self.reverted else "",
+            f"image tokens only through {_layers(self.route)}" if self.route is not None else "",
+        ]
+        return ", ".join(filter(None, parts)) or "all layers"
+
+
+@contextmanager
+def intervene(vlm: Vlm, intervention: Intervention, backbone: Backbone | None = None) -> Iterator[None]:
+    """Context in which the model is changed so; its own route, if it has one, is replaced.
+
+    Raises:
+        UserError: layers are to be reverted without a backbone, or the route does not fit the model.
+    """
+    if intervention.reverted and backbone is None:
+        raise UserError("reverting layers needs a backbone: --backbone is required")
+    own = unroute(vlm.model)
+    try:
+        with ExitStack() as changes:
+            if intervention.route is not None:
+                changes.enter_context(route(vlm, intervention.route))
+            if backbone:
+                changes.enter_context(backbone.revert(intervention.reverted))
+            changes.enter_context(bypass(vlm, intervention.bypassed))
+            yield
+    finally:
+        if own:
+            route(vlm, own)
+
+
+def _layers(region: Region) -> str:
+    return f"layer{'s' if len(region) > 1 else ''} {region}"

@@ -7,7 +7,6 @@ value of a point (`tip`). Figures are narrow enough for a phone and have no back
 
 from matplotlib.figure import Figure
 
-from striate.plot.curves import Curve, Panel, curves, grid
 from striate.plot.layers import (
     Profile,
     RevertProfile,
@@ -18,7 +17,7 @@ from striate.plot.layers import (
     revert_profiles,
     task_heatmaps,
 )
-from striate.plot.runs import POINTS, Cost, accuracy, cost, losses, tasks, thin
+from striate.plot.runs import POINTS, Cost, Curve, Panel, accuracy, cost, curves, grid, losses, tasks, thin
 from striate.plot.style import DARK, INK, PALETTE, SHAPES, Estimate, Mark, css, marks, save, svg, tip
 
 __all__ = [

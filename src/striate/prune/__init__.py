@@ -16,9 +16,8 @@ import torch
 
 from striate.data import Record
 from striate.errors import UserError
-from striate.prune.bypassing import bypass, cut, route_after
 from striate.prune.choice import Amount, Criterion
-from striate.prune.numbering import Numbering
+from striate.prune.cutting import Numbering, bypass, cut, route_after
 from striate.prune.plan import Pruning
 from striate.prune.proof import verify_cut, verify_saved
 from striate.prune.protected import protected_layers

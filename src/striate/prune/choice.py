@@ -15,7 +15,7 @@ from torch import Tensor
 
 from striate.data import Batch
 from striate.errors import UserError, nearest
-from striate.prune.bypassing import bypass
+from striate.prune.cutting import bypass
 from striate.scores.likelihood import AnswerTokens, perplexity
 from striate.scores.metrics import METRICS, measures
 from striate.scores.sampling import RecordSample, Sampling

@@ -10,7 +10,7 @@ from typing import Any
 
 from striate.errors import UserError
 from striate.prune.choice import Amount, Calibration, Criterion, choose
-from striate.prune.numbering import Numbering
+from striate.prune.cutting import Numbering
 from striate.prune.protected import protected_layers
 from striate.region import FILE as REGION_FILE
 from striate.region import Region

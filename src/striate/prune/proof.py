@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from striate.errors import UserError, first_line
-from striate.prune.bypassing import bypass, cut
-from striate.prune.numbering import Numbering
+from striate.prune.cutting import Numbering, bypass, cut
 from striate.roundtrip import Inputs, logits
 from striate.routing import load
 from striate.vlm import Vlm

@@ -18,8 +18,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from striate.errors import UserError
-from striate.prune.bypassing import depth_name, route_after
-from striate.prune.numbering import Numbering
+from striate.prune.cutting import Numbering, depth_name, route_after
 from striate.region import FILE as REGION_FILE
 from striate.region import Region
 from striate.routing import ENTRY

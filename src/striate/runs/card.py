@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, hf_hub_download
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from striate.region import Region
 from striate.routing import ENTRY as ROUTE
 from striate.runs.run import Run
 from striate.vlm.reading import model_folder
@@ -187,3 +188,107 @@ def _limits(info: dict[str, Any], front: dict[str, Any], results: dict[str, Any]
         f"- License: {license}; the terms of its base apply." if license else f"- {_UNLICENSED}",
     ]
     return "\n".join(["## Limits\n", *lines])
+
+
+TRAINED = """\
+# {name}
+
+`{parent}` after `striate {verb}`: {what}. All other weights are unchanged.
+
+Region, {count} of {depth} decoder layers ({fraction:.0%}): `{region}`{origin}
+
+{diagram}
+{routed}
+| | |
+|---|---|
+| parameters trained | {trainable:,} of {total:,} |
+| steps, records | {steps:,}, {samples:,} |
+| data | `{data}` |
+| seconds | {seconds:.0f} |
+| versions | {versions} |
+
+The recipe, as it ran:
+
+```json
+{recipe}
+```
+"""
+
+
+ROUTED = """
+Route: image tokens pass only through layers `{route}`, in training and when it is turned on:
+`striate.load("path/to/this/folder")`, or `striate.route(model)` on a model loaded with transformers.
+"""
+
+
+def training_text(info: dict[str, Any], region: Region, route: Region | None = None, *, modules: str = "all") -> str:
+    """Markdown from the content of run.json, the region and the modules of it that were trained, and the route."""
+    training = info["training"]
+    own = "" if modules == "all" else f"the {modules.replace(',', ', ')} matrices of "
+    parts = [f"{own}{len(region)} decoder layers"] * bool(region.layers)
+    parts += [name for name in ("projector", "tower") if training["groups"].get(name)]
+    return TRAINED.format(
+        name=info["name"],
+        parent=info["parent"],
+        verb=info["verb"],
+        what=f"trained {', '.join(parts)} ({training['method']})",
+        count=len(region),
+        depth=region.depth,
+        fraction=region.fraction,
+        region=region,
+        origin=f" ({region.origin})" if region.origin and region.origin != str(region) else "",
+        diagram="".join("■" if layer in region else "□" for layer in range(region.depth)),
+        routed=ROUTED.format(route=route) if route else "",
+        trainable=training["trainable_parameters"],
+        total=training["total_parameters"],
+        steps=training["steps"],
+        samples=training["samples"],
+        data=info["options"]["data"],
+        seconds=training["seconds"],
+        versions=", ".join(f"{name} {version}" for name, version in info["versions"].items()),
+        recipe=json.dumps(info["options"], indent=2, default=str),
+    )
+
+
+PRUNED = """
+## Pruned with striate
+
+`{parent}` after `striate prune`: {removed} of {depth} decoder layers were removed{by}. All other weights are unchanged,
+bit for bit. Verified: this checkpoint gives the same logits and the same text as the model with these layers skipped,
+with and without an image, with and without a key-value cache.
+
+| | |
+|---|---|
+| layers cut (old numbers) | `{cut}` |
+| layers left | {left} |
+| kept region (new numbers) | `{region}` |
+| old and new numbers | `prune.json` |
+
+{diagram}
+"""
+
+HEALED = """
+Healed: then {what} were trained on `{data}` ({steps} steps).
+"""
+
+
+def pruning_text(cut: dict[str, Any], *, parent: str) -> str:
+    """Markdown: the description of the cut (the content of prune.json)."""
+    removed, depth = cut["removed"], cut["depth"]["before"]
+    return PRUNED.format(
+        parent=parent,
+        removed=len(removed),
+        depth=depth,
+        by=f" (chosen by {cut['by']})" if cut["by"] else "",
+        cut=",".join(map(str, removed)),
+        left=cut["depth"]["after"],
+        region=cut["region"],
+        diagram="".join("✂" if layer in removed else "□" for layer in range(depth)),
+    )
+
+
+def healing_text(info: dict[str, Any]) -> str:
+    """Markdown: what was healed, from the run.json of the healing."""
+    training, options = info["training"], info["options"]
+    what = "the projector" if not training["groups"].get("layers") else f"layers `{options['region']}` (new numbers)"
+    return HEALED.format(what=what, data=options["data"], steps=training["steps"])

@@ -26,10 +26,8 @@ from rich.text import Text
 from striate.console import console
 from striate.distributed import environment_rank
 from striate.errors import UserError, flag, nearest
-from striate.runs.help import help_of
-from striate.runs.options import call_arguments, kind_of, options_of
+from striate.runs.options import call_arguments, help_of, kind_of, options_of, signature_of
 from striate.runs.run import SKIPPED, Run
-from striate.runs.signature import signature_of
 
 # The function and the purpose of each verb. Its module is imported only when the verb runs.
 VERBS = {

@@ -1,13 +1,17 @@
-"""The verb `prune`: choose layers, remove them from a checkpoint, heal the rest, and write a run folder."""
+"""The verb `prune`: choose layers, remove them from a checkpoint, heal the rest, and write a run folder.
+
+Healing is a short tune after layers were removed (Gromov et al. 2024, section 3.2).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING
@@ -17,15 +21,14 @@ from striate.errors import UserError, first_line
 from striate.prune import all_or_nothing, cut_checkpoint
 from striate.prune.choice import Calibration, Criterion
 from striate.prune.plan import PruneRequest, Pruning, plan_pruning
-from striate.prune.surgery import CONFIG, MAP
+from striate.prune.surgery import CONFIG, MAP, WEIGHT_FILES
 from striate.region import FILE as REGION_FILE
 from striate.roundtrip import free_memory
 from striate.routing import load, read_route
-from striate.runs.card import add_text
-from striate.runs.healing import HealLayers, heal_checkpoint
+from striate.runs.card import CARD, add_text, healing_text, pruning_text
 from striate.runs.options import Only, flat
-from striate.runs.pruning_card import pruning_text
 from striate.runs.run import Run
+from striate.runs.training import tune
 from striate.scores.sampling import RecordSample, Sampling
 from striate.scores.table import Scores
 from striate.train import TUNE, TrainOptions
@@ -189,3 +192,43 @@ def _config(source: Path) -> dict[str, Any]:
         return {}  # `check_config` raises the error
     except (OSError, ValueError) as error:
         raise UserError(f"{source / CONFIG} cannot be read: {error}") from None
+
+
+HealLayers = Literal["region", "neighbors", "projector"]
+
+
+def heal_checkpoint(
+    run: Run, pruning: Pruning, *, data: Path, images: Path | None, layers: HealLayers,
+    progress: bool, options: TrainOptions,
+) -> None:  # fmt: skip
+    """Tune the run's checkpoint, and replace it by the healed one at the end."""
+    regions = {"region": str(pruning.region), "neighbors": str(pruning.numbers.neighbors), "projector": "none"}
+    route = read_route(check_config(str(run.checkpoint)))
+    tuned = tune(
+        run.checkpoint, data=data, out=run.path / "heal", images=images, region=regions[layers],
+        route=None if route is None else str(route),
+        progress=progress, options=options,
+    )  # fmt: skip
+    for file in run.checkpoint.iterdir():  # the model's other files, and the description of the cut
+        if file.is_file() and not WEIGHT_FILES.fullmatch(file.name):
+            own = file.name in (CARD, MAP, REGION_FILE)
+            if own or not (tuned.checkpoint / file.name).exists():
+                shutil.copyfile(file, tuned.checkpoint / file.name)
+    add_text(tuned.checkpoint, run.info, healing_text(tuned.info))
+    _merge_into(run, tuned)
+
+
+def _merge_into(run: Run, tuned: Run) -> None:
+    """Move the healed checkpoint, its log and its skipped records into the run."""
+    for entry in tuned.history():
+        run.log(entry)
+    for entry in tuned.skipped():
+        run.skip(entry)
+    for text in tuned.info.get("warnings", ()):
+        run.warn(text)
+    run.update(training=tuned.info["training"], healed=tuned.info["options"])
+    unhealed = run.path / ".unhealed"
+    run.checkpoint.rename(unhealed)
+    tuned.checkpoint.rename(run.checkpoint)
+    shutil.rmtree(unhealed)
+    shutil.rmtree(tuned.path)

@@ -11,12 +11,10 @@ from striate.distributed import init_distributed
 from striate.region import FILE as REGION_FILE
 from striate.region import Region, auto_size
 from striate.roundtrip import verify
-from striate.runs.card import write_card
+from striate.runs.card import training_text, write_card
 from striate.runs.options import Only
 from striate.runs.run import Run
-from striate.runs.stage import Resume, Stage
-from striate.runs.training_card import training_text
-from striate.runs.training_log import RunLog
+from striate.runs.stage import Resume, RunLog, Stage
 from striate.train import (
     ALIGN,
     TUNE,

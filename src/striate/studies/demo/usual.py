@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from striate.data import read
 from striate.region import FILE, Region
 from striate.runs.run import Run
-from striate.runs.training_log import RunLog
+from striate.runs.stage import RunLog
 from striate.train import TrainOptions, in_bfloat16, lora_config
 from striate.train.collator import Collator
 from striate.train.memory import PeakMemory

@@ -10,7 +10,7 @@ from queue import Queue
 from threading import Lock
 
 from striate import routing
-from striate.evaluation.asking import ask, question_record
+from striate.evaluation.answers import ask, question_record
 from striate.exploration import Exploration, Intervention, explore_answer, intervene
 from striate.region import Region
 from striate.runs.asking import summary
