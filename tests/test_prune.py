@@ -22,14 +22,13 @@ import striate
 from striate import weights
 from striate.errors import UserError
 from striate.prune import Numbering, Surgery, bypass, cut, cut_checkpoint
-from striate.prune.choice import Calibration, blocks
+from striate.prune.choice import blocks
 from striate.prune.proof import observe, verify_cut
 from striate.region import Region
 from striate.runs.cli import main
 from striate.runs.pruning import prune
 from striate.runs.run import Run
 from striate.runs.training import tune
-from striate.scores.sampling import Sampling
 from striate.train import TrainOptions
 from striate.vlm import Vlm, load
 from striate.weights import INDEX, WEIGHTS, file_tensors
@@ -392,17 +391,6 @@ def test_greedy_bypass_takes_the_layer_that_is_missed_least(model: Path, data: P
     assert second == min({1, 2, 3} - {first}, key=lambda layer: perplexity(first, layer))
 
 
-def test_iterative_measures_again(model: Path, data: Path) -> None:
-    plan = prune(model, region="0", remove="2", iterative=True, data=data, dry_run=True, options=OPTIONS)
-    vlm = load(model, device="cpu")
-    sampling = Sampling(batch=4, on_bad_record="skip")
-    calibration = Calibration(vlm, sampling, sampling.draw(striate.data.read(data, on_bad="skip")))
-    with bypass(vlm, plan.order[:1]):
-        values = calibration.score("angular_distance").values
-    assert plan.order[1] == min({1, 2, 3} - {plan.order[0]}, key=values.__getitem__)
-    assert values[plan.order[0]] == 0.0
-
-
 def test_until_stops_in_time(model: Path, data: Path) -> None:
     plans = {
         share: prune(model, region="3", remove=f"until:{share}%", by="bypass_perplexity", data=data, dry_run=True,
@@ -469,7 +457,6 @@ BAD = [
     ({"layers": None, "remove": "1"}, "angular_distance is measured on records: give them with --data"),
     ({"layers": None, "remove": "1", "by": "angular"}, "no score 'angular'; nearest: angular_distance"),
     ({"layers": None, "remove": "until:1%", "by": "random"}, "measures perplexity on records"),
-    ({"layers": None, "remove": "1", "by": "random", "iterative": True}, "which random cannot be"),
     ({"out": None}, "--out is required"),
     ({"heal": Path("nowhere.json")}, "nowhere.json: no such file"),
 ]

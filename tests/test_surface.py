@@ -49,7 +49,7 @@ OPTIONS = {
     "revert": ("model backbone groups out visual text images samples batch max_length seed on_bad_record device dtype"),
     "choose": "model data images budget gpu out samples batch on_bad_record device dtype",
     "prune": (
-        "model out region remove by layers data images scores samples iterative dry_run heal heal_layers "
+        "model out region remove by layers data images scores samples dry_run heal heal_layers "
         "steps batch micro_batch learning_rate max_length seed device attn"
     ),
     "eval": (

@@ -47,6 +47,23 @@ class Results:
     seconds: float
     max_length: int
 
+    @classmethod
+    def of(
+        cls, answers: Iterable[Prediction | Skipped], unusable: Iterable[Skipped], seconds: float, max_length: int
+    ) -> Results:
+        """The results of answers in the order of the records, and of records that were `unusable` before.
+
+        Raises:
+            UserError: no record could be used.
+        """
+        answers = list(answers)
+        predictions = tuple(one for one in answers if isinstance(one, Prediction))
+        skipped = (*unusable, *(one for one in answers if isinstance(one, Skipped)))
+        if not predictions:
+            reason = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
+            raise UserError(f"none of the {len(skipped)} records can be used{reason}", see="bad-records")
+        return cls(predictions, skipped, seconds, max_length)
+
     @cached_property
     def _summary(self) -> dict[str, Any]:
         return summary(self.predictions)
@@ -109,12 +126,8 @@ def evaluate(
     by_index: dict[int, Prediction | Skipped] = {}
     for part in predict(vlm, chosen, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length):
         by_index |= part
-    predictions = tuple(one for _, one in sorted(by_index.items()) if isinstance(one, Prediction))
-    skipped = (*unusable, *(one for _, one in sorted(by_index.items()) if isinstance(one, Skipped)))
-    if not predictions:
-        reason = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-        raise UserError(f"none of the {len(skipped)} records can be used{reason}", see="bad-records")
-    return Results(predictions, skipped, time.monotonic() - start, max_length)
+    answers = [by_index[index] for index in sorted(by_index)]
+    return Results.of(answers, unusable, time.monotonic() - start, max_length)
 
 
 def sample_tasks(

@@ -116,18 +116,14 @@ def blocks(table: Sequence[Sequence[float]]) -> Figure:
     distance, and a dot marks it.
     """
     grid = np.array(table, dtype=float).T  # length, start
-    measured = [row for row in range(len(grid)) if np.isfinite(grid[row]).any()]
     figure = Figure(figsize=(WIDTH, 0.82 * WIDTH), layout="constrained")
     axes = figure.subplots()
-    scaled = np.full_like(grid, np.nan)
-    for row in measured:
-        low, high = np.nanmin(grid[row]), np.nanmax(grid[row])
-        scaled[row] = (grid[row] - low) / (high - low or 1)
+    scaled = np.array([_scale_row(row) for row in grid])
+    measured = np.flatnonzero(np.isfinite(scaled).any(axis=1))
     lengths = (0.5, len(grid) + 0.5)
     extent = (-0.5, grid.shape[1] - 0.5, *lengths)
     image = axes.imshow(scaled, cmap="viridis_r", origin="lower", aspect="auto", extent=extent, interpolation="none")
-    starts = [int(np.nanargmin(grid[row])) for row in measured]
-    axes.plot(starts, [row + 1 for row in measured], ".", color="#111111", markersize=3)
+    axes.plot(np.nanargmin(grid[measured], axis=1), measured + 1, ".", color="#111111", markersize=3)
     axes.set(xlabel="first layer of the block", ylabel="layers in the block")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 1], shrink=0.5, label="angular distance, each row's range")
     bar.ax.set_yticklabels(["least", "most"])

@@ -95,12 +95,10 @@ class Calibration:
 class Criterion:
     """The criterion by which layers are chosen.
 
-    `by`: a score, `block` or `random`. `iterative`: measure again after every cut, with the cut layers bypassed.
-    `saved`: scores to use instead of measuring them.
+    `by`: a score, `block` or `random`. `saved`: scores to use instead of measuring them.
     """
 
     by: str
-    iterative: bool = False
     saved: Scores | None = None
     seed: int = 0
     measured: list[Score] = field(default_factory=list, compare=False)
@@ -110,7 +108,7 @@ class Criterion:
         """Refuse impossible criteria before a model is loaded.
 
         Raises:
-            UserError: the score is unknown, lacks data or saved scores, or cannot be measured iteratively.
+            UserError: the score is unknown, or lacks data or saved scores.
         """
         name = BLOCK_SCORE if self.by == BLOCK else self.by
         if self.saved is not None and name != RANDOM:
@@ -123,9 +121,6 @@ class Criterion:
             raise UserError(
                 f"{self.by} is measured on records: give them with --data, or scores with --scores", see="scores"
             )
-        if self.iterative and (self.by in (BLOCK, RANDOM) or self.saved is not None):
-            what = "saved scores" if self.saved is not None else self.by
-            raise UserError(f"--iterative measures a score again after every cut, which {what} cannot be")
 
     def proposals(
         self, vlm: Vlm, candidates: Sequence[int], calibration: Calibration | None
@@ -139,7 +134,7 @@ class Criterion:
                 raise UserError(f"the saved {BLOCK_SCORE} has no table of blocks: measure it again")
             yield from (blocks(table, candidates, count) for count in range(1, len(candidates) + 1))
             return
-        elif calibration is not None and self.saved is None and (self.iterative or self.by == GREEDY):
+        elif calibration is not None and self.saved is None and self.by == GREEDY:
             yield from self._one_by_one(vlm, candidates, calibration)
             return
         else:

@@ -100,18 +100,13 @@ def evaluate(
             vlm, records, run, evaluation=evaluation, rank=rank, stop=options.on_bad_record == "stop",
             progress=progress and rank.first, batch=options.batch, **lengths,
         )  # fmt: skip
-        skipped += [one for one in answers if isinstance(one, Skipped)]
-        predictions = [one for one in answers if isinstance(one, Prediction)]
-        if not predictions:
-            why = f": {skipped[0].source}: {skipped[0].reason}" if skipped else ""
-            raise UserError(f"none of the {len(skipped)} records can be used{why}", see="bad-records")
-        results = Results(tuple(predictions), tuple(skipped), seconds, options.max_length).to_json()
-        results |= {"data": ", ".join(map(str, files))}
+        evaluated = Results.of(answers, skipped, seconds, options.max_length)
+        results = evaluated.to_json() | {"data": ", ".join(map(str, files))}
         if run:
             for note in (*notes, *vlm.notes):
                 run.warn(note)
-            run.skip(*({"source": one.source, "reason": one.reason} for one in skipped))
-            run.write_predictions(map(asdict, predictions))
+            run.skip(*({"source": one.source, "reason": one.reason} for one in evaluated.skipped))
+            run.write_predictions(map(asdict, evaluated.predictions))
             run.write_results(results)  # last: a run with results counts as evaluated
     return results
 
@@ -141,8 +136,7 @@ def evaluate_tasks(
     """
     recorded = flat(locals()) | {"seed": harness.SEED}  # of the few-shot examples
     rank = init_distributed(options.device)
-    if rank.first:
-        check_place(model, out)  # before the work
+    check_place(model, out)  # before the work
     requested = harness.tasks(names)
     managers = harness.open_tasks(requested, task_path)
     vlm = options.model(model)
@@ -184,9 +178,9 @@ def _open_run(model: str | Path, out: Path | None, options: dict[str, Any]) -> I
     if run is None:
         with place(model, out, verb="eval", options=options) as new:
             yield new
-        return
-    with run.recording(options=options):
-        yield run
+    else:
+        with run.recording(options=options):
+            yield run
 
 
 def _read(

@@ -50,7 +50,6 @@ def prune(
     images: Path | None = None,
     scores: Path | None = None,
     samples: int = 64,
-    iterative: bool = False,
     dry_run: bool = False,
     heal: Path | None = None,
     heal_layers: HealLayers = "region",
@@ -78,7 +77,6 @@ def prune(
         images: the folder that image paths are relative to; default: the folder of the data.
         scores: scores.json or a run folder with the score, instead of measuring it.
         samples: number of records to measure on, sampled at random from the records with an answer.
-        iterative: measure the score again after each removal.
         dry_run: write nothing, show the plan and its predicted effect.
         heal: records for a short tune after the removal, with these few options; for all of them prune, then
             `striate tune` the pruned run.
@@ -102,7 +100,7 @@ def prune(
     if heal is not None:
         read_from(heal)
     source = _checkpoint(model)
-    criterion = Criterion(by, iterative, None if scores is None else Scores.load(scores), options.seed)
+    criterion = Criterion(by, None if scores is None else Scores.load(scores), options.seed)
     if layers is None:
         criterion.check(data=data is not None)
     sampling = Sampling(samples, options.micro_batch, options.max_length, options.seed, options.on_bad_record)

@@ -332,7 +332,9 @@ class Run:
 
 
 def check_place(model: str | Path, out: str | Path | None) -> None:
-    """Raise `UserError` when `place` would fail, before any work."""
+    """Raise `UserError` when `place` would fail, before any work; only in the first process, which writes."""
+    if not environment_rank().first:
+        return
     if out is not None:
         Run.check_free(out)
         return
@@ -348,12 +350,14 @@ def check_place(model: str | Path, out: str | Path | None) -> None:
 def place(model: str | Path, out: str | Path | None, *, verb: str, options: dict[str, Any]) -> Iterator[Run]:
     """The run that results are written into: a new one in `out`, or the model's own, which keeps its status and time.
 
+    In the other processes of a group, which do not write, it may not exist.
+
     Raises:
         UserError: `out` is not empty, or is missing and the model is not a run folder.
     """
     check_place(model, out)
-    if out is None:
-        yield Run.open(model)
+    if out is None or not environment_rank().first:
+        yield Run(Path(out or model))
         return
     run = Run.create(out, verb=verb, options=options, seed=options.get("seed"), parent=str(model))
     with run.recording():

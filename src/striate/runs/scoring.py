@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from striate import plot
-from striate.distributed import Rank, init_distributed
+from striate.distributed import init_distributed
 from striate.errors import UserError
 from striate.runs.options import flat
 from striate.runs.reading import ReadOptions
@@ -59,15 +58,14 @@ def score(
     recorded = flat(locals())
     rank = init_distributed(options.device)
     progress = progress and rank.first
-    if rank.first:
-        check_place(model, out)  # before the work
+    check_place(model, out)  # before the work
     if options.device:
         check_device(options.device)
     sample = RecordSample(()) if data is None else options.draw(options.records(data, images))
     names = choose(metrics, backbone=backbone is not None, data=data is not None, images=sample.has_images)
     table: Scores | None = None
-    with _open_run(model, out, "score", recorded, rank) as run:
-        open_model = cache(partial(_open_model, model, options, run, rank))
+    with place(model, out, verb="score", options=recorded) as run:
+        open_model = cache(partial(_open_model, model, options, run))
         try:
             for table in scores_in_turn(
                 model, open_model, names, options, sample, backbone=backbone, by=by, rank=rank, progress=progress
@@ -124,8 +122,7 @@ def revert(
     recorded = flat(locals())
     rank = init_distributed(options.device)
     progress = progress and rank.first
-    if rank.first:
-        check_place(model, out)
+    check_place(model, out)
     files = {kind: file for kind, file in (("visual", visual), ("text", text)) if file is not None}
     if not files:
         raise UserError("--visual or --text is required: records with images, records without, or both")
@@ -134,8 +131,8 @@ def revert(
         raise UserError(f"none of the {len(subsets['visual'].records)} records of {visual} has an image (--visual)")
     vlm = options.model(model)
     layers = parse_groups(groups, vlm.depth)
-    with _open_run(model, out, "revert", recorded, rank) as run:
-        for note in vlm.notes if rank.first else ():
+    with place(model, out, verb="revert", options=recorded) as run:
+        for note in vlm.notes:
             run.warn(note)
         reversions = revert_samples(vlm, layers, options, subsets, backbone=backbone, rank=rank, progress=progress)
         for sample in subsets.values():
@@ -148,16 +145,9 @@ def revert(
     return run
 
 
-def _open_run(
-    model: str | Path, out: Path | None, verb: str, options: dict[str, Any], rank: Rank
-) -> AbstractContextManager[Run]:
-    """The run that results are written into, as in `place`; only the first process writes."""
-    return place(model, out, verb=verb, options=options) if rank.first else nullcontext(Run(Path(out or model)))
-
-
-def _open_model(model: str | Path, options: ReadOptions, run: Run, rank: Rank) -> Vlm:
+def _open_model(model: str | Path, options: ReadOptions, run: Run) -> Vlm:
     vlm = options.model(model)
-    for note in vlm.notes if rank.first else ():
+    for note in vlm.notes:
         run.warn(note)
     return vlm
 

@@ -282,7 +282,7 @@ def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
                 continue
             request.amount(candidates, keep, protected)
             saved = None if values["scores"] is None else Scores.load(values["scores"])
-            Criterion(values["by"], values["iterative"], saved, values["seed"]).check(data=True)
+            Criterion(values["by"], saved, values["seed"]).check(data=True)
     return recipe
 
 
