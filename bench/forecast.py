@@ -12,8 +12,8 @@ from pathlib import Path
 
 from striate.region import Region
 from striate.studies.cost import FakeModel, Machine, Setup, Step, fake_model, gpu_of, with_one_image
-from striate.studies.cost.fit import fastest
 from striate.studies.cost.section import Trained
+from striate.studies.cost.step import fastest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)

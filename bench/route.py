@@ -33,7 +33,7 @@ from striate.data import IGNORED, Batch
 from striate.prune.cutting import Numbering, cut
 from striate.region import Region
 from striate.routing import multiply_adds, route
-from striate.studies.cost.tally import FORMULAS
+from striate.studies.cost.section import FORMULAS
 from striate.train import trainable_parameters
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record

@@ -24,7 +24,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import striate
 from striate.studies.assemble import assemble
-from striate.studies.assemble.templates import wording
+from striate.studies.assemble.processor import wording
 from striate.weights import tensors
 
 SIZE = {"height": 32, "width": 32}

@@ -22,8 +22,8 @@ from striate.scores import Score, rank_correlation
 from striate.scores.consensus import Sureness, agreement, choose_region, consensus, stability
 from striate.scores.sampling import Sampling
 from striate.studies.choose import Budget, Choice, propose
+from striate.studies.choose.choice import RouteLoss
 from striate.studies.choose.fitting import fit
-from striate.studies.choose.image_route import RouteLoss
 from striate.studies.cost import Machine
 from striate.vlm import load_on_meta
 

@@ -24,10 +24,9 @@ from striate.routing import resolve, route
 from striate.runs.cli import main
 from striate.studies.cost import Counts, FakeModel, Machine, Setup, Step, cost, with_one_image
 from striate.studies.cost.fake_model import fake_model_of
-from striate.studies.cost.fit import ROOM, fit, size
 from striate.studies.cost.machine import GPUS, gpu_of, this_machine
-from striate.studies.cost.parallelism import Parallelism
-from striate.studies.cost.tally import Tally, Work
+from striate.studies.cost.section import Tally, Work
+from striate.studies.cost.step import ROOM, Parallelism, fit, size
 from striate.train.adapter import adapt
 from striate.train.memory import activations
 from striate.vlm import Vlm, select

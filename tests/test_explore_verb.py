@@ -25,8 +25,7 @@ from striate.exploration.layout import pool
 from striate.region import Region
 from striate.runs.cli import main
 from striate.studies.explore import EXPLORE, explore
-from striate.studies.explore.packing import Maps, coarse, pack_maps
-from striate.studies.explore.page import SIZE, page
+from striate.studies.explore.page import SIZE, Maps, coarse, pack_maps, page
 from striate.studies.report import report
 
 ONE = replace(EXPLORE, samples=1, device="cpu")

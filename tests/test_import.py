@@ -29,8 +29,8 @@ from transformers import (
 import striate
 from striate.runs.run import Run
 from striate.studies.assemble import assemble
-from striate.studies.assemble.images import for_tower, pad_to_square
 from striate.studies.assemble.original import TOWERS
+from striate.studies.assemble.processor import for_tower, pad_to_square
 
 ENDS = ["</s>", "<|end_of_text|>", "<|endoftext|>"]
 VOCABULARY = ["<pad>", "<unk>", "<s>", *ENDS, "USER:", "ASSISTANT:", *WORDS]

@@ -27,9 +27,9 @@ from striate.region import Region
 from striate.runs.run import Run
 from striate.studies.report import ComparedRun, compare, table
 from striate.studies.report import report as report_with_figures
+from striate.studies.report.comparison import removed_lines, trained_lines
 from striate.studies.report.figures import KINDS, figures
 from striate.studies.report.headline import headline, records_needed
-from striate.studies.report.lines import removed_lines, trained_lines
 from striate.studies.report.treatment import kind, treatment
 
 report = partial(report_with_figures, page_only=True)

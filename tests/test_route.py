@@ -28,7 +28,7 @@ import striate
 from striate.data import Batch
 from striate.region import Region
 from striate.routing import ENTRY, multiply_adds, read_route, resolve, route, running_tokens, verify, write_route
-from striate.studies.cost.tally import FORMULAS
+from striate.studies.cost.section import FORMULAS
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record
 from striate.vlm import Vlm, select

@@ -31,8 +31,7 @@ from striate.runs.run import Run
 from striate.studies.sweep import cells, sweep
 from striate.studies.sweep.cell import last_step
 from striate.studies.sweep.executor import PROGRAM, visible_gpus
-from striate.studies.sweep.forecast import predict
-from striate.studies.sweep.plan import num_records, num_steps, read_plan
+from striate.studies.sweep.plan import num_records, num_steps, predict, read_plan
 
 CPU = {"device": "cpu"}
 SHEET: dict[str, Any] = {

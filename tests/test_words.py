@@ -74,7 +74,7 @@ WORDS = [
     (re.compile(rf"(?<![A-Za-z])(?:{pattern})(?![A-Za-z])", re.IGNORECASE), says) for pattern, says in SAYS.items()
 ]
 # The models of the demo were trained on questions with this word.
-TRAINED = ("src/striate/studies/demo/questions.py", "src/striate/studies/demo/models/README.md"), "colour"
+TRAINED = ("src/striate/studies/demo/world.py", "src/striate/studies/demo/models/README.md"), "colour"
 # Tables that programs write are checked where their text comes from.
 GENERATED = re.compile(r"<!-- table.*?<!-- end of table -->", re.DOTALL)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -12,13 +13,38 @@ import pytest
 from lessons import belongings, describe, label_patches
 from PIL import Image
 
-from striate.studies.demo import prose
-from striate.studies.demo.lexicon import KINDS, PLACES, SIGNS, WORDS, article, split_of
-from striate.studies.demo.questions import UNTUNED, ask, converse, facts
-from striate.studies.demo.scene import CELL, CHARACTERS, GRID, PATCH, SIDE, Scene, draw, sample_scene
-from striate.studies.demo.world import TEXT_TASKS, TURNS, VISUAL_TASKS, sample_question, write_world
+from striate.studies.demo.scene import (
+    CELL,
+    CHARACTERS,
+    GRID,
+    KINDS,
+    PATCH,
+    PLACES,
+    SIDE,
+    SIGNS,
+    WORDS,
+    Scene,
+    article,
+    draw,
+    sample_scene,
+    split_of,
+)
+from striate.studies.demo.world import (
+    TEXT_TASKS,
+    TURNS,
+    UNTUNED,
+    VISUAL_TASKS,
+    arithmetic,
+    ask,
+    converse,
+    fact,
+    facts,
+    sample_question,
+    story,
+    write_world,
+)
 
-MODELS = Path(prose.__file__).parent / "models"
+MODELS = Path(inspect.getfile(write_world)).parent / "models"
 STILL = ((0, 0),) * 4
 CATS = Scene(("cat", None, "cat", "apple"), ("red", "white", "blue", "green"), STILL)
 SIGN = Scene((None, None, "cat", None), ("white", "white", "blue", "green"), STILL, "open", 0, 1)
@@ -126,7 +152,7 @@ def test_every_kind_has_its_own_style():
 def test_sums_are_right_and_facts_agree_with_the_lexicon():
     rng = Random(0)
     for _ in range(300):
-        text, answer = prose.arithmetic(rng, "train")
+        text, answer = arithmetic(rng, "train")
         first, sign, second = re.fullmatch(r"what is (\d+) (plus|minus) (\d) \?", text).groups()
         assert int(answer) == int(first) + (1 if sign == "plus" else -1) * int(second)
         assert len(answer) == 2
@@ -218,7 +244,7 @@ def test_the_tokenizer_knows_every_word_and_spells_signs():
     rng, unknown = Random(0), tokenizer.unk_token_id
     for _ in range(200):
         scene = sample_scene(rng, "test")
-        text = f"{describe(scene, rng)} {prose.story(rng, 'test')} {prose.fact(rng)[0]}"
+        text = f"{describe(scene, rng)} {story(rng, 'test')} {fact(rng)[0]}"
         assert unknown not in tokenizer(text)["input_ids"]
     for text in (*SIGNS["train"], *SIGNS["test"]):
         ids = tokenizer(text)["input_ids"]

@@ -27,8 +27,7 @@ from striate.runs.run import Run
 from striate.studies.assemble import assemble
 from striate.studies.assemble.parts import language_model
 from striate.studies.demo import MODELS
-from striate.studies.demo.lexicon import GROUNDS, WORDS
-from striate.studies.demo.scene import CHARACTERS, GRID, Scene
+from striate.studies.demo.scene import CHARACTERS, GRID, GROUNDS, WORDS, Scene
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "demo_models"))
 from lessons import random_text

@@ -14,9 +14,8 @@ from typing import Any
 
 from facts import text_records
 
-from striate.studies.demo.lexicon import PLACES, article
-from striate.studies.demo.questions import VISUAL_TASKS, ask, converse
-from striate.studies.demo.scene import Scene, draw, sample_scene
+from striate.studies.demo.scene import PLACES, Scene, article, draw, sample_scene
+from striate.studies.demo.world import VISUAL_TASKS, ask, converse
 
 Json = dict[str, Any]
 

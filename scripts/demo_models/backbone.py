@@ -15,8 +15,7 @@ from schedule import cosine, save_rounded
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from striate.studies.demo import prose
-from striate.studies.demo.world import VISUAL_TASKS, sample_question
+from striate.studies.demo.world import VISUAL_TASKS, arithmetic, fact, sample_question, story
 
 log = logging.getLogger("backbone")
 EMBEDDED = 0.3  # standard deviation of the word embeddings at the start
@@ -160,10 +159,10 @@ def text_quality(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *,
     for task in VISUAL_TASKS:
         asked = [sample_question(rng, task, "validation") for _ in range(number)]
         documents[task] = [dialogue([(f"{describe(scene, rng)} {q}", a)]) for scene, q, a in asked]
-    documents["facts"] = [dialogue([prose.fact(rng)]) for _ in range(number)]
-    documents["arithmetic"] = [dialogue([prose.arithmetic(rng, "validation")]) for _ in range(number)]
+    documents["facts"] = [dialogue([fact(rng)]) for _ in range(number)]
+    documents["arithmetic"] = [dialogue([arithmetic(rng, "validation")]) for _ in range(number)]
     quality = {task: 100 * exact_share(model, tokenizer, some) for task, some in documents.items()}
-    stories = [[("<s>", False), (prose.story(rng, "validation"), True)] for _ in range(50)]
+    stories = [[("<s>", False), (story(rng, "validation"), True)] for _ in range(50)]
     ids, labels = pad(tokenizer, stories)
     logits = model(ids).logits[:, :-1].flatten(0, 1)
     perplexity = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED).exp().item()

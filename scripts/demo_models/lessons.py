@@ -7,8 +7,7 @@ from random import Random
 
 import numpy as np
 
-from striate.studies.demo.lexicon import GROUNDS, NUMBERS, PLACES, WORDS
-from striate.studies.demo.scene import CHARACTERS, GRID, Scene
+from striate.studies.demo.scene import CHARACTERS, GRID, GROUNDS, NUMBERS, PLACES, WORDS, Scene
 
 _KIND_INDEX = {word: index for index, word in enumerate(WORDS)}
 _GROUND_INDEX = {ground: index for index, ground in enumerate(GROUNDS)}

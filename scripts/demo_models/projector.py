@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from tower import LABELS, accuracy, patch_loss, scene_batch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionModel
 
-from striate.studies.demo.lexicon import GROUNDS, PLACES, WORDS
-from striate.studies.demo.scene import CHARACTERS
+from striate.studies.demo.scene import CHARACTERS, GROUNDS, PLACES, WORDS
 
 log = logging.getLogger("projector")
 

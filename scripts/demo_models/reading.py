@@ -13,10 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from striate.studies.demo import prose
 from striate.studies.demo import scene as rendering
-from striate.studies.demo.lexicon import GROUNDS, WORDS
-from striate.studies.demo.questions import ask
+from striate.studies.demo.scene import GROUNDS, WORDS
+from striate.studies.demo.world import arithmetic, ask, fact, story
 
 LENGTH = 128  # tokens, of a row of text
 IGNORED = -100  # label of a token that the loss leaves out
@@ -100,11 +99,11 @@ def document(rng: Random, split: str, lesson: Lesson, *, signs: tuple[str, ...] 
     sorts = ("belongings", "echo", "scenes", "facts", "sums", "stories")
     sort = rng.choices(sorts, [getattr(lesson, sort) for sort in sorts])[0]
     if sort == "stories":
-        return [("<s>", False), (prose.story(rng, split), True), ("</s>", True)]
+        return [("<s>", False), (story(rng, split), True), ("</s>", True)]
     if sort == "facts":
-        return dialogue([prose.fact(rng) for _ in range(6)])
+        return dialogue([fact(rng) for _ in range(6)])
     if sort == "sums":
-        return dialogue([prose.arithmetic(rng, split) for _ in range(5)])
+        return dialogue([arithmetic(rng, split) for _ in range(5)])
     if sort == "echo":
         words = " ".join(rng.choices((*WORDS, *GROUNDS, *signs), k=rng.randint(4, 16)))
         return dialogue([(f"say {words} .", words)])

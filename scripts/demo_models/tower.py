@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from striate.studies.demo import scene as rendering
-from striate.studies.demo.lexicon import GROUNDS, PLACES, WORDS
-from striate.studies.demo.scene import Scene
+from striate.studies.demo.scene import GROUNDS, PLACES, WORDS, Scene
 
 log = logging.getLogger("tower")
 LABELS = {

@@ -11,11 +11,9 @@ from striate.errors import UserError
 from striate.roundtrip import verify
 from striate.runs.run import Run
 from striate.studies.assemble import parts
-from striate.studies.assemble.images import Aspect, pad_to_square
-from striate.studies.assemble.importing import import_original
-from striate.studies.assemble.projector import export_projector as write_projector
-from striate.studies.assemble.projector import load_projector
-from striate.studies.assemble.templates import wording
+from striate.studies.assemble.importing import export_projector as write_projector
+from striate.studies.assemble.importing import import_original, load_projector
+from striate.studies.assemble.processor import Aspect, pad_to_square, wording
 from striate.vlm import Vlm
 from striate.vlm.reading import keep_prefixes
 from striate.vlm.template import set_stop_tokens

@@ -1,14 +1,15 @@
-"""The import of an original checkpoint: configs, processor and weights put together, tensor by tensor."""
+"""The import of an original checkpoint, tensor by tensor; the projector alone, read and written."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -22,8 +23,10 @@ from transformers import (
 from striate.errors import UserError, first_line
 from striate.roundtrip import check_new
 from striate.runs.run import Run
-from striate.studies.assemble.images import Aspect, for_tower, pad_to_square
 from striate.studies.assemble.original import (
+    FAMILIES,
+    PROJECTOR,
+    TOWERS,
     Original,
     check,
     expected_shapes,
@@ -35,9 +38,9 @@ from striate.studies.assemble.original import (
     text_config,
     vision_config,
 )
-from striate.studies.assemble.templates import IMAGE_TOKEN, wording
+from striate.studies.assemble.processor import IMAGE_TOKEN, Aspect, for_tower, pad_to_square, wording
 from striate.vlm.template import set_stop_tokens
-from striate.weights import StoredTensor, write
+from striate.weights import StoredTensor, file_tensors, tensors, write
 
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
@@ -188,3 +191,78 @@ def _generation(folder: Path) -> GenerationConfig:
     if not generation.do_sample:  # vicuna's sets a temperature without sampling, which is refused when it is saved
         generation.temperature = generation.top_p = generation.top_k = None
     return generation
+
+
+# Of `nn.Sequential(Linear, GELU, Linear)` in the original, and of transformers' projector of LLaVA.
+NAMES = {"0": "linear_1", "2": "linear_2"}
+
+
+def load_projector(projector: nn.Module, path: Path) -> None:
+    """Put trained weights into a projector with `linear_1` and `linear_2`.
+
+    `path` is safetensors or an `mm_projector.bin`, with original or transformers names.
+
+    Raises:
+        UserError: the file cannot be read or is of another size.
+    """
+    if not path.is_file():
+        raise UserError(f"cannot read the projector {path}: no such file")
+    weights = {_plain(one.name): one.read() for one in file_tensors(path)}
+    expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if found != expected:
+        raise UserError(f"the projector {path} does not fit: found {found}, expected {expected}")
+    projector.load_state_dict(weights)
+
+
+def _plain(name: str) -> str:
+    """`model.mm_projector.0.weight` and `multi_modal_projector.linear_1.weight` as `linear_1.weight`."""
+    part, _, kind = name.rpartition(".")
+    layer = part.rpartition(".")[2]
+    return f"{NAMES.get(layer, layer)}.{kind}"
+
+
+def export_projector(model: str, out: Path) -> Run:
+    """Write a model's projector as a stage-1 checkpoint of LLaVA or Bunny: `mm_projector.bin` and its `config.json`.
+
+    Only the projector's tensors are read. The result is what `--pretrain_mm_mlp_adapter` takes there and `--import`
+    and `--projector` here.
+
+    Raises:
+        UserError: the model is not a LLaVA of transformers.
+    """
+    folder = local(model)
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "llava":
+        raise UserError(f"{model} is a {config.get('model_type')} model: only a llava has LLaVA's projector")
+    layers = {plain: original for original, plain in NAMES.items()}
+    weights: dict[str, Tensor] = {}
+    for one in tensors(folder, pickles=True):
+        if "multi_modal_projector." in one.name:
+            layer, _, kind = one.name.rpartition("multi_modal_projector.")[2].partition(".")
+            weights[f"model.mm_projector.{layers[layer]}.{kind}"] = one.read().clone()
+    if len(weights) != 2 * len(NAMES):
+        raise UserError(f"{model}: {2 * len(NAMES)} tensors of a projector were expected, found {len(weights)}")
+    run = Run.create(out, verb="assemble", options={"export_projector": model}, parent=model)
+    with run.recording():
+        run.checkpoint.mkdir()
+        torch.save(weights, run.checkpoint / PROJECTOR)
+        text = json.dumps(_original_config(config), indent=2) + "\n"
+        (run.checkpoint / "config.json").write_text(text, encoding="utf-8")
+    return run
+
+
+def _original_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A plain LLaVA's config as the originals write theirs: all in one, `mm_` before what is about images."""
+    text, vision = dict(config["text_config"]), config["vision_config"]
+    side = "bunny" if vision["model_type"].startswith("siglip") else "llava"
+    kind = next((k for k, f in FAMILIES.items() if k.startswith(side) and f.text == text["model_type"]), "llava_llama")
+    sizes = ("model_type", "hidden_size", "image_size", "patch_size")
+    tower = next((n for n, known in TOWERS.items() if all(known[k] == vision.get(k) for k in sizes)), None)
+    return text | {
+        "model_type": kind,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_vision_select_layer": config["vision_feature_layer"],
+        **({"mm_vision_tower": tower} if tower else {}),
+    }

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from striate.errors import UserError, first_line, need
-from striate.studies.assemble.templates import IMAGE_TOKEN
+from striate.studies.assemble.processor import IMAGE_TOKEN
 from striate.vlm.reading import dequantize_model, dequantize_options, quantization
 from striate.weights import check_folder
 

@@ -19,10 +19,8 @@ from striate.runs.reading import ReadOptions
 from striate.scores import Scores, scores_in_turn
 from striate.scores.consensus import CHOOSING, choose_region
 from striate.scores.sampling import RecordSample, Sampling
-from striate.studies.choose.budget import Budget
-from striate.studies.choose.choice import Choice
-from striate.studies.choose.fitting import fit
-from striate.studies.choose.image_route import RouteLoss, route_loss
+from striate.studies.choose.choice import Choice, RouteLoss, route_loss
+from striate.studies.choose.fitting import Budget, fit
 from striate.studies.cost import Setup
 from striate.vlm import Vlm
 

@@ -16,14 +16,11 @@ from rich.console import Group
 from striate.errors import UserError, at_least
 from striate.plot import save
 from striate.region import Region
-from striate.studies.cost.display import Cost
+from striate.studies.cost.display import Cost, cost_figure
 from striate.studies.cost.fake_model import Dtype, FakeModel, fake_model
-from striate.studies.cost.figure import cost_figure
-from striate.studies.cost.fit import fit as largest
-from striate.studies.cost.fit import size
 from striate.studies.cost.machine import Machine, gpu_of, this_machine
-from striate.studies.cost.parallelism import Parallelism
-from striate.studies.cost.step import Counts, Memory, Setup, Step
+from striate.studies.cost.step import Counts, Memory, Parallelism, Setup, Step, size
+from striate.studies.cost.step import fit as largest
 from striate.vlm.devices import default_device, has_native_bfloat16
 from striate.vlm.modules import parse_modules
 

@@ -1,20 +1,32 @@
-"""One training step of a region: trained parameters, FLOPs and memory."""
+"""One training step of a region, on one device or several: trained parameters, FLOPs, memory, and what fits."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
+from striate.errors import UserError
 from striate.region import Region
 from striate.routing import resolve
 from striate.studies.cost.fake_model import FakeModel, calls
-from striate.studies.cost.section import Passed, Section, Trained, head_section, layer_section, vision_section
-from striate.studies.cost.tally import Work, total
+from striate.studies.cost.machine import Machine
+from striate.studies.cost.section import (
+    Passed,
+    Section,
+    Trained,
+    Work,
+    head_section,
+    layer_section,
+    total,
+    vision_section,
+)
 from striate.vlm import linear_in, select
 from striate.vlm.modules import choose_names
 
@@ -225,3 +237,123 @@ def _settings(layer: nn.Module) -> tuple[Any, ...]:
         for key, value in vars(module).items()
         if isinstance(value, plain) and key != "layer_idx"
     )
+
+
+UNITS = 2
+"""Decoder layers whose weights are whole on a device at a time: one that runs, and the next one on its way."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Whether the weights of a step on n devices are sharded, and the bytes/s that each can send.
+
+    Without sharding (DDP) every device has all weights, and the gradients of trained ones are averaged once per step,
+    in a ring: each device sends 2 (n - 1) / n of them. With sharding (`--shard`, FSDP2) each holds 1 / n of weights,
+    gradients and moments; for every pass it gets the others' weights before the forward and again before the
+    backward pass through a layer, and sends its part of the gradients: (n - 1) / n of each.
+    """
+
+    shard: bool = False
+    link: float = 50e9
+
+    def sent(self, step: Step) -> float:
+        """Bytes that a device sends in a step."""
+        setup, depth = step.setup, step.region.depth
+        others = (setup.devices - 1) / setup.devices
+        if not self.shard:
+            return 2 * others * FLOAT * step.trainable
+        back = 1.0 if setup.projector else 1 - min(step.region, default=0) / depth  # below it nothing goes back
+        return others * setup.passes * (step.memory.weights * (1 + back) + FLOAT * step.trainable)
+
+    def memory(self, step: Step, fake_model: FakeModel) -> float:
+        """Bytes on a device at their most."""
+        if not self.shard:
+            return float(step.memory.peak)
+        devices, depth, weights = step.setup.devices, step.region.depth, step.memory.weights
+        states = weights + (FLOAT + STATES) * step.trainable
+        layers = sum(p.numel() for layer in fake_model.vlm.layers for p in layer.parameters())
+        share = layers / sum(p.numel() for p in fake_model.vlm.model.parameters())
+        # Everything outside the decoder layers is one FSDP unit, which is whole all the time.
+        whole = weights * (1 - share + share * min(UNITS, depth) / depth)
+        return step.memory.peak - states + states / devices + whole * (devices - 1) / devices
+
+    def seconds(self, step: Step, rate: float, bandwidth: float) -> float:
+        """Of a step, at `rate` FLOP/s and `bandwidth` bytes/s per device: the longer of computing and sending,
+        which run side by side."""
+        optimizer = step.optimizer.seconds(rate, bandwidth)
+        spared = optimizer * (1 - 1 / step.setup.devices) if self.shard else 0.0
+        return max(step.seconds(rate, bandwidth) - spared, self.sent(step) / self.link)
+
+
+ROOM = 0.9
+"""Share of a memory that a run may fill; the rest is for libraries, and gaps that an allocator leaves."""
+_UNITS = {"": 1e9, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+KINDS = ("uniform", "first", "middle", "last", "hybrid")
+
+
+def size(text: str) -> float:
+    """The bytes of "24GB", "24" (also GB), "512 MB" or "80GiB".
+
+    Raises:
+        UserError: it is not a size, or it is zero.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,9})?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if not match or not float(match[1]):
+        raise UserError(f"--fit {text!r}: a size of memory was expected, such as 24GB or 80GiB")
+    return float(match[1]) * _UNITS[match[2] or ""]
+
+
+def fit(fake_model: FakeModel, setup: Setup, region: str, memory: float, machine: Machine) -> Step:
+    """The step with the largest region that fits, and of those the fastest.
+
+    Regions are of the kind of `region` ("uniform" where it has no number to change). Micro-batches are powers of two up
+    to the batch, with and without activation checkpointing.
+
+    Raises:
+        UserError: not even one layer fits; names the memory that one takes.
+    """
+    room = ROOM * memory
+    depth = fake_model.vlm.depth
+    least = {check: Counts(fake_model, replace(setup, micro_batch=1, checkpointing=check)) for check in (True, False)}
+    for count in range(depth, 0, -1):
+        chosen = _region(region, count, depth)
+        if min(counts.step(chosen).memory.peak for counts in least.values()) <= room:
+            step = fastest(fake_model, setup, chosen, memory, machine)
+            assert step is not None
+            return step
+    smallest = min(counts.step(chosen).memory.peak for counts in least.values())
+    other = "; --method lora takes less" if setup.method == "full" else ""
+    raise UserError(
+        f"--fit {memory / 1e9:g} GB is too small: one layer of {depth}, with a micro-batch of 1, takes "
+        f"{smallest / ROOM / 1e9:.3g} GB{other}"
+    )
+
+
+def fastest(
+    fake_model: FakeModel, setup: Setup, region: Region, memory: float, machine: Machine,
+    micro_batches: Sequence[int] = (),
+) -> Step | None:  # fmt: skip
+    """The fastest step of a region that fits, with and without activation checkpointing; None if none fits.
+
+    `micro_batches` to try, in ascending order; default: powers of two up to the batch.
+    """
+    tried = micro_batches or [2**power for power in range(setup.batch.bit_length())]
+    steps = _fitting_steps(fake_model, setup, region, ROOM * memory, tried)
+    return min(steps, key=lambda step: step.seconds(*machine.reached), default=None)
+
+
+def _fitting_steps(
+    fake_model: FakeModel, setup: Setup, region: Region, room: float, micro_batches: Sequence[int]
+) -> Iterator[Step]:
+    for checkpointing in (False, True):
+        for micro_batch in micro_batches:
+            tried = replace(setup, micro_batch=micro_batch, checkpointing=checkpointing)
+            step = Counts(fake_model, tried).step(region)
+            if step.memory.peak > room:
+                break
+            yield step
+
+
+def _region(form: str, count: int, depth: int) -> Region:
+    kind = form.partition(":")[0]
+    return Region.parse(f"{kind if kind in KINDS else KINDS[0]}:{count}", depth)

@@ -15,11 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from rich.console import Group
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from striate.console import console
 from striate.errors import need
 from striate.runs.cli import quiet
 from striate.runs.evaluating import EVAL, evaluate
@@ -29,11 +32,11 @@ from striate.runs.scoring import score
 from striate.runs.training import tune
 from striate.scores import states
 from striate.studies.assemble import assemble
-from striate.studies.demo.progress import Bars
 from striate.studies.demo.usual import tune_usually
 from striate.studies.demo.world import write_world
 from striate.studies.explore import EXPLORE, explore
 from striate.studies.report import report, table
+from striate.studies.sweep.cell import last_step
 from striate.train import TrainOptions
 
 T = TypeVar("T")
@@ -227,3 +230,44 @@ def _numbers(run: Run) -> dict[str, Any]:
         "peak_memory_gb": training.get("peak_memory_gb"),
         "trainable_parameters": training.get("trainable_parameters", 0),
     }
+
+
+BAR = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total} steps{task.fields[loss]}"),
+    TimeRemainingColumn(),
+)
+
+
+class Bars:
+    """Shows the steps, the loss and the time left of runs that train; one line for good when a run has trained."""
+
+    def __init__(self, runs: Sequence[Path], steps: int, *, on: bool) -> None:
+        self.shown = Progress(*BAR, console=console(), transient=True, disable=not on)
+        self.tasks = {path: self.shown.add_task(path.name, start=False, total=steps, loss="") for path in runs}
+
+    def __enter__(self) -> Bars:
+        self.shown.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.shown.stop()
+
+    def show(self) -> None:
+        """Bring what is shown up to date."""
+        for path, task in list(self.tasks.items()):
+            training = Run(path).info.get("training") if path.is_dir() else None
+            if training is not None:
+                self._finish(path, training)
+            elif step := last_step(path):
+                self.shown.start_task(task)
+                self.shown.update(task, completed=step["step"], loss=f"  loss {step['loss']:.2f}")
+
+    def _finish(self, path: Path, training: dict[str, float]) -> None:
+        self.shown.remove_task(self.tasks.pop(path))
+        if not self.shown.disable:
+            self.shown.console.print(
+                f"{path.name:8} {training['seconds']:6.1f} s  {training['peak_memory_gb']:5.2f} GB  "
+                f"{training['trainable_parameters']:,} parameters trained, loss {last_step(path)['loss']:.2f}"
+            )

@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from striate.region import Region
-from striate.studies.report.arms import Arm
 from striate.studies.report.compared import NOTHING, ComparedRun, interval, percent
-from striate.studies.report.comparison import Comparison, compare
+from striate.studies.report.comparison import Arm, Comparison, compare
 from striate.studies.report.page import report
 from striate.studies.report.tables import cost_cells
 

@@ -1,25 +1,28 @@
-"""A run as it is compared with others: what it measured, read from its folder."""
+"""Runs as they are compared: found in folders, sweeps and folders of runs, and read with what they measured."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from striate import plot
 from striate.errors import UserError
 from striate.plot import Estimate
 from striate.region import Region
 from striate.runs.run import INFO, SKIPPED, Run
-from striate.studies.report.folders import RunFolder
 from striate.studies.report.pairing import PERPLEXITY, Predictions, Retention, processor
 from striate.studies.report.treatment import treatment
 
 if TYPE_CHECKING:
     from striate.evaluation.statistics import Interval
     from striate.scores.table import Scores
+
 
 MODALITIES = ("visual", "text")
 LONG = ("rouge_l", "share_named")  # metrics of answers with several facts
@@ -226,3 +229,72 @@ def count(number: float) -> str:
 def finite(value: float) -> float | str:
     """A number for a CSV file, empty where there is none."""
     return value if math.isfinite(value) else ""
+
+
+SWEEP = "sweep.json"
+DEEP = 3  # folders below the one that was named
+
+
+class RunFolder(NamedTuple):
+    """A run folder, and what a sweep says about it: its status where it left no run, and its place in the grid."""
+
+    path: Path
+    status: str = ""
+    values: tuple[tuple[str, str], ...] = ()
+
+
+def find_runs(folders: Sequence[Path]) -> list[RunFolder]:
+    """All runs in `folders`, each once, in their order.
+
+    Raises:
+        UserError: a folder holds no run.
+    """
+    runs: dict[Path, RunFolder] = {}
+    for folder in map(Path, folders):
+        inside = list(_inside(folder))
+        if not inside:
+            raise UserError(
+                f"{folder} is not a run folder and has none in it: a folder with {INFO} was expected",
+                see="not-a-run-folder",
+            )
+        for one in inside:
+            runs.setdefault(one.path.resolve(), one)
+    return list(runs.values())
+
+
+def _inside(folder: Path) -> Iterator[RunFolder]:
+    if (folder / INFO).is_file():
+        yield RunFolder(folder)
+        return
+    listed = list(_sweep_runs(folder))
+    yield from listed
+    known = {one.path.resolve() for one in listed}
+    yield from (RunFolder(path) for path in _below(folder, DEEP) if path.resolve() not in known)
+
+
+def _below(folder: Path, deep: int) -> Iterator[Path]:
+    try:
+        folders = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    except OSError:
+        return
+    for inner in folders:
+        if (inner / INFO).is_file():
+            yield inner
+        elif deep > 1 and not inner.name.startswith("."):
+            yield from _below(inner, deep - 1)
+
+
+def _sweep_runs(folder: Path) -> Iterator[RunFolder]:
+    """The runs that sweep.json lists, made or not; none if the file cannot be read."""
+    try:
+        cells = json.loads((folder / SWEEP).read_bytes())["cells"]
+        for cell in cells:
+            values = tuple((str(key), _text(value)) for key, value in dict(cell.get("values") or {}).items())
+            for name in cell.get("runs") or [cell["name"]]:
+                yield RunFolder(folder / str(name), str(cell.get("status") or "not started"), values)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from striate.studies.report.arms import Arm, start
 from striate.studies.report.compared import difference, interval, of_training, percent, visual
-from striate.studies.report.comparison import Comparison, retention
+from striate.studies.report.comparison import Arm, Comparison, retention, start
 from striate.studies.report.pairing import NORMAL, compare_unpaired
 
 if TYPE_CHECKING:

@@ -17,8 +17,6 @@ from striate import plot
 from striate.plot import Estimate
 from striate.runs.run import versions
 from striate.studies.html import render, write
-from striate.studies.report.arms import Arm
-from striate.studies.report.browser import browser
 from striate.studies.report.compared import (
     MODALITIES,
     NOTHING,
@@ -29,12 +27,11 @@ from striate.studies.report.compared import (
     text,
     visual,
 )
-from striate.studies.report.comparison import Comparison, compare
-from striate.studies.report.figures import KINDS, ReportFigure, figures, save, write_csv
+from striate.studies.report.comparison import Arm, Comparison, compare
+from striate.studies.report.figures import KINDS, ReportFigure, correlations, figures, heatmaps, save, write_csv
 from striate.studies.report.headline import headline
-from striate.studies.report.layers import correlations, heatmaps
 from striate.studies.report.pairing import PERPLEXITY, compare_paired
-from striate.studies.report.record_cards import MOST, PER_TASK, record_cards
+from striate.studies.report.records import MOST, PER_TASK, browser, record_cards
 from striate.studies.report.tables import Table, TableCell, cost_cells, tables
 from striate.studies.report.tables import runs as runs_table
 

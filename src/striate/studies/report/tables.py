@@ -9,10 +9,16 @@ from typing import Any, NamedTuple
 
 from striate.plot import Estimate
 from striate.region import Region
-from striate.studies.report.arms import Arm, start, start_name
 from striate.studies.report.compared import NOTHING, count, interval, of_task, share, text, visual
-from striate.studies.report.comparison import Comparison
-from striate.studies.report.lines import recipe_of, removed_lines, trained_lines
+from striate.studies.report.comparison import (
+    Arm,
+    Comparison,
+    recipe_of,
+    removed_lines,
+    start,
+    start_name,
+    trained_lines,
+)
 from striate.studies.report.pairing import Retention
 from striate.studies.report.treatment import kind
 

@@ -71,8 +71,7 @@ def sweep(
     """
     # Late: these import torch, which `cells` does not need.
     from striate.studies.sweep.executor import command, executor_of
-    from striate.studies.sweep.forecast import forecast
-    from striate.studies.sweep.plan import num_records, num_steps, read_plan
+    from striate.studies.sweep.plan import forecast, num_records, num_steps, read_plan
 
     at_least(1, workers=workers)
     if executor == "ray":
@@ -98,7 +97,7 @@ def sweep(
 
 def _run_one(plan: SweepPlan, recipe: Recipe, redo: bool, progress: bool) -> Cell:
     """Do one cell in this process."""
-    from striate.studies.sweep.work import work
+    from striate.studies.sweep.executor import work
 
     try:
         work(plan, recipe, redo=redo, progress=progress)
