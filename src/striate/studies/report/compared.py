@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +66,17 @@ class ComparedRun:
     def text(self) -> Estimate | None:
         """The mean over text tasks."""
         return self.mean("text")
+
+    @property
+    def share(self) -> float | None:
+        """What it keeps of its reference's visual accuracy, 1 for all."""
+        if self.visual and self.reference == self.name:
+            return 1.0
+        return self.kept.share.value if self.kept else None
+
+    def task(self, name: str) -> Estimate | None:
+        """What it measured in a task."""
+        return estimate(self.tasks[name]) if name in self.tasks else None
 
     def training(self, name: str) -> float | None:
         """A number of "training" in run.json; None if it is missing or not finite."""
@@ -150,33 +160,6 @@ def _scores(run: Run) -> Scores | None:
     return Scores.from_json(saved)
 
 
-def visual(row: ComparedRun) -> Estimate | None:
-    """The mean over visual tasks."""
-    return row.visual
-
-
-def text(row: ComparedRun) -> Estimate | None:
-    """The mean over text tasks."""
-    return row.text
-
-
-def share(row: ComparedRun) -> float | None:
-    """What a run keeps of its reference's visual accuracy, 1 for all."""
-    if row.visual and row.reference == row.name:
-        return 1.0
-    return row.kept.share.value if row.kept else None
-
-
-def of_task(name: str) -> Callable[[ComparedRun], Estimate | None]:
-    """A function: what a run measured in a task."""
-    return lambda row: estimate(row.tasks[name]) if name in row.tasks else None
-
-
-def of_training(name: str) -> Callable[[ComparedRun], float | None]:
-    """A function: a number of a run's training."""
-    return lambda row: row.training(name)
-
-
 def estimate(task: Mapping[str, Any]) -> Estimate:
     """What a task of results.json measured."""
     stderr = task.get("stderr")
@@ -232,7 +215,7 @@ def finite(value: float) -> float | str:
 
 
 SWEEP = "sweep.json"
-DEEP = 3  # folders below the one that was named
+BELOW = ("*", "*/*", "*/*/*")  # folders below the one that was named
 
 
 class RunFolder(NamedTuple):
@@ -269,19 +252,9 @@ def _inside(folder: Path) -> Iterator[RunFolder]:
     listed = list(_sweep_runs(folder))
     yield from listed
     known = {one.path.resolve() for one in listed}
-    yield from (RunFolder(path) for path in _below(folder, DEEP) if path.resolve() not in known)
-
-
-def _below(folder: Path, deep: int) -> Iterator[Path]:
-    try:
-        folders = sorted(Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
-    except OSError:
-        return
-    for inner in folders:
-        if (inner / INFO).is_file():
-            yield inner
-        elif deep > 1 and not inner.name.startswith("."):
-            yield from _below(inner, deep - 1)
+    below = sorted(file.parent for pattern in BELOW for file in folder.glob(f"{pattern}/{INFO}"))
+    whole = [path for path in below if not {*path.parents} & {*below}]  # not the runs inside a run
+    yield from (RunFolder(path) for path in whole if path.resolve() not in known)
 
 
 def _sweep_runs(folder: Path) -> Iterator[RunFolder]:

@@ -168,6 +168,38 @@ class Arm:
         sizes = {len(row.region) for row in self.rows if row.region is not None}
         return sizes.pop() if len(sizes) == 1 else None
 
+    @property
+    def fraction(self) -> float:
+        """Share of the layers that were trained; 0 where no region was."""
+        return self.first.region.fraction if self.first.region is not None else 0.0
+
+    @cached_property
+    def visual(self) -> Estimate | None:
+        """The mean over visual tasks."""
+        return self.mean(lambda row: row.visual)
+
+    @cached_property
+    def text(self) -> Estimate | None:
+        """The mean over text tasks."""
+        return self.mean(lambda row: row.text)
+
+    @cached_property
+    def kept(self) -> Estimate | None:
+        """What it keeps of its reference's visual accuracy, 1 for all."""
+        return self.mean(lambda row: row.share)
+
+    def task(self, name: str) -> Estimate | None:
+        """What it measured in a task."""
+        return self.mean(lambda row: row.task(name))
+
+    def training(self, name: str) -> Estimate | None:
+        """A number of its training."""
+        return self.mean(lambda row: row.training(name))
+
+    def names(self, modality: str) -> list[str]:
+        """The tasks of a modality."""
+        return self.measured[0].names(modality)
+
     def mean(self, measure: Callable[[ComparedRun], Estimate | float | None]) -> Estimate | None:
         """The mean of a measure: of one run its value and standard error, of several mean and standard deviation."""
         found = [value for row in self.rows if (value := measure(row)) is not None]

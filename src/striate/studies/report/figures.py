@@ -6,6 +6,7 @@ import csv
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,9 +14,7 @@ from striate import plot
 from striate.errors import UserError
 from striate.plot import Estimate
 from striate.region import Region
-from striate.studies.report.compared import MODALITIES, ComparedRun, finite, of_task, of_training, share
-from striate.studies.report.compared import text as text_of
-from striate.studies.report.compared import visual as visual_of
+from striate.studies.report.compared import MODALITIES, ComparedRun, finite
 from striate.studies.report.comparison import Arm, Comparison, Line, removed_lines, style, trained_lines
 
 if TYPE_CHECKING:
@@ -39,6 +38,11 @@ class ReportFigure(NamedTuple):
     figure: plot.Figure
     caption: str
     numbers: Numbers
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all numbers."""
+        return list(dict.fromkeys(column for entry in self.numbers for column in entry))
 
 
 def figures(comparison: Comparison) -> Iterator[ReportFigure]:
@@ -91,11 +95,11 @@ def slug(title: str) -> str:
 
 def _accuracy(comparison: Comparison, arms: Sequence[Arm]) -> Iterator[ReportFigure]:
     shown = {arm.name: comparison.style[arm.name] for arm in arms}
-    visual = {arm.name: mean for arm in arms if (mean := arm.mean(visual_of))}
-    text = {arm.name: mean for arm in arms if (mean := arm.mean(text_of))}
+    visual = {arm.name: mean for arm in arms if (mean := arm.visual)}
+    text = {arm.name: mean for arm in arms if (mean := arm.text)}
     if not visual and not text:
         return
-    kept = {arm.name: mean for arm in arms if arm is not comparison.whole and (mean := arm.mean(share))}
+    kept = {arm.name: mean for arm in arms if arm is not comparison.whole and (mean := arm.kept)}
     regions = {arm.name: arm.region for arm in arms if arm.region is not None}
     numbers = [
         {
@@ -121,8 +125,8 @@ def _tasks(arms: Sequence[Arm]) -> dict[str, dict[str, Estimate]]:
     found: dict[str, dict[str, Estimate]] = {}
     for modality in MODALITIES:
         for arm in arms:
-            for name in arm.measured[0].names(modality):
-                mean = arm.mean(of_task(name))
+            for name in arm.names(modality):
+                mean = arm.task(name)
                 if mean:
                     found.setdefault(f"{name} (text)" if modality == "text" else name, {})[arm.name] = mean
     return found
@@ -141,7 +145,7 @@ def _trained_figures(lines: Sequence[Line]) -> Iterator[ReportFigure]:
     figure = plot.curves([panel], marks, across="trained layers")
     yield ReportFigure("layers", "Number of trained layers", figure, caption, _points([panel], "trained layers"))
     costs = [
-        plot.Panel({line.name: line.curve(of_training(name)) for line in lines}, "", title, unit, digits)
+        plot.Panel({line.name: line.curve(methodcaller("training", name)) for line in lines}, "", title, unit, digits)
         for name, title, unit, digits in (
             ("seconds", "training, s", "s", 0),
             ("peak_memory_gb", "peak memory, GB", "GB", 2),
@@ -167,7 +171,7 @@ def _removal_figures(lines: Sequence[Line]) -> Iterator[ReportFigure]:
     figure = plot.curves([mean], marks, across="removed layers")
     yield ReportFigure("pruning", "Pruning", figure, caption, _points([mean], "removed layers"))
     arms = [arm for line in lines for group in line.arms.values() for arm in group]
-    names = list(dict.fromkeys(name for arm in arms for name in arm.measured[0].names("visual")))
+    names = list(dict.fromkeys(name for arm in arms for name in arm.names("visual")))
     if len(names) > 1:
         panels = [
             plot.Panel({line.name: line.curve(_of_task(name)) for line in lines}, name, "accuracy, %", "%")
@@ -180,10 +184,10 @@ def _removal_figures(lines: Sequence[Line]) -> Iterator[ReportFigure]:
 
 
 def _cost(comparison: Comparison, arms: Sequence[Arm]) -> Iterator[ReportFigure]:
-    visual = {arm.name: mean for arm in arms if (mean := arm.mean(visual_of))}
+    visual = {arm.name: mean for arm in arms if (mean := arm.visual)}
     costs = {}
     for arm in arms:
-        means = [arm.mean(of_training(name)) for name in COSTS]
+        means = [arm.training(name) for name in COSTS]
         if arm.name in visual and means[0]:
             costs[arm.name] = plot.Cost(*(mean.value if mean else math.nan for mean in means))
     if costs:
@@ -324,21 +328,14 @@ def layer_figures(row: ComparedRun) -> Iterator[tuple[str, plot.Figure, str, lis
 
 def _numbers(figure: str, scores: Scores) -> list[dict[str, Any]]:
     """The numbers of a figure of layer scores."""
-    if figure == "scores":
+    if figure in ("scores", "tasks"):
+        whole = ((name, {}, score) for name, score in scores.scores.items())
+        parts = ((n, {"task": task}, one) for n, score in scores.scores.items() for task, one in score.tasks.items())
         return [
-            {"score": name, "layer": layer, "value": finite(value), "±": finite(error)}
-            for name, score in scores.scores.items()
+            {"score": name, **task, "layer": layer, "value": finite(value), "±": finite(error)}
+            for name, task, score in (whole if figure == "scores" else parts)
             for layer, (value, error) in enumerate(
                 zip(score.values, score.stderr or [math.nan] * len(score.values), strict=True)
-            )
-        ]
-    if figure == "tasks":
-        return [
-            {"score": name, "task": task, "layer": layer, "value": finite(value), "±": finite(error)}
-            for name, score in scores.scores.items()
-            for task, one in score.tasks.items()
-            for layer, (value, error) in enumerate(
-                zip(one.values, one.stderr or [math.nan] * len(one.values), strict=True)
             )
         ]
     score = scores.scores[figure]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from striate.studies.report.compared import difference, interval, of_training, percent, visual
+from striate.studies.report.compared import difference, interval, percent
 from striate.studies.report.comparison import Arm, Comparison, retention, start
 from striate.studies.report.pairing import NORMAL, compare_unpaired
 
@@ -35,7 +35,7 @@ def headline(comparison: Comparison) -> tuple[str, list[str]]:
     ties = _name_ties(best, [arm for arm in alike if arm is not best and within_noise(best, arm)])
     whole = f"the reference {reference.name}{' (all layers)' * (str(reference.first.region) == 'all')}"
     whole += ", with which it is tied" * within_noise(best, reference)
-    time, whole_time = (arm.mean(of_training("seconds")) for arm in (best, reference))
+    time, whole_time = (arm.training("seconds") for arm in (best, reference))
     ratio = f"{time.value / whole_time.value:.2f}" if time and whole_time and whole_time.value else ""
     spent = ratio and (", in the same time" if ratio == "1.00" else f", in {ratio} of the time")
     trained = f"{_label(best)}, {len(region)} of {region.depth} layers,{ties}"
@@ -60,7 +60,7 @@ def within_noise(arm: Arm, other: Arm) -> bool:
     ]
     retentions = [kept for one, two in pairs if (kept := retention(one, two))]
     if not retentions:
-        means = arm.mean(visual), other.mean(visual)
+        means = arm.visual, other.visual
         apart = compare_unpaired(means[0], means[1]) if means[0] and means[1] else None
         return apart is not None and apart.noise
     if len(retentions) == 1:
@@ -117,7 +117,7 @@ def _against(best: Arm, other: Arm) -> str:
     ratios = [
         f"{own.value / others.value:.2f} of the {name}"
         for name, key in (("time", "seconds"), ("memory", "peak_memory_gb"))
-        if (own := best.mean(of_training(key))) and (others := other.mean(of_training(key)))
+        if (own := best.training(key)) and (others := other.training(key))
     ]
     method = (other.first.info.get("training") or {}).get("method")
     return f"Against {other.name} (all layers{f', {method}' if method else ''}): {' and '.join(ratios)}."
@@ -166,6 +166,6 @@ def _beside(best: Arm, reference: Arm, number: int) -> Iterator[str]:
     if best.first.names("long") != best.first.names("visual"):  # else the sentence itself is about them
         yield from _compare_kept("Long answers", "long", best, reference)
     yield from _compare_kept("Text", "text", best, reference)
-    memory, whole_memory = (arm.mean(of_training("peak_memory_gb")) for arm in (best, reference))
+    memory, whole_memory = (arm.training("peak_memory_gb") for arm in (best, reference))
     if memory and whole_memory:
         yield f"Peak memory {memory.value:.2f} GB against {whole_memory.value:.2f} GB."

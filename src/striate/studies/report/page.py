@@ -22,10 +22,6 @@ from striate.studies.report.compared import (
     NOTHING,
     ComparedRun,
     interval,
-    of_task,
-    share,
-    text,
-    visual,
 )
 from striate.studies.report.comparison import Arm, Comparison, compare
 from striate.studies.report.figures import KINDS, ReportFigure, correlations, figures, heatmaps, save, write_csv
@@ -40,25 +36,12 @@ TEMPLATE, CSS, SCRIPT = "page.html.jinja", "page.css", "page.js"
 FEW = 60  # numbers of a figure that the page lists below it
 
 
-class Figure(NamedTuple):
-    """A figure of the page, its few numbers as a table, and its files by kind."""
-
-    title: str
-    svg: Markup
-    caption: str
-    columns: Sequence[str]
-    numbers: Sequence[Sequence[Any]]
-    files: Mapping[str, str]
-
-
 class Entry(NamedTuple):
     """An arm in the summary."""
 
     arm: Arm
     reference: bool
     notes: Sequence[str]
-    visual: Estimate | None
-    text: Estimate | None
     kept: Estimate | None
     sure: str
     noise: str
@@ -164,7 +147,9 @@ def _page(
         "results": _results(comparison),
         "measured": [arm for arm in arms if arm.measured],
         "comparable": comparison.comparable_arms,
-        "figures": [_figure(one, folder) for one in plots],
+        "figures": [(one, Markup(plot.svg(one.figure, one.name))) for one in plots],
+        "kinds": KINDS,
+        "few": FEW,
         "folder": quote(folder.name) if folder else "",
         "heatmaps": [heatmaps(row, alone) for row in scored],
         "correlations": {row.name: correlations(row.scores) for row in scored if row.scores},
@@ -176,16 +161,6 @@ def _page(
         "credits": dict.fromkeys(str(line) for row in comparison.rows for line in row.info.get("credits") or ()),
         "version": versions().get("striate", ""),
     }
-
-
-def _figure(plotted: ReportFigure, folder: Path | None) -> Figure:
-    files = {kind: f"{quote(folder.name)}/{quote(plotted.name)}.{kind}" for kind in KINDS} if folder else {}
-    columns = list(dict.fromkeys(column for entry in plotted.numbers for column in entry))
-    few = plotted.numbers if len(plotted.numbers) <= FEW else ()
-    numbers = [[entry.get(column, "") for column in columns] for entry in few]
-    return Figure(
-        plotted.title, Markup(plot.svg(plotted.figure, plotted.name)), plotted.caption, columns, numbers, files
-    )
 
 
 def _summary(comparison: Comparison) -> dict[str, list[Entry]]:
@@ -202,7 +177,7 @@ def _summary(comparison: Comparison) -> dict[str, list[Entry]]:
 
 def _entry(arm: Arm, reference: bool) -> Entry:
     kept = [row.kept for row in arm.rows if row.kept]
-    whole = Estimate(1.0) if reference and arm.mean(visual) else None
+    whole = Estimate(1.0) if reference and arm.visual else None
     if len(kept) == 1:
         sure, noise = interval(kept[0].share), "within noise" if kept[0].noise else ""
     else:
@@ -211,7 +186,7 @@ def _entry(arm: Arm, reference: bool) -> Entry:
     notes = [f"{len(arm.rows)} runs"] if len(arm.rows) > 1 else []
     notes += _notes(arm)
     return Entry(
-        arm, reference, notes, arm.mean(visual), arm.mean(text), whole or arm.mean(share), sure, noise, cost_cells(arm)
+        arm, reference, notes, whole or arm.kept, sure, noise, cost_cells(arm)
     )  # fmt: skip
 
 
@@ -232,7 +207,7 @@ def _results(comparison: Comparison) -> dict[str, dict[str, Task]]:
             result = next(row.tasks[name] for row in arm.rows if name in row.tasks)
             kind = PERPLEXITY if result["metric"] == PERPLEXITY else result["modality"]
             task = kinds[kind].setdefault(name, Task(result["metric"], result["n"], {}, set()))
-            mean = arm.mean(of_task(name))
+            mean = arm.task(name)
             if mean:
                 task.estimates[arm.name] = mean
             if len(arm.rows) == 1 and kind != PERPLEXITY and _within_noise(arm.first, by_name, name):

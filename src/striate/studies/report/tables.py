@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from striate.plot import Estimate
 from striate.region import Region
-from striate.studies.report.compared import NOTHING, count, interval, of_task, share, text, visual
+from striate.studies.report.compared import NOTHING, count, interval
 from striate.studies.report.comparison import (
     Arm,
     Comparison,
@@ -110,14 +110,20 @@ def verdict(kept: Retention) -> str:
 
 def strategies(comparison: Comparison) -> Iterator[Table]:
     """Which layers to train: regions of one size, chosen in different ways (the paper's first table)."""
-    tuned = [arm for arm in _tuned_arms(comparison) if arm.size and _fraction(arm) < 1]
+    arms = [arm for arm in comparison.comparable_arms if not arm.first.pruned]
+    tuned = [arm for arm in arms if arm.size and arm.fraction < 1]
     alike: dict[tuple[int, str], list[Arm]] = {}
     for arm in tuned:
         alike.setdefault((arm.size or 0, recipe_of(arm)), []).append(arm)
-    same = [arm for arms in alike.values() if len({_choice(arm) for arm in arms}) > 1 for arm in _best_first(arms)]
+    same = [
+        arm
+        for ways in alike.values()
+        if len({_choice(arm) for arm in ways}) > 1
+        for arm in sorted(ways, key=_mean_visual, reverse=True)
+    ]
     if not same:
         return
-    around = [arm for arm in comparison.comparable_arms if not arm.first.pruned and _fraction(arm) in (0, 1)]
+    around = [arm for arm in arms if arm.fraction in (0, 1)]
     columns, lines = _by_task([*around, *same], "visual", _strategy)
     yield Table(
         "strategies",
@@ -148,13 +154,13 @@ def models(comparison: Comparison) -> Iterator[Table]:
     groups: dict[str, list[Arm]] = {}
     for arm in measured:
         groups.setdefault(start(arm.first), []).append(arm)
-    if len(groups) < 2 or not all(any(_fraction(arm) == 1 for arm in group) for group in groups.values()):
+    if len(groups) < 2 or not all(any(arm.fraction == 1 for arm in group) for group in groups.values()):
         return
 
     def about(arm: Arm) -> list[TableCell]:
         return [TableCell(start_name(arm.first)), *_strategy(arm)]
 
-    arms = [arm for group in groups.values() for arm in sorted(group, key=lambda arm: -_fraction(arm))]
+    arms = [arm for group in groups.values() for arm in sorted(group, key=lambda arm: -arm.fraction)]
     columns, lines = _by_task(arms, "visual", about)
     caption = "Visual accuracy, %, of regions of several models. What is kept is against the run named as reference."
     yield Table("models", "Other models", caption, ("run", "model", "chosen", "layers", *columns), lines)
@@ -162,10 +168,10 @@ def models(comparison: Comparison) -> Iterator[Table]:
 
 def texts(comparison: Comparison) -> Iterator[Table]:
     """What tuning on images does to tasks without images (the paper's fourth table)."""
-    arms = [arm for arm in comparison.comparable_arms if arm.mean(text) and not arm.first.pruned]
+    arms = [arm for arm in comparison.comparable_arms if arm.text and not arm.first.pruned]
     if len(arms) < 2:
         return
-    arms.sort(key=lambda arm: (arm.region is not None, -_fraction(arm)))
+    arms.sort(key=lambda arm: (arm.region is not None, -arm.fraction))
     columns, lines = _by_task(arms, "text", _strategy)
     caption = "Accuracy, %, on tasks without images; the model before tuning comes first if it was measured."
     yield Table("text", "Text tasks", caption, ("run", "chosen", "layers", *columns), lines)
@@ -181,7 +187,7 @@ def prunings(comparison: Comparison) -> Iterator[Table]:
                 gone = {", ".join(map(str, row.pruned.get("removed", ()))) for row in arm.rows}
                 layers = gone.pop() if len(gone) == 1 else "by seed"
                 cells = [TableCell(line.name), TableCell(str(number), number), TableCell(layers or NOTHING)]
-                found.append([*cells, *(percent_cell(arm.mean(measure)) for measure in (visual, text)), _n(arm)])
+                found.append([*cells, percent_cell(arm.visual), percent_cell(arm.text), _n(arm)])
     if found:
         columns = ("model", "removed", "which", "visual", "text", "n")
         yield Table("pruning", "Pruned models", "Accuracy, %, by the number of removed layers.", columns, found)
@@ -193,11 +199,6 @@ def percent_cell(mean: Estimate | None) -> TableCell:
         return TableCell(NOTHING)
     error = None if math.isnan(mean.stderr) else 100 * mean.stderr
     return TableCell(f"{100 * mean.value:.1f}", 100 * mean.value, error)
-
-
-def retention_cell(arm: Arm) -> TableCell:
-    """Retention in percent: over seeds, mean and standard deviation; of one run, its value."""
-    return percent_cell(arm.mean(share))
 
 
 def cost_cells(arm: Arm) -> list[TableCell]:
@@ -220,14 +221,13 @@ def _by_task(
     arms: Sequence[Arm], modality: str, about: Callable[[Arm], Sequence[TableCell]], *, cost: bool = False
 ) -> tuple[tuple[str, ...], list[list[TableCell]]]:
     """Columns and lines: what each arm is, its accuracy by task, the mean, and what it kept."""
-    names = list(dict.fromkeys(name for arm in arms for name in arm.measured[0].names(modality)))
-    mean = visual if modality == "visual" else text
+    names = list(dict.fromkeys(name for arm in arms for name in arm.names(modality)))
     lines = []
     for arm in arms:
         cells = [TableCell(arm.name, arm=arm.name), *about(arm)]
-        cells += [percent_cell(arm.mean(of_task(name))) for name in names]
-        cells.append(percent_cell(arm.mean(mean)))
-        cells += [retention_cell(arm)] if modality == "visual" else []
+        cells += [percent_cell(arm.task(name)) for name in names]
+        cells.append(percent_cell(arm.visual if modality == "visual" else arm.text))
+        cells += [percent_cell(arm.kept)] if modality == "visual" else []
         lines.append([*cells, *((_cost(arm, "seconds"), _cost(arm, "peak_memory_gb")) if cost else ()), _n(arm)])
     kept = ("kept",) if modality == "visual" else ()
     return (*names, "mean", *kept, *(("time, s", "memory, GB") if cost else ()), "n"), lines
@@ -256,17 +256,5 @@ def _choice(arm: Arm) -> str:
     return kind(arm.first.region) if arm.first.region is not None else "not tuned"
 
 
-def _tuned_arms(comparison: Comparison) -> list[Arm]:
-    return [arm for arm in comparison.comparable_arms if arm.first.region is not None and not arm.first.pruned]
-
-
-def _fraction(arm: Arm) -> float:
-    return arm.first.region.fraction if arm.first.region is not None else 0.0
-
-
-def _best_first(arms: Sequence[Arm]) -> list[Arm]:
-    def value(arm: Arm) -> float:
-        mean = arm.mean(visual)
-        return -mean.value if mean else 0.0
-
-    return sorted(arms, key=value)
+def _mean_visual(arm: Arm) -> float:
+    return arm.visual.value if arm.visual else 0.0
