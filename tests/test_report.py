@@ -205,44 +205,6 @@ def test_credits_are_shown_once(runs: list[Path], tmp_path: Path) -> None:
     assert text_of(report(runs, out=tmp_path / "report.html")).count("OpenMoji, CC BY-SA 4.0") == 1
 
 
-def test_samples_show_small_images_and_every_answer(tmp_path: Path, image: Path) -> None:
-    missing, text_file = tmp_path / "gone.png", tmp_path / "text.png"
-    text_file.write_text("no image")
-    paths = [
-        make_run(tmp_path / "all", images=(image, missing, text_file)),
-        make_run(tmp_path / "last", region="last:3", images=(image, missing, text_file), answers=("cup", "")),
-    ]
-    page = report(paths, out=tmp_path / "report.html")
-    tags = Tags(page.read_text("utf-8")).tags
-    sources = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
-    assert len(sources) == 2
-    assert all(source.startswith("data:image/") and len(source) < 2000 for source in sources)
-    words = text_of(page)
-    assert words.count("no image") == 4
-    assert "What to read? truth cup ✓right ● all cup ✓right ■ last cup" in words
-    assert "What to count? truth cup ✗wrong ● all two ✗wrong ■ last (nothing)" in words
-
-
-def test_samples_are_the_first_of_each_task_and_capped(tmp_path: Path, image: Path) -> None:
-    path = make_run(tmp_path / "all")
-    line = {
-        "metric": "exact_match",
-        "answers": ["a"],
-        "prediction": "a",
-        "score": 0.5,
-        "images": [str(image)],
-    }
-    tasks = [f"task {i % 20}" for i in range(100)]
-    Run.open(path).write_predictions(
-        {"id": str(i), "task": task, "question": f"question {i}?", **line} for i, task in enumerate(tasks)
-    )
-    words = text_of(report([path], out=tmp_path / "report.html"))
-    asked = [int(number) for number in re.findall(r"question (\d+)\?", words)]
-    assert asked == [i for task in range(12) for i in (task, task + 20)]
-    assert "≈partly right" in words
-    assert "24 at most" in words
-
-
 def test_scores_stand_under_the_regions(runs: list[Path], tmp_path: Path) -> None:
     other = make_scores(tmp_path / "deeper", depth=20, partial=True)
     page = report([*runs, make_scores(tmp_path / "scores"), other], out=tmp_path / "report.html")
@@ -682,6 +644,23 @@ def test_records_in_the_page_are_those_of_the_runs(tmp_path: Path) -> None:
     assert [data["pool"][i] for i in one["question"]] == [" read 0?", " read 1?", " count 0?"]
     assert [data["pool"][i] for i in one["answer"][1]] == ["no", "yes", "yes"]
     assert one["task"] == [0, 0, 1]
+
+
+def test_records_have_small_images_where_they_can_be_read(tmp_path: Path, image: Path) -> None:
+    missing, text_file = tmp_path / "gone.png", tmp_path / "text.png"
+    text_file.write_text("no image")
+    path = answer(make_run(tmp_path / "all"), {"read": [1.0] * 3})
+    lines = [
+        line | {"images": [str(file)]}
+        for line, file in zip(Run(path).predictions(), (image, missing, text_file), strict=True)
+    ]
+    Run(path).write_predictions(lines)
+    page = report([path], out=tmp_path / "report.html").read_text("utf-8")
+    data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
+    assert data["sets"][0]["image"] == [0, -1, -1]
+    (address,) = data["images"]
+    assert address.startswith("data:image/")
+    assert len(address) < 2000
 
 
 def browse(page: Path, script: str = "", width: int = 1200) -> str:

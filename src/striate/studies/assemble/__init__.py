@@ -82,7 +82,7 @@ def assemble(
     torch.manual_seed(seed)
     tower, image_processor, fresh = parts.tower(vision, image_size=image_size, patch_size=patch_size)
     language, tokenizer = parts.language_model(llm)
-    parts.add_image_token(language, tokenizer)
+    parts.add_image_token(tokenizer, language)
     talk = wording(template, tokenizer)
     layer = feature_layer if feature_layer is not None else (-1 if fresh else -2)
     options = {"vision": vision, "llm": llm, "projector": projector, "feature_layer": layer, "pool": pool}
@@ -93,7 +93,7 @@ def assemble(
             load_projector(model.get_submodule(*Vlm.of(model).parts.projector), projector)
         if aspect == "pad":
             image_processor = pad_to_square(image_processor)
-        process = parts.processor(tokenizer, image_processor, tower.config, pool=pool, template=talk.template)
+        process = parts.processor(tokenizer, image_processor, model.config, pool=pool, template=talk.template)
         set_stop_tokens(model.generation_config, process)
         for tensor in model.state_dict(keep_vars=True).values():  # unsaved buffers (rotary frequencies) stay in float32
             tensor.data = tensor.data.to(getattr(torch, dtype or "bfloat16"))

@@ -15,7 +15,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
-    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -38,6 +37,7 @@ from striate.studies.assemble.original import (
     text_config,
     vision_config,
 )
+from striate.studies.assemble.parts import add_image_token, processor
 from striate.studies.assemble.processor import IMAGE_TOKEN, Aspect, for_tower, pad_to_square, wording
 from striate.vlm.template import set_stop_tokens
 from striate.weights import StoredTensor, file_tensors, tensors, write
@@ -76,15 +76,15 @@ def import_original(
         found = {name: one.cast(getattr(torch, dtype)) for name, one in found.items()}
     config.dtype = found[EMBEDDINGS[0]].dtype
     padding = (aspect or original.config.get("image_aspect_ratio")) == "pad"
-    processor = _processor(config, seen, tokenizer, _image_processor(seen, tower, padding), talk.template)
+    process = processor(tokenizer, _image_processor(seen, tower, padding), config, template=talk.template)
     generation = _generation(original.folder if base is None else base)
-    set_stop_tokens(generation, processor)
+    set_stop_tokens(generation, process)
     options = {"import": path, "vision": vision, "llm": llm, "template": template, "aspect": aspect, "dtype": dtype}
     run = Run.create(out, verb="assemble", options=options, parent=path)
     with run.recording():
         run.checkpoint.mkdir()
         write(run.checkpoint, (replace(one, name=name) for name, one in found.items()))
-        for part in (config, processor, generation):
+        for part in (config, process, generation):
             part.save_pretrained(run.checkpoint)
         if note := check_new(run.checkpoint):
             run.warn(note)
@@ -134,10 +134,7 @@ def _tokenizer(folder: Path, text: PreTrainedConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=text, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load a tokenizer from {folder}: {first_line(error)}") from error
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    add_image_token(tokenizer)
     return tokenizer
 
 
@@ -168,19 +165,6 @@ def _image_processor(vision: PreTrainedConfig, tower: Path | None, padding: bool
     if tower is not None and (tower / "preprocessor_config.json").is_file():
         own = AutoImageProcessor.from_pretrained(tower, use_fast=False, trust_remote_code=False)
     return pad_to_square(own) if padding else own
-
-
-def _processor(
-    config: LlavaConfig, vision: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, images: Any, template: str
-) -> LlavaProcessor:
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(vision.model_type == "clip_vision_model"),
-        chat_template=template,
-    )
 
 
 def _generation(folder: Path) -> GenerationConfig:

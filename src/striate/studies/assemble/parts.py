@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     SiglipVisionConfig,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from striate.errors import UserError, first_line, need
 from striate.studies.assemble.processor import IMAGE_TOKEN
@@ -46,7 +47,7 @@ def tower(vision: str, *, image_size: int, patch_size: int) -> tuple[PreTrainedM
             image_size=image_size, patch_size=patch_size, vision_use_head=False,
         )  # fmt: skip
         size = {"height": image_size, "width": image_size}
-        return AutoModel.from_config(config), _siglip_image_processor(size), True
+        return AutoModel.from_config(config), SiglipImageProcessorPil(size=size), True
     check_folder(Path(vision))
     try:
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
@@ -64,12 +65,6 @@ def tower(vision: str, *, image_size: int, patch_size: int) -> tuple[PreTrainedM
         raise UserError(
             f"no vision encoder at {vision!r}: expected a folder, a hub id or one of {sizes} ({first_line(error)})"
         ) from error
-
-
-def _siglip_image_processor(size: dict[str, int]) -> Any:
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-
-    return SiglipImageProcessorPil(size=size)
 
 
 def language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -105,11 +100,12 @@ def language_model(llm: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the vocabulary an image token; its embedding is never read, image features take its place."""
+def add_image_token(tokenizer: PreTrainedTokenizerBase, language: PreTrainedModel | None = None) -> None:
+    """Give a vocabulary an image token and a padding token; the image token's embedding is never read, image features
+    take its place. Without `language` the rows of its embeddings are the caller's to add."""
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    if len(tokenizer) > len(next(language.get_input_embeddings().parameters())):
+    if language is not None and len(tokenizer) > len(next(language.get_input_embeddings().parameters())):
         language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -146,14 +142,15 @@ def _has_class_token(vision: PreTrainedConfig) -> bool:
 
 
 def processor(
-    tokenizer: PreTrainedTokenizerBase, image_processor: Any, vision: PreTrainedConfig, *, pool: int, template: str
+    tokenizer: PreTrainedTokenizerBase, image_processor: Any, config: PreTrainedConfig, *, pool: int = 1, template: str
 ) -> LlavaProcessor:
-    """Image and text to what the model takes, with its chat template."""
+    """Image and text to what a model of this config takes, with its chat template."""
+    vision = config.vision_config
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.patch_size * pool,
-        vision_feature_select_strategy="default" if _has_class_token(vision) else "full",
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(_has_class_token(vision)),
         chat_template=template,
     )

@@ -115,7 +115,8 @@ def cost(
         max(1, min(micro_batch, batch // max(1, devices))), image_tokens or 0,
         text_tokens, answer_tokens, devices, parse_modules(modules), route,
     )  # fmt: skip
-    _check(setup, image_tokens)
+    at_least(0, text_tokens=text_tokens, image_tokens=image_tokens)
+    at_least(1, batch=batch, rank=rank, answer_tokens=answer_tokens)
     parallelism = Parallelism(shard, link * 1e9)
     if devices < 1 or link <= 0 or batch % devices or (fit and devices > 1):
         raise UserError(
@@ -128,7 +129,10 @@ def cost(
         fake = fake_model(name, dtype=kind)
         seen = with_one_image(fake, setup) if image_tokens is None else setup
         models.append((fake, seen))
-        step = largest(fake, seen, region, room, machine) if room else _step(fake, seen, region)
+        if room:
+            step = largest(fake, seen, region, room, machine)
+        else:
+            step = Counts(fake, seen).step(Region.parse(region, fake.vlm.depth))
         whole = replace(step.setup, modules="all", route=None)
         everything = Counts(fake, whole).step(Region.parse("all", fake.vlm.depth))
         rows.append(Cost(name, step, everything, machine, parallelism, fake))
@@ -147,15 +151,6 @@ def with_one_image(fake: FakeModel, setup: Setup) -> Setup:
         kind = fake.vlm.model.config.model_type
         raise UserError(f"the image tokens of {kind} depend on the size of the image: give --image-tokens, such as 256")
     return replace(setup, image_tokens=fake.tokens_per_image)
-
-
-def _step(fake: FakeModel, setup: Setup, region: str) -> Step:
-    return Counts(fake, setup).step(Region.parse(region, fake.vlm.depth))
-
-
-def _check(setup: Setup, image_tokens: int | None) -> None:
-    at_least(0, text_tokens=setup.text_tokens, image_tokens=image_tokens)
-    at_least(1, batch=setup.batch, rank=setup.rank, answer_tokens=setup.answer_tokens)
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -87,16 +87,13 @@ class Cost:
             own, whole = (float(getattr(step.memory, kind.name)) for step in steps)
             rows.append((f"memory: {KINDS[kind.name]}", own, whole, "B"))
         if self.step.setup.devices > 1:
-            own, whole = (self.parallelism.memory(step, self.fake_model) for step in steps)
-            rows.append(("memory of each device: peak", own, whole, "B"))
-            rows.append(
-                ("sent by each device, per step", self.parallelism.sent(steps[0]), self.parallelism.sent(steps[1]), "B")
-            )
+            held = [self.parallelism.memory(step, self.fake_model) for step in steps]
+            sent = [self.parallelism.sent(step) for step in steps]
+            rows.append(("memory of each device: peak", held[0], held[1], "B"))
+            rows.append(("sent by each device, per step", sent[0], sent[1], "B"))
         own, whole = (self.parallelism.seconds(step, *self.machine.reached) for step in steps)
-        return [*rows, ("time of a step", own, whole, "s"), ("records per second", *self._rates(own, whole), "")]
-
-    def _rates(self, own: float, whole: float) -> tuple[float, float]:
-        return self.step.setup.batch / own, self.everything.setup.batch / whole
+        rates = self.step.setup.batch / own, self.everything.setup.batch / whole
+        return [*rows, ("time of a step", own, whole, "s"), ("records per second", *rates, "")]
 
 
 def _quantity(value: float, unit: str) -> str:

@@ -119,10 +119,10 @@ def ask(scene: Scene, task: str, rng: Random, *, avoid: frozenset[str] = frozens
     return None if question is None or question.subject in avoid else question
 
 
-def converse(scene: Scene, rng: Random, *, turns: int, train: bool = True) -> list[tuple[str, Question]]:
+def converse(scene: Scene, rng: Random, *, turns: int) -> list[tuple[str, Question]]:
     """Up to `turns` questions with their tasks, each about another thing: else one answer gives another away.
 
-    With `train`, *know* leaves a fifth of the kinds out; tests on those show knowledge that was not tuned.
+    *Know* leaves a fifth of the kinds out; tests on those show knowledge that was not tuned.
     """
     questions: list[tuple[str, Question]] = []
     tasks = rng.sample(VISUAL_TASKS, len(VISUAL_TASKS))
@@ -131,7 +131,7 @@ def converse(scene: Scene, rng: Random, *, turns: int, train: bool = True) -> li
         tasks.insert(rng.randrange(turns), "read")
     for task in tasks:
         avoid = frozenset(question.subject for _, question in questions if question.subject)
-        if task == "know" and train:
+        if task == "know":
             avoid |= UNTUNED
         if len(questions) < turns and (question := ask(scene, task, rng, avoid=avoid)):
             questions.append((task, question))

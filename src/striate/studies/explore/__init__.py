@@ -74,7 +74,9 @@ def explore(
             page of striate, the port is in use.
     """
     if live:
-        _check_alone(data=data, images=images, out=out)
+        given = {"data": data, "images": images, "out": out}
+        if names := [flag(name) for name, value in given.items() if value is not None]:
+            raise UserError(f"--live takes images in the browser, not {', '.join(names)}: leave out one or the other")
         _serve(model, region, backbone, against, host, port, options)
         return None
     if data is None:
@@ -126,11 +128,6 @@ def _serve(
         other = options.model(against)
         subjects.append(Subject(_name(against), other, _region(other, against, None), read_route(other.model.config)))
     serve(Session(subjects, max_length=options.max_length), host=host, port=port)
-
-
-def _check_alone(**given: Path | None) -> None:
-    if names := [flag(name) for name, value in given.items() if value is not None]:
-        raise UserError(f"--live takes images in the browser, not {', '.join(names)}: leave out one or the other")
 
 
 def _check_port(host: str, port: int) -> None:

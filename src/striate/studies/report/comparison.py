@@ -79,13 +79,12 @@ def compare(runs: Sequence[Path], reference: Path | None = None) -> Comparison:
     chosen = next((row for row in rows if str(row.region) == "all" and not row.pruned), rows[0])
     if reference:
         place = Path(reference).resolve()
-        chosen = next((row for row in rows if row.run.path.resolve() == place), None) or _refuse(reference)
+        named = [row for row in rows if row.run.path.resolve() == place]
+        if not named:
+            raise UserError(f"{reference} is a folder of runs: name one run as the reference")
+        chosen = named[0]
     compared = tuple(_against(row, _counterpart(row, chosen, rows)) for row in rows)
     return Comparison(compared, compared[rows.index(chosen)])
-
-
-def _refuse(reference: Path) -> ComparedRun:
-    raise UserError(f"{reference} is a folder of runs: name one run as the reference")
 
 
 def _distinct(rows: list[ComparedRun]) -> list[ComparedRun]:
@@ -107,12 +106,8 @@ def _counterpart(row: ComparedRun, reference: ComparedRun, rows: Sequence[Compar
     if not row.tasks or not reference.tasks:
         return reference
     twins = [other for other in rows if other.tasks and other.treatment == reference.treatment]
-    twins.sort(key=lambda twin: (_seed(twin) != _seed(row), twin is not reference))
+    twins.sort(key=lambda twin: (twin.info.get("seed") != row.info.get("seed"), twin is not reference))
     return next((twin for twin in twins if not difference(row, twin)), reference)
-
-
-def _seed(row: ComparedRun) -> Any:
-    return row.info.get("seed")
 
 
 def _against(row: ComparedRun, reference: ComparedRun) -> ComparedRun:

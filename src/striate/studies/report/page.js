@@ -144,8 +144,6 @@ function browse(section, data) {
   more.addEventListener("click", extend);
   choose();
   section.hidden = false;
-  const recordCards = document.getElementById("cards");
-  if (recordCards) recordCards.hidden = true;
 }
 
 document.querySelectorAll("table.sortable").forEach(sortable);

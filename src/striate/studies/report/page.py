@@ -27,7 +27,7 @@ from striate.studies.report.comparison import Arm, Comparison, compare
 from striate.studies.report.figures import KINDS, ReportFigure, correlations, figures, heatmaps, save, write_csv
 from striate.studies.report.headline import headline
 from striate.studies.report.pairing import PERPLEXITY, compare_paired
-from striate.studies.report.records import MOST, PER_TASK, browser, record_cards
+from striate.studies.report.records import browser
 from striate.studies.report.tables import Table, TableCell, cost_cells, tables
 from striate.studies.report.tables import runs as runs_table
 
@@ -153,8 +153,6 @@ def _page(
         "folder": quote(folder.name) if folder else "",
         "heatmaps": [heatmaps(row, alone) for row in scored],
         "correlations": {row.name: correlations(row.scores) for row in scored if row.scores},
-        "record_cards": record_cards(comparison),
-        "card_limits": (PER_TASK, MOST),
         "browser": browser(comparison, marks, explored=dict(pair for pairs in explored.values() for pair in pairs)),
         "explored": explored,
         "settings": _settings(comparison.rows),

@@ -1,4 +1,4 @@
-"""Evaluated records on the page: a few to look at, and all of them, with the answers of every run, for its script."""
+"""Every evaluated record with the answer of every run, as compact JSON that the page's script reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from striate.errors import UserError
 from striate.studies.html import data_address, page_data, script_safe
-from striate.studies.report.compared import ComparedRun, difference
+from striate.studies.report.compared import ComparedRun
 from striate.studies.report.comparison import Comparison
 from striate.studies.report.pairing import Key
 
@@ -139,47 +139,7 @@ def _short(score: float) -> float:
     return min(0.99, max(0.01, round(float(score), 2)))
 
 
-PER_TASK = 2
-MOST = 24
-CARD_IMAGES = 4  # of one record
-THUMBNAIL = 224  # pixels on the longer side
-
-
-class RecordCard(NamedTuple):
-    """An evaluated record, its images as `data:` addresses, and by run the lines of predictions.jsonl."""
-
-    record: Mapping[str, Any]
-    images: tuple[str, ...]
-    replies: Mapping[str, Mapping[str, Any]]
-
-
-def record_cards(comparison: Comparison) -> list[RecordCard]:
-    """The first `PER_TASK` records with an image of every task, in the order of the data, `MOST` in all.
-
-    Nothing is chosen by its result. Replies are those of the comparable runs. Perplexity has no replies.
-    """
-    reference = comparison.reference
-    answered = [row for row in comparison.comparable if row.predictions.lines]
-    own = reference if reference.predictions.lines else next(iter(answered), reference)
-    # Runs of another seed may have answered other questions under the same ids.
-    alike = [row for row in answered if not difference(row, own)]
-    firsts: dict[str, list[Key]] = {}
-    for key, record in own.predictions.lines.items():
-        shown = firsts.setdefault(record["task"], [])
-        if record["images"] and len(shown) < PER_TASK:
-            shown.append(key)
-    chosen = [key for keys in firsts.values() for key in keys]
-    return [
-        RecordCard(
-            own.predictions.lines[key],
-            tuple(thumbnail(Path(image)) for image in own.predictions.lines[key]["images"][:CARD_IMAGES]),
-            {row.name: row.predictions.lines[key] for row in alike if key in row.predictions.lines},
-        )
-        for key in chosen[:MOST]
-    ]
-
-
-def thumbnail(path: Path, side: int = THUMBNAIL) -> str:
+def thumbnail(path: Path, side: int) -> str:
     """A small copy of an image as a `data:` address, the shorter of PNG and JPEG; empty when unreadable."""
     from striate.data import open_image  # late: brings in torch
 

@@ -130,19 +130,15 @@ def _poll(plan: SweepPlan, running: dict[str, Cell], executor: Executor, watch: 
     """See which cells have ended, note what happened to them, and wait a little."""
     ended = list(executor.poll())
     for name, status in ended:
-        _record_end(running.pop(name), status)
+        cell = running.pop(name)
+        if status and cell.note.status in (NOT_STARTED, RUNNING):  # it crashed, or never started its work
+            line = last_line(cell.log)
+            cell.update(status=FAILED, error=f"its process ended with status {status}{': ' * bool(line)}{line}")
     if ended:
         write_plan(plan.sheet.out, plan.about, plan.cells)
     watch.show()
     if running:
         time.sleep(PAUSE)
-
-
-def _record_end(cell: Cell, status: int) -> None:
-    """Record the failure of a process that crashed or never started its work."""
-    if status and cell.note.status in (NOT_STARTED, RUNNING):
-        line = last_line(cell.log)
-        cell.update(status=FAILED, error=f"its process ended with status {status}{': ' * bool(line)}{line}")
 
 
 def _stop(plan: SweepPlan, running: dict[str, Cell], executor: Executor, watch: Watch) -> None:

@@ -80,7 +80,7 @@ class Cell:
     def stage(self) -> tuple[str, Path]:
         """The verb that a running cell is at, "tune", "eval" or "prune", and its run folder."""
         for folder in self.runs:
-            status = _run(folder).get("status")
+            status = Run(folder).info.get("status")
             if status != FINISHED:
                 return ("tune" if folder == self.runs[0] else "prune"), folder
             if Run(folder).results is None:
@@ -90,7 +90,7 @@ class Cell:
     @property
     def complete(self) -> bool:
         """Whether all of its runs are finished and evaluated."""
-        return all(_run(folder).get("status") == FINISHED and Run(folder).results for folder in self.runs)
+        return all(Run(folder).info.get("status") == FINISHED and Run(folder).results for folder in self.runs)
 
     def to_json(self) -> dict[str, Any]:
         """The cell as sweep.json has it; folders are relative to that of the sweep."""
@@ -185,7 +185,3 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         os.replace(part, file)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
-
-
-def _run(folder: Path) -> dict[str, Any]:
-    return Run(folder).info

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -32,17 +32,6 @@ from striate.studies.sweep.sheet import Values
 
 PROGRAM = (sys.executable, "-m", "striate")  # the console script, whatever folder it is installed in
 STOPPED, CRASHED = 130, -1
-
-
-class Executor(Protocol):
-    """Runs cells. `poll` yields the names of cells that have ended, with their exit status."""
-
-    @property
-    def has_room(self) -> bool: ...
-    def start(self, cell: Cell) -> None: ...
-    def poll(self) -> Iterator[tuple[str, int]]: ...
-    def interrupt(self) -> None: ...
-    def kill(self) -> None: ...
 
 
 def arguments(file: Path, name: str, *, redo: bool) -> list[str]:
@@ -166,6 +155,10 @@ class Ray:
             return CRASHED
 
 
+Executor = Local | Ray
+"""Runs cells; `poll` yields the names of cells that have ended, with their exit status."""
+
+
 @contextmanager
 def executor_of(file: Path, *, ray: bool, workers: int | None, redo: bool) -> Iterator[Executor]:
     """The executor of a sweep file: a Ray cluster, or else this machine.
@@ -239,7 +232,11 @@ def work(plan: SweepPlan, recipe: Recipe, *, redo: bool = False, progress: bool 
             _tune(tuned, recipe.tune, progress)
             _evaluate(tuned, recipe.eval, progress)
             for folder, values in zip(pruned, recipe.prunings, strict=True):
-                _prune(tuned, folder, values, progress)
+                if not _is_finished(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    wanted = values | {"model": tuned, "out": folder, "dry_run": False}
+                    prune(**call_arguments(prune, wanted) | {"progress": progress})
+                    free_memory()
                 _evaluate(folder, recipe.eval, progress)
 
 
@@ -261,14 +258,6 @@ def _tune(out: Path, values: Values, progress: bool) -> None:
 def _evaluate(run: Path, values: Values, progress: bool) -> None:
     if Run(run).results is None:
         evaluate(**call_arguments(evaluate, values | {"model": run, "out": None}) | {"progress": progress})
-        free_memory()
-
-
-def _prune(tuned: Path, out: Path, values: Values, progress: bool) -> None:
-    if not _is_finished(out):
-        shutil.rmtree(out, ignore_errors=True)
-        wanted = values | {"model": tuned, "out": out, "dry_run": False}
-        prune(**call_arguments(prune, wanted) | {"progress": progress})
         free_memory()
 
 
