@@ -45,6 +45,10 @@ from striate.weights import StoredTensor, file_tensors, tensors, write
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
+# Of `nn.Sequential(Linear, GELU, Linear)` in the original, and of transformers' projector of LLaVA.
+NAMES = {"0": "linear_1", "2": "linear_2"}
+
+
 def import_original(
     path: str,
     *,
@@ -175,10 +179,6 @@ def _generation(folder: Path) -> GenerationConfig:
     if not generation.do_sample:  # vicuna's sets a temperature without sampling, which is refused when it is saved
         generation.temperature = generation.top_p = generation.top_k = None
     return generation
-
-
-# Of `nn.Sequential(Linear, GELU, Linear)` in the original, and of transformers' projector of LLaVA.
-NAMES = {"0": "linear_1", "2": "linear_2"}
 
 
 def load_projector(projector: nn.Module, path: Path) -> None:

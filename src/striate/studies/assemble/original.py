@@ -32,6 +32,35 @@ HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 """What is fetched of a hub model: never code."""
 
 
+# Vision encoders by the name that `mm_vision_tower` ends with, as their own config.json has them.
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip-vit-large-patch14-336": {
+        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+    },
+    "siglip-so400m-patch14-384": {
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+        "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+    },
+}  # fmt: skip
+# From an original name to that in a LLaVA checkpoint of transformers; the first that fits.
+RENAMED = (
+    ("model.vision_tower.vision_tower.", "vision_tower."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),
+)
+# Positions that old versions saved, and the pooling head, which features of an inner layer never pass.
+UNUSED = (".rotary_emb.inv_freq", ".embeddings.position_ids", "vision_model.head.")
+BARE_TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
+CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+# Options of peft beyond plain LoRA, with the values for which the delta is scale * B A.
+PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {},
+         "modules_to_save": None}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Family:
     """What an original `model_type` means: the language model's type in transformers, and the wording of a chat."""
@@ -46,29 +75,6 @@ FAMILIES = {
     "bunny-llama": Family("llama", "bunny_llama3"),
     "bunny-phi3": Family("phi3", "bunny_phi3"),
 }
-
-# Vision encoders by the name that `mm_vision_tower` ends with, as their own config.json has them.
-TOWERS: dict[str, dict[str, Any]] = {
-    "clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-        "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
-    },
-    "siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
-        "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-    },
-}  # fmt: skip
-
-# From an original name to that in a LLaVA checkpoint of transformers; the first that fits.
-RENAMED = (
-    ("model.vision_tower.vision_tower.", "vision_tower."),
-    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
-    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.", "language_model.model."),
-)
-# Positions that old versions saved, and the pooling head, which features of an inner layer never pass.
-UNUSED = (".rotary_emb.inv_freq", ".embeddings.position_ids", "vision_model.head.")
 
 
 @dataclass(frozen=True)
@@ -277,9 +283,6 @@ def _whole_name(name: str) -> str:
     return f"model.{name}" if name.startswith("mm_projector.") else name
 
 
-BARE_TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "head.")
-
-
 def _of_tower(name: str) -> bool:
     """Whether a tensor of a vision encoder's checkpoint is the tower's, not the text half's."""
     return name.startswith(("vision_model.", *BARE_TOWER))
@@ -287,13 +290,6 @@ def _of_tower(name: str) -> bool:
 
 def _tower_name(name: str) -> str:
     return f"vision_model.{name}" if name.startswith(BARE_TOWER) else name
-
-
-CONFIG = "adapter_config.json"
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-# Options of peft beyond plain LoRA, with the values for which the delta is scale * B A.
-PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {},
-         "modules_to_save": None}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,58 @@ Aspect = Literal["square", "pad"]
 """`image_aspect_ratio` of the originals: crop (CLIP) or squeeze (SigLIP) to a square, or pad with the mean color."""
 
 
+IMAGE_TOKEN = "<image>"
+# For a base language model that came without a chat template: the Vicuna wording of LLaVA-1.5.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
+    "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}"
+    "{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# Language models' templates expect strings. This prelude joins lists of parts to strings, images as marks, and
+# leaves the model's own template to do the rest.
+FLATTEN_PARTS = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set text = namespace(value='') -%}"
+    "{%- if message.content is string -%}{%- set text.value = message.content -%}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- set text.value = text.value + ('IMAGE_TOKEN\n' if part.type == 'image' else part.text) -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': text.value}] -%}"
+    "{%- endfor -%}{%- set messages = flat.messages -%}"
+).replace("IMAGE_TOKEN", IMAGE_TOKEN)
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# Images go to the front of their turn, one line per image, and the question is trimmed, as LLaVA prepares its data.
+TURN = (
+    "{%- macro turn(message) -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
+    "{%- set images = message.content | selectattr('type', 'equalto', 'image') | list -%}"
+    "{%- set texts = message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
+    "{{ ('IMAGE_TOKEN\n' * (images | length) + texts | trim) if images else texts }}"
+    "{%- endif -%}{%- endmacro -%}"
+).replace("IMAGE_TOKEN", IMAGE_TOKEN)
+USER_ASSISTANT = (
+    TURN + "{%- if messages and messages[0].role != 'system' -%}{{ 'SYSTEM ' }}{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'system' -%}{{ turn(message) + ' ' }}"
+    "{%- elif message.role == 'user' -%}{{ 'USER: ' + turn(message) + ' ' }}"
+    "{%- else -%}{{ 'ASSISTANT: ' + turn(message) + 'END' }}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+).replace("SYSTEM", SYSTEM.replace("'", "\\'"))
+# Stage 1: the image, the caption, a line break; what was asked is left out.
+CAPTION = (
+    "{%- for message in messages -%}{%- if message.content is string -%}"
+    "{%- if message.role == 'assistant' -%}{{ message.content + '\n' }}{%- endif -%}"
+    "{%- else -%}{%- for part in message.content -%}"
+    "{%- if part.type == 'image' -%}{{ 'IMAGE_TOKEN' }}"
+    "{%- elif message.role == 'assistant' -%}{{ part.text + '\n' }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{%- endfor -%}"
+).replace("IMAGE_TOKEN", IMAGE_TOKEN)
+
+
 def for_tower(vision: PreTrainedConfig) -> Any:
     """The image processor that a CLIP or SigLIP encoder was trained with, at its image size."""
     square = {"height": vision.image_size, "width": vision.image_size}
@@ -41,64 +93,6 @@ def pad_to_square(processor: Any) -> LlavaImageProcessorPil:
     ):
         settings[name] = {key: value for key, value in dict(size).items() if value is not None}
     return LlavaImageProcessorPil(do_pad=True, **settings)
-
-
-IMAGE_TOKEN = "<image>"
-
-# For a base language model that came without a chat template: the Vicuna wording of LLaVA-1.5.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' + message.content + ' ' }}"
-    "{% elif message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}"
-    "{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-# Language models' templates expect strings. This prelude joins lists of parts to strings, images as marks, and
-# leaves the model's own template to do the rest.
-FLATTEN_PARTS = (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- set text = namespace(value='') -%}"
-    "{%- if message.content is string -%}{%- set text.value = message.content -%}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- set text.value = text.value + ('IMAGE_TOKEN\n' if part.type == 'image' else part.text) -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- set flat.messages = flat.messages + [{'role': message.role, 'content': text.value}] -%}"
-    "{%- endfor -%}{%- set messages = flat.messages -%}"
-).replace("IMAGE_TOKEN", IMAGE_TOKEN)
-
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-# Images go to the front of their turn, one line per image, and the question is trimmed, as LLaVA prepares its data.
-TURN = (
-    "{%- macro turn(message) -%}{%- if message.content is string -%}{{ message.content }}{%- else -%}"
-    "{%- set images = message.content | selectattr('type', 'equalto', 'image') | list -%}"
-    "{%- set texts = message.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
-    "{{ ('IMAGE_TOKEN\n' * (images | length) + texts | trim) if images else texts }}"
-    "{%- endif -%}{%- endmacro -%}"
-).replace("IMAGE_TOKEN", IMAGE_TOKEN)
-
-USER_ASSISTANT = (
-    TURN + "{%- if messages and messages[0].role != 'system' -%}{{ 'SYSTEM ' }}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message.role == 'system' -%}{{ turn(message) + ' ' }}"
-    "{%- elif message.role == 'user' -%}{{ 'USER: ' + turn(message) + ' ' }}"
-    "{%- else -%}{{ 'ASSISTANT: ' + turn(message) + 'END' }}{%- endif -%}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
-).replace("SYSTEM", SYSTEM.replace("'", "\\'"))
-
-# Stage 1: the image, the caption, a line break; what was asked is left out.
-CAPTION = (
-    "{%- for message in messages -%}{%- if message.content is string -%}"
-    "{%- if message.role == 'assistant' -%}{{ message.content + '\n' }}{%- endif -%}"
-    "{%- else -%}{%- for part in message.content -%}"
-    "{%- if part.type == 'image' -%}{{ 'IMAGE_TOKEN' }}"
-    "{%- elif message.role == 'assistant' -%}{{ part.text + '\n' }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{%- endfor -%}"
-).replace("IMAGE_TOKEN", IMAGE_TOKEN)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from striate.studies.sweep.display import duration
 from striate.vlm import Vlm
 from striate.vlm.modes import eval_mode
 
+NOISE = 2.0
+"""Standard errors within which a loss counts as none."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -146,10 +149,6 @@ class Choice:
 
     def _names(self) -> str:
         return ", ".join(self.scores.scores)
-
-
-NOISE = 2.0
-"""Standard errors within which a loss counts as none."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ SHARES = ("25%", "12.5%", "1")
 MICRO_BATCHES = (1, 4, 16)
 
 
+_TIME = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(s|min|h|d)\s*")
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
 @dataclass(frozen=True)
 class Fit:
     """The training step that fits; `steps` of it, and whether that is less than an epoch because of the time.
@@ -84,10 +88,6 @@ def _in_time(step: Step, budget: Budget, num_records: int) -> tuple[int, bool]:
             f"on {budget.machine.name}"
         )
     return min(steps, epoch), steps < epoch
-
-
-_TIME = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(s|min|h|d)\s*")
-_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)

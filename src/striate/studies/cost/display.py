@@ -27,6 +27,10 @@ KINDS = {
 UNSEEN = "\nThe tower, which needs a real image, is counted by its weights, not run."
 
 
+ACROSS = ("layers trained,\nevenly spread", "first of a quarter,\nprojector frozen")
+POINTS = 8  # steps along the depth
+
+
 @dataclass(frozen=True)
 class Cost:
     """A step that trains a region of the model `name`, and one that trains `everything`, on a machine or several."""
@@ -130,10 +134,6 @@ def _machine_line(machine: Machine) -> str:
     rate, bandwidth = machine.reached
     share = f" ({machine.efficiency:.0%} of its peak)" if machine.efficiency < 1 else ""
     return f"Time on {machine.name}: {rate / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:,.0f} GB/s{share}."
-
-
-ACROSS = ("layers trained,\nevenly spread", "first of a quarter,\nprojector frozen")
-POINTS = 8  # steps along the depth
 
 
 def cost_figure(models: Mapping[str, tuple[FakeModel, Setup]], machine: Machine) -> Figure:

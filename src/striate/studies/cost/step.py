@@ -38,6 +38,14 @@ FLOAT = 4  # bytes of a trained weight, and of its gradient
 STEP_TRAFFIC, ADDING_TRAFFIC = 40, 12
 
 
+UNITS = 2
+"""Decoder layers whose weights are whole on a device at a time: one that runs, and the next one on its way."""
+ROOM = 0.9
+"""Share of a memory that a run may fill; the rest is for libraries, and gaps that an allocator leaves."""
+_UNITS = {"": 1e9, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+KINDS = ("uniform", "first", "middle", "last", "hybrid")
+
+
 @dataclass(frozen=True)
 class Setup:
     """How the `modules` of a region train. Tokens are those of one record; `devices` share the batch; image tokens pass
@@ -239,10 +247,6 @@ def _settings(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-UNITS = 2
-"""Decoder layers whose weights are whole on a device at a time: one that runs, and the next one on its way."""
-
-
 @dataclass(frozen=True)
 class Parallelism:
     """Whether the weights of a step on n devices are sharded, and the bytes/s that each can send.
@@ -283,12 +287,6 @@ class Parallelism:
         optimizer = step.optimizer.seconds(rate, bandwidth)
         spared = optimizer * (1 - 1 / step.setup.devices) if self.shard else 0.0
         return max(step.seconds(rate, bandwidth) - spared, self.sent(step) / self.link)
-
-
-ROOM = 0.9
-"""Share of a memory that a run may fill; the rest is for libraries, and gaps that an allocator leaves."""
-_UNITS = {"": 1e9, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-KINDS = ("uniform", "first", "middle", "last", "hybrid")
 
 
 def size(text: str) -> float:

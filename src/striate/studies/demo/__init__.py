@@ -55,6 +55,14 @@ EXPLORED = "explore.html"
 CREDITS = ["Images: emoji by OpenMoji, CC BY-SA 4.0 (https://openmoji.org), pasted on colored grounds"]
 
 
+BAR = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.completed}/{task.total} steps{task.fields[loss]}"),
+    TimeRemainingColumn(),
+)
+
+
 @dataclass(frozen=True)
 class DemoSize:
     """The size of the demo: training images, test questions per visual and text task, optimizer steps."""
@@ -230,14 +238,6 @@ def _numbers(run: Run) -> dict[str, Any]:
         "peak_memory_gb": training.get("peak_memory_gb"),
         "trainable_parameters": training.get("trainable_parameters", 0),
     }
-
-
-BAR = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    TextColumn("{task.completed}/{task.total} steps{task.fields[loss]}"),
-    TimeRemainingColumn(),
-)
 
 
 class Bars:

@@ -24,6 +24,13 @@ TURNS = 5  # questions about one training image, at most
 Json = dict[str, Any]
 
 
+VISUAL_TASKS = ("name", "count", "exists", "colour", "position", "read", "know")
+UNTUNED = frozenset(word for word in WORDS if split_of(word) != "train")
+"""The kinds that no *know* question of the training split is about."""
+ANIMALS = tuple(word for word in WORDS if KINDS[word].sort in ("animal", "bird", "insect"))
+OBJECTS = tuple(word for word in WORDS if word not in ANIMALS)
+
+
 def write_world(folder: Path, *, seed: int, train: int, test: int, text: int) -> None:
     """Write the world to `folder`: `images/`, `train.json`, `test.json` and `text.json`.
 
@@ -101,9 +108,6 @@ def _write(path: Path, records: list[Json]) -> None:
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-VISUAL_TASKS = ("name", "count", "exists", "colour", "position", "read", "know")
-
-
 @dataclass(frozen=True)
 class Question:
     """A question with its short answer; `subject` is the word of the thing asked about, or empty."""
@@ -136,10 +140,6 @@ def converse(scene: Scene, rng: Random, *, turns: int) -> list[tuple[str, Questi
         if len(questions) < turns and (question := ask(scene, task, rng, avoid=avoid)):
             questions.append((task, question))
     return questions
-
-
-UNTUNED = frozenset(word for word in WORDS if split_of(word) != "train")
-"""The kinds that no *know* question of the training split is about."""
 
 
 def _pick(scene: Scene, rng: Random, avoid: frozenset[str], *, once: bool) -> tuple[str, str, str] | None:
@@ -237,10 +237,6 @@ def facts(word: str, noun: str) -> list[tuple[str, str]]:
         (f"what sort of thing is {noun} ?", kind.sort),
         (f"where does {noun} belong ?", kind.home),
     ]
-
-
-ANIMALS = tuple(word for word in WORDS if KINDS[word].sort in ("animal", "bird", "insect"))
-OBJECTS = tuple(word for word in WORDS if word not in ANIMALS)
 
 
 def fact(rng: Random) -> tuple[str, str]:

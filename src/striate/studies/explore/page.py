@@ -28,6 +28,10 @@ SMALLEST = 20_000
 """Characters for the maps of a sample, however little room is left."""
 
 
+FINE, COARSE = 255, 15
+"""Steps from 0 to the peak: of 255, and few enough for each head to keep more of its cells."""
+
+
 def page(exploration: Exploration, *, numbers: str = "", size: int = SIZE) -> str:
     """The page of an exploration; `numbers` is the address of its JSON file, empty without one."""
     here, base = resources.files(__package__), resources.files(REPORT)
@@ -96,10 +100,6 @@ def _mean(log_prob: tuple[float, ...]) -> float:
 
 def _short(values: list[float]) -> list[float | None]:
     return [round(value, 4) if value == value else None for value in values]
-
-
-FINE, COARSE = 255, 15
-"""Steps from 0 to the peak: of 255, and few enough for each head to keep more of its cells."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ NOTHING = "–"  # what was not measured
 LAYERWISE = {"score": "layer scores only", "revert": "layers reverted only"}
 
 
+SWEEP = "sweep.json"
+BELOW = ("*", "*/*", "*/*/*")  # folders below the one that was named
+
+
 @dataclass(frozen=True, eq=False)
 class ComparedRun:
     """One run as it is compared. What was not measured is None; accuracies are in 0..1.
@@ -212,10 +216,6 @@ def count(number: float) -> str:
 def finite(value: float) -> float | str:
     """A number for a CSV file, empty where there is none."""
     return value if math.isfinite(value) else ""
-
-
-SWEEP = "sweep.json"
-BELOW = ("*", "*/*", "*/*/*")  # folders below the one that was named
 
 
 class RunFolder(NamedTuple):

@@ -20,6 +20,10 @@ from striate.studies.report.compared import ComparedRun, difference, find_runs, 
 from striate.studies.report.pairing import Retention, compare_paired, compare_unpaired
 from striate.studies.report.treatment import DEEP, kind, origin_of, settings, unlike, without_seed
 
+# Options that say how many records a run saw; that is compared by their number.
+AMOUNT = ("region", "steps", "epochs")
+FEWEST = 3  # numbers of layers that make a line of trained ones; a pruned model and its parent do
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -253,11 +257,6 @@ def start(row: ComparedRun) -> str:
 def start_name(row: ComparedRun) -> str:
     """The folder name of the start model, without the run's seed."""
     return Path(str(without_seed(row.info.get("parent") or "", row.info.get("seed")))).name
-
-
-# Options that say how many records a run saw; that is compared by their number.
-AMOUNT = ("region", "steps", "epochs")
-FEWEST = 3  # numbers of layers that make a line of trained ones; a pruned model and its parent do
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,10 @@ KINDS = ("svg", "png", "pdf", "csv")
 Numbers = Sequence[Mapping[str, Any]]
 
 
+TOP = 0.25  # share of the layers that is named beside a heatmap
+FAINTEST = 0.06  # of a cell that has a value
+
+
 class ReportFigure(NamedTuple):
     """A figure with title, caption and numbers; `name` is the stem of its files."""
 
@@ -250,10 +254,6 @@ def _both(name: str, mean: Estimate | None) -> dict[str, Any]:
         name: "" if mean is None else 100 * mean.value,
         f"{name} ±": "" if mean is None else finite(100 * mean.stderr),
     }
-
-
-TOP = 0.25  # share of the layers that is named beside a heatmap
-FAINTEST = 0.06  # of a cell that has a value
 
 
 class HeatCell(NamedTuple):

@@ -24,6 +24,14 @@ DEEP = 8  # parents of parents that are followed
 BLOCKS = ("uniform", "first", "last", "middle", "hybrid")
 
 
+# Notes by the first word of the digests in run.json.
+MADE_FROM = {
+    "data": "trained on different records from",
+    "model": "from a different model than",
+    "code": "by different code than",
+}
+
+
 def treatment(name: str, info: Mapping[str, Any], region: Region | None, *, deep: int = DEEP) -> str:
     """A key that is equal only for runs that differ in nothing but the seed: options and the content of their files."""
     options = settings(info, deep=deep)
@@ -107,14 +115,6 @@ def without_seed(path: Any, seed: Any) -> Any:
     end = rf"{seed}(?![^\W_]|\.\d)"
     named, times = re.subn(rf"(?<=seed)([-_=]?){end}", r"\1#", path)
     return named if times else re.sub(rf"(?<![^\W_])(?<!\.){end}", "#", path)
-
-
-# Notes by the first word of the digests in run.json.
-MADE_FROM = {
-    "data": "trained on different records from",
-    "model": "from a different model than",
-    "code": "by different code than",
-}
 
 
 def unlike(info: Mapping[str, Any], other: Mapping[str, Any], name: str) -> Iterator[str]:
