@@ -329,11 +329,11 @@ def layer_figures(row: ComparedRun) -> Iterator[tuple[str, plot.Figure, str, lis
 def _numbers(figure: str, scores: Scores) -> list[dict[str, Any]]:
     """The numbers of a figure of layer scores."""
     if figure in ("scores", "tasks"):
-        whole = ((name, {}, score) for name, score in scores.scores.items())
-        parts = ((n, {"task": task}, one) for n, score in scores.scores.items() for task, one in score.tasks.items())
+        by_task = [(n, {"task": task}, one) for n, score in scores.scores.items() for task, one in score.tasks.items()]
+        listed = by_task if figure == "tasks" else [(name, {}, score) for name, score in scores.scores.items()]
         return [
             {"score": name, **task, "layer": layer, "value": finite(value), "±": finite(error)}
-            for name, task, score in (whole if figure == "scores" else parts)
+            for name, task, score in listed
             for layer, (value, error) in enumerate(
                 zip(score.values, score.stderr or [math.nan] * len(score.values), strict=True)
             )
