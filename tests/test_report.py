@@ -507,6 +507,7 @@ def test_folders_and_sweeps_stand_for_their_runs(runs: list[Path], tmp_path: Pat
     sweep = tmp_path / "sweep"
     make_run(sweep / "a", region="first:3")
     make_run(sweep / "unlisted", region="last:3")
+    make_run(sweep / ".old" / "hidden", region="last:3")
     cells = [
         {"name": "a", "values": {"region": "first:3"}, "runs": ["a"], "status": "finished"},
         {"name": "b", "values": {"region": "last:3"}, "runs": ["b"], "status": "pending"},

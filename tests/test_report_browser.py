@@ -136,9 +136,9 @@ def test_tables_sort_by_any_column(page: Path) -> None:
     ]  # fmt: skip
 
 
-def test_without_scripts_there_are_no_records_and_no_buttons(page: Path) -> None:
-    script = 'return [at("#browser").hidden, all(".sort").length]'
-    assert use(page, script, scripts=False) == [True, 0]
+def test_without_scripts_a_line_stands_for_the_records_and_there_are_no_buttons(page: Path) -> None:
+    script = 'return [at("#browser").hidden, at("noscript").innerText.includes("scripts are off"), all(".sort").length]'
+    assert use(page, script, scripts=False) == [True, True, 0]
 
 
 @pytest.mark.parametrize("width", [320, 390, 1400])

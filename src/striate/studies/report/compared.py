@@ -31,7 +31,7 @@ LAYERWISE = {"score": "layer scores only", "revert": "layers reverted only"}
 
 
 SWEEP = "sweep.json"
-BELOW = ("*", "*/*", "*/*/*")  # folders below the one that was named
+BELOW = [f"{'[!.]*/' * depth}{INFO}" for depth in (1, 2, 3)]  # of runs below a folder, none of it hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ def _inside(folder: Path) -> Iterator[RunFolder]:
     listed = list(_sweep_runs(folder))
     yield from listed
     known = {one.path.resolve() for one in listed}
-    below = sorted(file.parent for pattern in BELOW for file in folder.glob(f"{pattern}/{INFO}"))
+    below = sorted(file.parent for pattern in BELOW for file in folder.glob(pattern))
     whole = [path for path in below if not {*path.parents} & {*below}]  # not the runs inside a run
     yield from (RunFolder(path) for path in whole if path.resolve() not in known)
 

@@ -183,7 +183,7 @@ class Arm:
         return self.mean(lambda row: row.text)
 
     @cached_property
-    def kept(self) -> Estimate | None:
+    def share(self) -> Estimate | None:
         """What it keeps of its reference's visual accuracy, 1 for all."""
         return self.mean(lambda row: row.share)
 

@@ -103,7 +103,7 @@ def _accuracy(comparison: Comparison, arms: Sequence[Arm]) -> Iterator[ReportFig
     text = {arm.name: mean for arm in arms if (mean := arm.text)}
     if not visual and not text:
         return
-    kept = {arm.name: mean for arm in arms if arm is not comparison.whole and (mean := arm.kept)}
+    kept = {arm.name: mean for arm in arms if arm is not comparison.whole and (mean := arm.share)}
     regions = {arm.name: arm.region for arm in arms if arm.region is not None}
     numbers = [
         {

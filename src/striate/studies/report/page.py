@@ -184,7 +184,7 @@ def _entry(arm: Arm, reference: bool) -> Entry:
     notes = [f"{len(arm.rows)} runs"] if len(arm.rows) > 1 else []
     notes += _notes(arm)
     return Entry(
-        arm, reference, notes, whole or arm.kept, sure, noise, cost_cells(arm)
+        arm, reference, notes, whole or arm.share, sure, noise, cost_cells(arm)
     )  # fmt: skip
 
 

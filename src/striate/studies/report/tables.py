@@ -227,7 +227,7 @@ def _by_task(
         cells = [TableCell(arm.name, arm=arm.name), *about(arm)]
         cells += [percent_cell(arm.task(name)) for name in names]
         cells.append(percent_cell(arm.visual if modality == "visual" else arm.text))
-        cells += [percent_cell(arm.kept)] if modality == "visual" else []
+        cells += [percent_cell(arm.share)] if modality == "visual" else []
         lines.append([*cells, *((_cost(arm, "seconds"), _cost(arm, "peak_memory_gb")) if cost else ()), _n(arm)])
     kept = ("kept",) if modality == "visual" else ()
     return (*names, "mean", *kept, *(("time, s", "memory, GB") if cost else ()), "n"), lines
