@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def together(number: int, work: Callable[..., Any], *arguments: Any) -> list[int
 def _work(rank: int, number: int, port: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
 
+    assert "preloaded" in sys.modules, "the server could not import preloaded.py: each process would import for seconds"
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ["MASTER_ADDR"] = "127.0.0.1"

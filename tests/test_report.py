@@ -650,18 +650,19 @@ def test_records_in_the_page_are_those_of_the_runs(tmp_path: Path) -> None:
 def test_records_have_small_images_where_they_can_be_read(tmp_path: Path, image: Path) -> None:
     missing, text_file = tmp_path / "gone.png", tmp_path / "text.png"
     text_file.write_text("no image")
+    other = tmp_path / "other.png"
+    Image.new("RGB", (8, 8), "blue").save(other)
     path = answer(make_run(tmp_path / "all"), {"read": [1.0] * 3})
     lines = [
-        line | {"images": [str(file)]}
+        line | {"images": [str(file), str(missing), str(other)]}
         for line, file in zip(Run(path).predictions(), (image, missing, text_file), strict=True)
     ]
     Run(path).write_predictions(lines)
     page = report([path], out=tmp_path / "report.html").read_text("utf-8")
     data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
-    assert data["sets"][0]["image"] == [0, -1, -1]
-    (address,) = data["images"]
-    assert address.startswith("data:image/")
-    assert len(address) < 2000
+    assert data["sets"][0]["images"] == [[0, 1], [1], [1]]
+    assert len(data["images"]) == 2
+    assert all(address.startswith("data:image/") and len(address) < 2000 for address in data["images"])
 
 
 def browse(page: Path, script: str = "", width: int = 1200) -> str:

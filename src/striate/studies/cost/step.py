@@ -304,8 +304,8 @@ def size(text: str) -> float:
 def fit(fake_model: FakeModel, setup: Setup, region: str, memory: float, machine: Machine) -> Step:
     """The step with the largest region that fits, and of those the fastest.
 
-    Regions are of the kind of `region` ("uniform" where it has no number to change). Micro-batches are powers of two up
-    to the batch, with and without activation checkpointing.
+    Regions have the form of `region`, or `uniform:N` where it has no size. Micro-batches are powers of two up to the
+    batch, with and without activation checkpointing.
 
     Raises:
         UserError: not even one layer fits; names the memory that one takes.

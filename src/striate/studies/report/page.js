@@ -115,8 +115,8 @@ function browse(section, data) {
     text.append(...pages.map(([, run, address]) => make("p", {}, make("small", {},
       make("a", { href: address }, "layer by layer: ", make("bdi", {}, chosen.runs[run][0]))))));
     const header = make("header", {}, text);
-    const image = data.images[chosen.image[record]];
-    if (image) header.prepend(make("div", { class: "images" }, make("img", { src: image, alt: "", loading: "lazy" })));
+    const images = chosen.images[record].map((number) => make("img", { src: data.images[number], alt: "", loading: "lazy" }));
+    if (images.length) header.prepend(make("div", { class: "images" }, ...images));
     const replies = make("ul", { class: "replies" }, ...chosen.runs.map((run, i) => reply(run, i, record)));
     return make("article", { class: "card" }, header, replies);
   }

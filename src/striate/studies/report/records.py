@@ -17,7 +17,7 @@ from striate.studies.report.compared import ComparedRun
 from striate.studies.report.comparison import Comparison
 from striate.studies.report.pairing import Key
 
-IMAGES = 200  # in the page, all sets of records together
+IMAGES, PER_RECORD = 200, 4  # in the page, all sets of records together; of one record
 SIDE = 128  # pixels
 RECORDS = 10_000  # of one set
 LETTERS = 400  # of a question or an answer
@@ -73,7 +73,7 @@ class _Thumbnails:
     def __init__(self, sets: Sequence[tuple[ComparedRun, Sequence[Key]]]) -> None:
         seen = ([row.predictions.lines[key].get("images") for key in keys] for row, keys in sets)
         turns = zip_longest(*([images for images in of_set if images] for of_set in seen))
-        files = dict.fromkeys(str(images[0]) for turn in turns for images in turn if images)
+        files = dict.fromkeys(str(one) for turn in turns for images in turn if images for one in images[:PER_RECORD])
         self.addresses, self.numbers = list[str](), dict[str, int]()
         for file in list(files)[:IMAGES]:
             if address := thumbnail(Path(file), SIDE):
@@ -81,8 +81,9 @@ class _Thumbnails:
                 self.addresses.append(address)
         self.note = f"{len(self.addresses):,} of {len(files):,} images are in this page." if files else ""
 
-    def __call__(self, images: Sequence[Any]) -> int:
-        return self.numbers.get(str(images[0]), -1) if images else -1
+    def __call__(self, images: Sequence[Any]) -> list[int]:
+        """The numbers of a record's first images that are in the page."""
+        return [self.numbers[file] for file in map(str, images[:PER_RECORD]) if file in self.numbers]
 
 
 def _spread(lines: Mapping[Key, Any]) -> Iterator[Key]:
@@ -111,7 +112,7 @@ def _set(
         "task": [places[key[0]] for key in keys],
         "question": [pool(lines[key]["question"]) for key in keys],
         "truth": [pool(", ".join(map(str, dict.fromkeys(lines[key]["answers"])))) for key in keys],
-        "image": [thumbnails(lines[key].get("images") or ()) for key in keys],
+        "images": [thumbnails(lines[key].get("images") or ()) for key in keys],
         "answer": [[pool(row.predictions.lines[key]["prediction"]) for key in keys] for row in rows],
         "score": [[_short(row.predictions.lines[key]["score"]) for key in keys] for row in rows],
         "explored": [
