@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports it from its environment's path, and would leave it out without a word.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 CONTEXT.set_forkserver_preload(["preloaded"])
+ensure_running()  # a process has one server: the demo, tested in this one before, would start its own
 PATIENCE = 120  # seconds; a process that waits for another for ever is the fault to look for
 
 
@@ -38,6 +41,13 @@ def finish(processes: list[Any]) -> list[int | None]:
         for process in processes:
             process.kill()
             process.join()
+
+
+def wait_for(file: Path, process: Any) -> None:
+    """Until the process has written it."""
+    while not file.is_file():
+        assert process.is_alive(), f"it ended ({process.exitcode}) without {file.name}"
+        time.sleep(0.01)
 
 
 def together(number: int, work: Callable[..., Any], *arguments: Any) -> list[int | None]:

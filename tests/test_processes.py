@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -16,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from launch import finish, start, together
+from launch import finish, start, together, wait_for
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import changed, weights, write_data
@@ -270,8 +269,7 @@ def test_a_signal_to_one_saves_all(model: Path, data: Path, tmp_path: Path) -> N
     options = replace(OPTIONS, epochs=20)
     assert together(2, train, model, data, tmp_path / "whole", options, {"method": "full"}) == [0, 0]
     started = start(2, train, model, data, tmp_path / "run", options, {"method": "full"})
-    while not (tmp_path / "run" / "log.jsonl").is_file():
-        time.sleep(0.01)
+    wait_for(tmp_path / "run" / "log.jsonl", started[0])
     os.kill(started[1].pid, signal.SIGTERM)
     assert finish(started) == [1, 1]
     run = Run.open(tmp_path / "run")
@@ -298,8 +296,7 @@ def test_a_signal_to_the_group_does_not_end_data_workers(
     many.write_text(json.dumps(40 * json.loads(data.read_text())))
     options = replace(OPTIONS, epochs=1, workers=2, save_steps=1000)
     started = start(1, train_in_a_group, model, many, tmp_path / "run", options, {"method": "full"})
-    while not (tmp_path / "run" / "log.jsonl").is_file():
-        time.sleep(0.01)
+    wait_for(tmp_path / "run" / "log.jsonl", started[0])
     os.killpg(started[0].pid, sent)
     assert finish(started) == [1]
     run = Run.open(tmp_path / "run")
