@@ -26,7 +26,7 @@ from striate.train.memory import full_tuning_fits
 from striate.train.optimizer import Group, Named
 from striate.train.options import ALIGN, TUNE, TrainOptions, check_launch
 from striate.train.precision import Before, cast, cast_for_training, quantize_frozen_layers, restore
-from striate.train.records import check_skipped, num_samples, sample_records
+from striate.train.records import log_skipped, num_samples, sample_records
 from striate.train.saved import last_saved
 from striate.train.watch import Log
 from striate.vlm import Selection, Vlm, select
@@ -82,7 +82,7 @@ def align(
     rank = init_distributed(options.device)
     check_launch(options, rank)
     check_images(records)
-    log = _list_skipped(records, options, log or Log())
+    log = log_skipped(records, options, log or Log())
     region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank)
     _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, region, options)
@@ -144,7 +144,7 @@ def tune(
     check_launch(options, process)
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     subset = sample_records(records, samples, seed=options.seed)
-    log = _list_skipped(records, options, log or Log())
+    log = log_skipped(records, options, log or Log())
     chosen, chosen_route = find_layers(vlm, subset, region, route, options=options, rank=process)
     plan = select(vlm, chosen, modules=modules, projector=projector == "train")
     _replace_route(vlm, chosen_route, log)
@@ -170,20 +170,6 @@ def tune(
     if not (trained.stopped and state):
         _finish(vlm, network, trained, before)
     return trained
-
-
-def _list_skipped(records: Records, options: TrainOptions, log: Log) -> Log:
-    """Log what was skipped on reading, and warnings about the data.
-
-    Raises:
-        UserError: too many records are bad.
-    """
-    for record in records.skipped:
-        log.skip(record)
-    for note in records.notes:
-        log.warn(note)
-    check_skipped(records.skipped, len(records) + len(records.skipped), options)
-    return log
 
 
 def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> None:

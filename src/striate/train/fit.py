@@ -161,23 +161,14 @@ def fit(
         tokens = probe.largest(packing=fast_paths.packing)
         checkpointing = _plan_checkpointing(vlm, tokens, kept, groups, options, device, rank)
         writer = _plan_saves(state, checkpointing, groups, options, device, rank) if state else None
-        if writer and not writer.background:
-            notes += ("training waits while a state is saved: there is no memory for a copy of it",)
-        if device.type == "cpu" and running < SHARED:
-            notes += (
-                f"other programs use this machine's cores: the probe had one for {running:.0%} of its time, and "
-                "training will be as slow; threads that wait for each other make it worse (OMP_NUM_THREADS=1)",
-            )
+        audit = Audit(network, groups, images=records.has_images)
         loop = Loop(
             network, examples, groups, options, autocast=autocast, checkpointing=checkpointing, log=log, writer=writer,
             losses=lambda model, batch: answer_losses(vlm, model, batch, fast_paths=fast_paths),
-            audit=_audit(network, groups, examples), memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
+            audit=audit, memory=memory, device=device, rank=rank, pad_id=vlm.pad_token_id,
         )  # fmt: skip
-        if options.steps is None and loop.total < FEW:
-            steps = f"{loop.total} step{'s' * (loop.total > 1)} of --batch {options.batch}"
-            notes += (f"all of the training is {steps}: a smaller --batch or more --epochs makes more",)
         stack.callback(log.end)
-        log.begin(loop.resume(), loop.total, [*notes, str(checkpointing)])
+        log.begin(loop.resume(), loop.total, [*notes, *_notes(loop, running)])
         loop.run(time.monotonic() - began)
         if options.shard:
             unshard(network, rank)
@@ -207,10 +198,19 @@ def fit(
     )
 
 
-def _audit(network: nn.Module, groups: dict[str, Group], examples: Examples) -> Audit:
-    trained = {name: parameter for group in groups.values() for name, parameter in group.parameters.items()}
-    visual = {name for part, group in groups.items() if part != "layers" for name in group.parameters}
-    return Audit(network, trained, visual=visual, images=examples.records.has_images)
+def _notes(loop: Loop, running: float) -> Iterator[str]:
+    """What to know before the first step; `running` is the share of the probe's time in which it had a core."""
+    if loop.writer and not loop.writer.background:
+        yield "training waits while a state is saved: there is no memory for a copy of it"
+    if loop.device.type == "cpu" and running < SHARED:
+        yield (
+            f"other programs use this machine's cores: the probe had one for {running:.0%} of its time, and "
+            "training will be as slow; threads that wait for each other make it worse (OMP_NUM_THREADS=1)"
+        )
+    if loop.options.steps is None and loop.total < FEW:
+        steps = f"{loop.total} step{'s' * (loop.total > 1)} of --batch {loop.options.batch}"
+        yield f"all of the training is {steps}: a smaller --batch or more --epochs makes more"
+    yield str(loop.checkpointing)
 
 
 def in_bfloat16(dtype: str, device: torch.device) -> bool:

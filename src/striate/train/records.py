@@ -66,6 +66,20 @@ def length_grouped(lengths: list[int], batch: int, seed: int) -> list[int]:
     return [index for group in order for index in group]
 
 
+def log_skipped(records: Records, options: TrainOptions, log: Log) -> Log:
+    """The log, with what was skipped on reading, and warnings about the data.
+
+    Raises:
+        UserError: too many records are bad.
+    """
+    for record in records.skipped:
+        log.skip(record)
+    for note in records.notes:
+        log.warn(note)
+    check_skipped(records.skipped, len(records) + len(records.skipped), options)
+    return log
+
+
 def check_skipped(skipped: Iterable[Skipped], total: int, options: TrainOptions) -> None:
     """Raise `UserError` when too many of `total` records are bad; one that is too long is not bad."""
     bad = [record for record in skipped if not record.too_long]

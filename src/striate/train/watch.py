@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from striate.data import Batch, Skipped
 from striate.distributed import Rank
 from striate.errors import UserError
+from striate.train.optimizer import Group
 from striate.train.sharding import own
 
 WINDOW, MIN_HISTORY = 50, 20  # steps that a loss is compared with, and the fewest needed for a comparison
@@ -29,15 +30,15 @@ MIN_RISE = 0.5  # and by this share of the median
 class Audit:
     """Fails the run after its first step if a trainable parameter got no gradient, or a frozen parameter changed.
 
-    `visual` are the parameters that get a gradient from images only. After a step without images the audit waits for a
-    step with one, if the data has any (`images`): the longest records, which come first, are often text alone.
+    Those of projector and tower get a gradient from images only. After a step without images the audit waits for a step
+    with one, if the data has any (`images`): the longest records, which come first, are often text alone.
     """
 
-    def __init__(
-        self, model: nn.Module, trained: dict[str, nn.Parameter], *, visual: Collection[str], images: bool
-    ) -> None:
-        chosen = {id(parameter) for parameter in trained.values()}
-        self.trained, self.visual, self.images = trained, visual, images
+    def __init__(self, model: nn.Module, groups: Mapping[str, Group], *, images: bool) -> None:
+        self.trained = {name: p for group in groups.values() for name, p in group.parameters.items()}
+        self.visual = {name for part, group in groups.items() if part != "layers" for name in group.parameters}
+        self.images = images
+        chosen = {id(parameter) for parameter in self.trained.values()}
         self.frozen = {name: p for name, p in model.named_parameters() if id(p) not in chosen}
         self.before: dict[str, int] | None = None
         self.complete = False  # whether the step had a gradient for every parameter
