@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-from transformers import set_seed
 
 from striate import routing
 from striate.data import Records
@@ -188,7 +187,7 @@ def _prepare(vlm: Vlm, region: Region, options: TrainOptions) -> Before:
     Returns what the model was before.
     """
     _ = vlm.processor  # tried on the model before trained weights have another dtype
-    set_seed(options.seed)
+    torch.manual_seed(options.seed)  # of adapters
     bf16 = in_bfloat16(options.dtype, _device(options))
     before = Before.of(vlm.model, bf16=bf16)
     if options.shard:

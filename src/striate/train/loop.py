@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import enable_full_determinism, set_seed
 
 from striate.data import Batch, Examples, Skipped, collate
 from striate.distributed import Rank
@@ -142,6 +141,8 @@ class Loop:
         self.wrapped: nn.Module = network
         if rank.world_size > 1 and not options.shard:
             self.wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
+        from transformers import enable_full_determinism, set_seed  # slow to import: peft, and torch's compiler with it
+
         (enable_full_determinism if options.deterministic else set_seed)(options.seed)
 
     def run(self, before: float = 0.0) -> None:

@@ -8,7 +8,6 @@ from math import ceil
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from striate.train.options import SCHEDULES, TrainOptions
 
@@ -40,6 +39,8 @@ def build_optimizer(groups: dict[str, Group], options: TrainOptions) -> torch.op
 
 def build_schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
     """`transformers`' schedule over `steps`, after a linear warm-up."""
+    from transformers import get_scheduler  # slow to import, as in `Loop`
+
     warmup = ceil(options.warmup * steps)
     return get_scheduler(SCHEDULES[options.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
