@@ -467,6 +467,7 @@ def test_from_files(tmp_path: Path) -> None:
     from test_train import write_data
 
     vlm = load(pico_llava(tmp_path / "pico"), device="cpu")
-    exploration = explore(vlm, read(write_data(tmp_path), images=tmp_path), samples=1)
+    exploration = explore(vlm, read(write_data(tmp_path), images=tmp_path), region="0,2", samples=1)
     assert len(exploration.samples) == 1
+    assert exploration.region == Region((0, 2), 4)
     assert exploration.route is None

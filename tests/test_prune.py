@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 import striate
 from striate import weights
 from striate.errors import UserError
-from striate.prune import Numbering, Surgery, bypass, cut, cut_checkpoint
+from striate.prune import Numbering, Surgery, bypass, cut, cut_checkpoint, drop_layers
 from striate.prune.choice import blocks
 from striate.prune.proof import observe, verify_cut
 from striate.region import Region
@@ -100,6 +100,16 @@ def test_a_bypass_is_the_identity_and_ends() -> None:
         assert torch.equal(states, embedded)
     after = observe(vlm, prompts)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("layers", [[-1], [4], Region((1,), 30)])
+def test_layers_of_another_model_are_neither_bypassed_nor_dropped(layers: Any) -> None:
+    vlm = Vlm.of(pico_more("llava_llama"))
+    with pytest.raises(UserError, match=r"does not exist|30 decoder layers, this model has 4"):
+        bypass(vlm, layers)
+    with pytest.raises(UserError, match=r"does not exist|30 decoder layers, this model has 4"):
+        drop_layers(vlm, layers)
+    assert vlm.depth == 4
 
 
 def test_what_a_cut_changes_in_the_model() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -184,6 +185,16 @@ def test_any_text_is_a_region_or_a_user_error(text: str, depth: int) -> None:
 def test_a_region_that_cannot_be_is_refused(chosen: tuple, depth: int) -> None:
     with pytest.raises(UserError):
         Region(chosen, depth)
+
+
+def test_what_names_a_region_in_python(tmp_path: Path) -> None:
+    region = Region((0, 2), 4)
+    region.save(tmp_path / "region.json")
+    forms = (region, "0,2", "uniform:50%", [2, 0], (0, 2, 2), np.array([0, 2]), iter([0, 2]), tmp_path)
+    assert all(Region.of(form, 4) == region for form in forms)
+    for wrong in (Region((0, 2), 6), [-1], [4], ["0"], tmp_path / "none.json"):
+        with pytest.raises(UserError):
+            Region.of(wrong, 4)
 
 
 def test_behaves_as_a_set_of_layers() -> None:

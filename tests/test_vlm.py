@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForCo
 
 import striate
 from striate.region import Region
+from striate.routing import route
 from striate.runs.cli import main
+from striate.train import lora_config
 from striate.vlm import Vlm, find_parts, load_on_meta, select
 from striate.vlm.reading import read_model
 from striate.weights import tensors
@@ -87,6 +89,16 @@ def test_nothing_to_train_and_other_depths_are_refused() -> None:
         select(vlm, Region((0,), 32))
     with pytest.raises(striate.UserError, match="32 decoder layers, this model has 4"):
         vlm.linear_modules(Region((0,), 32))
+
+
+def test_a_region_may_be_named_by_text_or_numbers() -> None:
+    vlm = Vlm.of(pico("llava"))
+    region = Region((1, 3), DEPTH)
+    assert select(vlm, [1, 3]).names == select(vlm, "1,3").names == select(vlm, region).names
+    expected = lora_config(vlm, region).target_modules
+    assert lora_config(vlm, "1,3").target_modules == lora_config(vlm, [3, 1]).target_modules == expected
+    with route(vlm, "1,3") as routed:
+        assert routed.region == region
 
 
 def test_a_model_without_known_parts_is_rejected() -> None:

@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -105,6 +105,25 @@ class Region:
                 raise _region_error(f"layer {layer} is listed {times} times", depth)
         object.__setattr__(self, "layers", tuple(layers))
         object.__setattr__(self, "depth", depth)
+
+    @classmethod
+    def of(cls, chosen: Layers, depth: int) -> Region:
+        """A region of a model of `depth` decoder layers from what names one: a text form, or layer numbers.
+
+        Raises:
+            UserError: a layer does not exist, the text is not a region, or the region is for another depth.
+        """
+        if isinstance(chosen, str | os.PathLike):
+            return cls.parse(os.fspath(chosen), depth)
+        if not isinstance(chosen, Region):
+            return cls(tuple({*chosen}), depth)
+        if chosen.depth != depth:
+            raise UserError(
+                f"region {chosen} is for {chosen.depth} decoder layers, this model has {depth}: choose it again for "
+                "this depth",
+                see="region",
+            )
+        return chosen
 
     @classmethod
     def parse(cls, text: str, depth: int) -> Region:
@@ -229,6 +248,10 @@ class Region:
         return self
 
 
+Layers = Region | str | os.PathLike[str] | Iterable[int]
+"""What names a region of a model whose depth is known, see `Region.of`."""
+
+
 def _region_error(what: str, depth: int) -> UserError:
     return UserError(f"{what}; this model's depth is {depth} (layers 0-{depth - 1}); accepted: {FORMS}", see="region")
 
@@ -316,7 +339,7 @@ def region_by_score(form: str, size: int | str, ranked: Sequence[int], name: str
     return Region(tuple(sorted(chosen)), depth, f"{form}:{size}@scores:{name}")
 
 
-def auto_size(option: str, text: Region | str | None, depth: int) -> str | None:
+def auto_size(option: str, text: Layers | None, depth: int) -> str | None:
     """The number (8) or share (25%) of layers in `auto:25%`, which are measured before training; None in other forms.
 
     Raises:

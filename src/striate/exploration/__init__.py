@@ -20,7 +20,7 @@ from striate.exploration.asking import Asked, ask, draw
 from striate.exploration.layout import View, layout
 from striate.exploration.lesions import Intervention, Lesion, groups, intervene, kinds, lesions
 from striate.exploration.observing import MAX_LENS_TOKENS, Attention, Lens, lens, observe
-from striate.region import Region
+from striate.region import Layers, Region
 from striate.routing import read_route
 from striate.scores import OnBad
 from striate.scores.backbone import Backbone
@@ -101,7 +101,7 @@ def explore(
     vlm: Vlm,
     records: Records,
     *,
-    region: Region | None = None,
+    region: Layers | None = None,
     backbone: str | Path | None = None,
     samples: int = 6,
     max_length: int = 2048,
@@ -125,8 +125,9 @@ def explore(
     """
     at_least(1, samples=samples, max_length=max_length)
     questions, skipped = draw(records, samples, seed)
+    chosen = None if region is None else Region.of(region, vlm.depth)
     return explore_questions(
-        vlm, questions, region=region, backbone=backbone, max_length=max_length, stop=on_bad_record == "stop",
+        vlm, questions, region=chosen, backbone=backbone, max_length=max_length, stop=on_bad_record == "stop",
         skipped=skipped, notes=records.notes,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from striate.prune.plan import Pruning
 from striate.prune.proof import verify_cut, verify_saved
 from striate.prune.protected import protected_layers
 from striate.prune.surgery import Surgery
-from striate.region import Region
+from striate.region import Layers, Region
 from striate.roundtrip import Inputs, free_memory, probes, save
 from striate.routing import load
 from striate.train import TUNE, TrainOptions
@@ -59,12 +59,12 @@ class Pruned:
         save(self.vlm, Path(folder))
 
 
-def drop_layers(vlm: Vlm, layers: Iterable[int], *, verify: Iterable[Record] = ()) -> Pruned:
+def drop_layers(vlm: Vlm, layers: Layers, *, verify: Iterable[Record] = ()) -> Pruned:
     """Remove decoder layers from a model in memory, and verify that it equals the model that bypasses them.
 
     Args:
         vlm: the model; it loses the layers in place.
-        layers: indices of the layers to remove, 0-based.
+        layers: the layers to remove: their indices, 0-based, or a region in any form.
         verify: records; the first one with and the first one without an image are the prompts of the verification;
             default: a question about an image of noise, and a question without an image.
 
@@ -72,7 +72,7 @@ def drop_layers(vlm: Vlm, layers: Iterable[int], *, verify: Iterable[Record] = (
         UserError: a layer does not exist or is protected (with the reason), or the two models differ in a bit of their
             logits or generated tokens; then the model must not be used any more.
     """
-    removed = Region(tuple(sorted(set(layers))), vlm.depth)
+    removed = Region.of(layers, vlm.depth)
     protected = protected_layers(vlm)
     if bad := next((layer for layer in removed if layer in protected), None):
         raise UserError(f"layer {bad} cannot be removed: {protected[bad]}", see="layers-cannot-be-removed")

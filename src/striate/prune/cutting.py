@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from striate.errors import UserError
-from striate.region import Region
+from striate.region import Layers, Region
 from striate.routing import read_route, route, unroute, write_route
 from striate.vlm import Vlm
 from striate.vlm.modes import change_layers, skip
@@ -103,12 +103,15 @@ class Numbering:
         return [self.new[layer] for layer in layers if layer in self.new]
 
 
-def bypass(vlm: Vlm, layers: Iterable[int]) -> AbstractContextManager[None]:
-    """Context in which the output of each of the layers is its input.
+def bypass(vlm: Vlm, layers: Layers) -> AbstractContextManager[None]:
+    """Context in which the output of each of the layers, a region in any form or their numbers, is its input.
 
     The layers still run and their outputs are discarded: generation with a cache is that of the model without them.
+
+    Raises:
+        UserError: a layer does not exist, or the region is for another depth.
     """
-    return change_layers((vlm.layers[layer] for layer in layers), skip)
+    return change_layers((vlm.layers[layer] for layer in Region.of(layers, vlm.depth)), skip)
 
 
 def cut(vlm: Vlm, numbers: Numbering) -> None:

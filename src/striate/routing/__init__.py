@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from striate.data import Batch
 from striate.errors import UserError, first_line
-from striate.region import Region, auto_size
+from striate.region import Layers, Region, auto_size
 from striate.routing.layer import Unrouted, multiply_adds
 from striate.routing.tokens import MASK, Pass, Tokens
 from striate.vlm import Vlm
@@ -89,7 +89,7 @@ def open_route(vlm: Vlm) -> Vlm:
     return vlm
 
 
-def route(model: Vlm | PreTrainedModel, region: Region | None = None, *, image_token_id: int | None = None) -> Routed:
+def route(model: Vlm | PreTrainedModel, region: Layers | None = None, *, image_token_id: int | None = None) -> Routed:
     """Let image tokens pass only through the layers of `region`, until the result is removed.
 
         route(model)                    # until removed, by the route in the config of its checkpoint
@@ -105,17 +105,18 @@ def route(model: Vlm | PreTrainedModel, region: Region | None = None, *, image_t
     """
     vlm = model if isinstance(model, Vlm) else Vlm.of(model)
     config, kind = vlm.model.config, vlm.model.config.model_type
-    region = read_route(config) if region is None else region
-    if region is None:
+    chosen = read_route(config) if region is None else region
+    if chosen is None:
         raise UserError(f"this {kind} model has no route: its config has no {ENTRY!r}; give a region")
-    check_route(region, vlm.depth)
+    chosen = chosen if isinstance(chosen, Region) else Region.of(chosen, vlm.depth)
+    check_route(chosen, vlm.depth)
     token = vlm.image_token_id if image_token_id is None else image_token_id
     if token is None:
         raise UserError(f"the config of this {kind} model names no image token: give image_token_id")
     if isinstance(vars(vlm.model).get("forward"), Routed):
         raise UserError(f"this {kind} model is routed already: remove that route first")
     _check_attention(vlm)
-    return Routed(vlm, region, token)
+    return Routed(vlm, chosen, token)
 
 
 def read_route(config: PreTrainedConfig) -> Region | None:
@@ -155,7 +156,7 @@ def running_tokens(model: PreTrainedModel) -> Tokens | None:
     return routed.running.tokens if isinstance(routed, Routed) else None
 
 
-def resolve(text: Region | str | None, trained: Region) -> Region | None:
+def resolve(text: Layers | None, trained: Region) -> Region | None:
     """The route that `--route` asks for; None where image tokens pass through all layers.
 
     None, `none` or `all`: no route; `same`: the layers that train, and layer 0; else any form of a region.
@@ -170,7 +171,7 @@ def resolve(text: Region | str | None, trained: Region) -> Region | None:
     if auto_size("--route", text, trained.depth):
         raise UserError(f"--route {text}: tune and align measure it; here, give a region such as uniform:25%")
     try:
-        region = Region.parse(text, trained.depth) if isinstance(text, str) else text
+        region = text if isinstance(text, Region) else Region.of(text, trained.depth)
     except UserError as error:
         raise UserError(
             f"--route {text}: {error}; or none, same (the layers that train, and layer 0), auto:25% (measured)"

@@ -16,7 +16,7 @@ from striate import routing
 from striate.data import Records
 from striate.distributed import Rank, init_distributed
 from striate.errors import UserError, check_choices
-from striate.region import Region
+from striate.region import Layers, Region
 from striate.train.adapter import adapt, lora_config
 from striate.train.fit import Trained, fit, in_bfloat16
 from striate.train.loss import answer_nll
@@ -58,7 +58,7 @@ def align(
     records: Records,
     *,
     tower: bool = False,
-    route: Region | str | None = None,
+    route: Layers | None = None,
     options: TrainOptions = ALIGN,
     log: Log | None = None,
     state: Path | None = None,
@@ -102,8 +102,8 @@ def tune(
     vlm: Vlm,
     records: Records,
     *,
-    region: Region | str = "uniform:25%",
-    route: Region | str | None = None,
+    region: Layers = "uniform:25%",
+    route: Layers | None = None,
     modules: str = "all",
     samples: int | str | None = None,
     method: Method = "auto",
@@ -120,7 +120,7 @@ def tune(
     Args:
         vlm: the model, which is trained in place.
         records: the training records.
-        region: the layers to train, in any form of a region, or `auto:25%` (measured, see `find_layers`).
+        region: the layers to train: a region in any form, their numbers, or `auto:25%` (measured, see `find_layers`).
         route: the layers that image tokens pass through: a region in any form, `same` (the trained layers and layer 0),
             or `auto:25%` (measured, see `find_layers`); default: all layers. See `striate.route`.
         modules: the matrices of these layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from striate.errors import UserError
-from striate.region import Region
+from striate.region import Layers, Region
 from striate.vlm import Vlm
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def lora_config(
     vlm: Vlm,
-    region: Region,
+    region: Layers,
     *,
     modules: str = "all",
     rank: int = 128,
@@ -46,6 +46,7 @@ def lora_config(
     """
     from peft import LoraConfig  # slow to import, and not needed without adapters
 
+    region = Region.of(region, vlm.depth)
     targets = vlm.linear_modules(region, modules)
     if not targets:
         of = "" if modules == "all" else f" of --modules {modules}"

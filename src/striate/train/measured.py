@@ -8,7 +8,7 @@ from striate import routing
 from striate.data import Records
 from striate.distributed import Rank
 from striate.errors import UserError
-from striate.region import Region, auto_size, rank_layers, region_by_score
+from striate.region import Layers, Region, auto_size, rank_layers, region_by_score
 from striate.scores import Scores, score
 from striate.scores.consensus import CHOOSING, choose_region
 from striate.train.options import TrainOptions
@@ -20,7 +20,7 @@ REGION_SAMPLES, ROUTE_SAMPLES = 64, 32
 
 
 def find_layers(
-    vlm: Vlm, records: Records, region: Region | str, route: Region | str | None, *, options: TrainOptions, rank: Rank
+    vlm: Vlm, records: Records, region: Layers, route: Layers | None, *, options: TrainOptions, rank: Rank
 ) -> tuple[Region, Region | None]:
     """The layers to train and the route to train with, None where image tokens pass through all layers.
 
@@ -40,10 +40,10 @@ def find_layers(
     return chosen, _find_route(vlm, records, route, chosen, options, rank)
 
 
-def _find_region(vlm: Vlm, records: Records, region: Region | str, options: TrainOptions, rank: Rank) -> Region:
+def _find_region(vlm: Vlm, records: Records, region: Layers, options: TrainOptions, rank: Rank) -> Region:
     size = auto_size("--region", region, vlm.depth)
     if size is None:
-        return Region.parse(region, vlm.depth) if isinstance(region, str) else region
+        return Region.of(region, vlm.depth)
     names = [name for name in CHOOSING if records.has_images or name != ROUTING]
     scores = _measure(vlm, records, names, f"--region {region}", REGION_SAMPLES, options)
     found, sureness = choose_region(list(scores.scores.values()), size, seed=options.seed)
@@ -51,7 +51,7 @@ def _find_region(vlm: Vlm, records: Records, region: Region | str, options: Trai
 
 
 def _find_route(
-    vlm: Vlm, records: Records, route: Region | str | None, region: Region, options: TrainOptions, rank: Rank
+    vlm: Vlm, records: Records, route: Layers | None, region: Region, options: TrainOptions, rank: Rank
 ) -> Region | None:
     size = auto_size("--route", route, vlm.depth)
     if size is None:

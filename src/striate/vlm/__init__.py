@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from striate.errors import UserError, first_line
-from striate.region import Region
+from striate.region import Layers, Region
 from striate.vlm.devices import align_memory, check_device, default_device
 from striate.vlm.modes import override_forward
 from striate.vlm.modules import ALL, check_present, choose_names, parse_modules
@@ -181,7 +181,7 @@ class Vlm:
         Raises:
             UserError: the region is for another depth, or its layers have no such modules.
         """
-        self._check_depth(region)
+        region = Region.of(region, self.depth)
         chosen, inside = parse_modules(modules), self._names_inside(region)
         if region.layers:
             check_present((own for names in inside.values() for own in names), chosen, self.model.config.model_type)
@@ -193,8 +193,8 @@ class Vlm:
         Raises:
             UserError: the region is for another depth.
         """
-        self._check_depth(region)
-        layers, chosen = {self._layer_name(layer): self.layers[layer] for layer in region}, parse_modules(modules)
+        region, chosen = Region.of(region, self.depth), parse_modules(modules)
+        layers = {self._layer_name(layer): self.layers[layer] for layer in region}
         return tuple(
             f"{prefix}.{name}" for prefix, layer in layers.items() for name in choose_names(linear_in(layer), chosen)
         )
@@ -206,14 +206,6 @@ class Vlm:
 
     def _layer_name(self, layer: int) -> str:
         return f"{self.parts.layers}.{layer}"
-
-    def _check_depth(self, region: Region) -> None:
-        if region.depth != self.depth:
-            raise UserError(
-                f"region {region} is for {region.depth} decoder layers, this model has {self.depth}: "
-                "choose it again for this depth",
-                see="region",
-            )
 
     @contextmanager
     def head_at(self, positions: torch.Tensor) -> Iterator[None]:
@@ -318,18 +310,17 @@ def load(
     return replace(Vlm.of(model if mapped else align_memory(model.to(place)), source=source), notes=notes)
 
 
-def select(
-    vlm: Vlm, region: Region | str, *, modules: str = ALL, projector: bool = True, tower: bool = False
-) -> Selection:
+def select(vlm: Vlm, region: Layers, *, modules: str = ALL, projector: bool = True, tower: bool = False) -> Selection:
     """Select the trainable parameters: the region's layers, optionally the projector and the tower; freeze all others.
 
-    Sets `requires_grad` of every parameter. `region` is a region, or a text form of one (uniform:25%). `modules` are
-    the matrices of its layers that train: all, or some of attention, mlp, gate_up, down, qkv, o, separated by commas.
+    Sets `requires_grad` of every parameter. `region` is a region, a text form of one (uniform:25%) or layer numbers.
+    `modules` are the matrices of its layers that train: all, or some of attention, mlp, gate_up, down, qkv, o,
+    separated by commas.
 
     Raises:
         UserError: the region is for another depth, no layer of it has such modules, or no parameter is selected.
     """
-    chosen = Region.parse(region, vlm.depth) if isinstance(region, str) else region
+    chosen = Region.of(region, vlm.depth)
     in_projector = vlm.names_below(*vlm.parts.projector)
     groups = {
         "layers": vlm.region_parameters(chosen, modules),
