@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from pico import pico_llava, pico_more
-from training import OPTIONS, batch_of, changed, power_cut, tune, weights, write_data
+from training import OPTIONS, batch_of, changed, power_cut, saved_as, tune, weights, write_data
 
 import striate
 from striate.data import read
@@ -488,6 +488,49 @@ def test_a_second_training_in_memory_keeps_the_first(
     then = changed(first, vlm.model.state_dict())
     assert then
     assert all(".layers.3." in name for name in then)
+
+
+class Cut(Log):
+    """Ends the training in its second step."""
+
+    def step(self, entry: dict[str, Any]) -> None:
+        super().step(entry)
+        if entry["step"] == 2:
+            raise ValueError("power cut")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_training_that_failed_is_resumed_on_the_same_model(
+    model: Path, data: Path, tmp_path: Path, method: Any
+) -> None:
+    half, records = saved_as(model, tmp_path / "half", torch.float16), read(data)
+    settings: dict[str, Any] = {"region": "1,3", "method": method, "options": replace(OPTIONS, save_steps=1)}
+    whole, vlm = striate.load(half), striate.load(half)
+    striate.tune(whole, records, **settings)
+    names = list(vlm.model.state_dict())
+    with pytest.raises(ValueError, match="power cut"):
+        striate.tune(vlm, records, state=tmp_path / "state", log=Cut(), **settings)
+    assert list(vlm.model.state_dict()) == names
+    assert {one.dtype for one in vlm.model.parameters()} == {torch.float16}
+    assert not vlm.model.training
+    striate.tune(vlm, records, state=tmp_path / "state", **settings)
+    assert not changed(whole.model.state_dict(), vlm.model.state_dict())
+
+
+def test_a_training_that_was_stopped_is_resumed_on_the_same_model(model: Path, data: Path, tmp_path: Path) -> None:
+    records = read(data)
+    settings: dict[str, Any] = {"region": "1,3", "method": "lora", "options": OPTIONS}
+
+    class Interrupted(Log):
+        def step(self, entry: dict[str, Any]) -> None:
+            super().step(entry)
+            signal.raise_signal(signal.SIGINT)
+
+    whole, vlm = striate.load(model), striate.load(model)
+    striate.tune(whole, records, **settings)
+    assert striate.tune(vlm, records, state=tmp_path / "state", log=Interrupted(), **settings).stopped
+    assert not striate.tune(vlm, records, state=tmp_path / "state", **settings).stopped
+    assert not changed(whole.model.state_dict(), vlm.model.state_dict())
 
 
 def test_layers_are_recomputed_in_the_training_that_asks_for_it_alone(model: Path, data: Path) -> None:

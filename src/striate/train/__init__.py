@@ -85,16 +85,19 @@ def align(
     region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank)
     _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, region, options)
-    named = named_parameters(vlm, select(vlm, region, tower=tower))
-    _cast(vlm, options)
-    rate = _or_default(options.learning_rate, 1e-3)
-    rates = {"projector": _or_default(options.projector_learning_rate, rate), "tower": rate}
-    groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(
-        vlm, vlm.model, region, records, groups, options, route=chosen_route, rank=rank, log=log, state=state
-    )  # fmt: skip
-    if not (trained.stopped and state):
-        _finish(vlm, vlm.model, trained, before)
+    try:
+        named = named_parameters(vlm, select(vlm, region, tower=tower))
+        _cast(vlm, options)
+        rate = _or_default(options.learning_rate, 1e-3)
+        rates = {"projector": _or_default(options.projector_learning_rate, rate), "tower": rate}
+        groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
+        trained = fit(
+            vlm, vlm.model, region, records, groups, options, route=chosen_route, rank=rank, log=log, state=state
+        )  # fmt: skip
+    except BaseException:
+        _finish(vlm, vlm.model, before, None, options)
+        raise
+    _finish(vlm, vlm.model, before, None if trained.stopped and state else trained, options)
     return trained
 
 
@@ -148,26 +151,28 @@ def tune(
     plan = select(vlm, chosen, modules=modules, projector=projector == "train")
     _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, chosen, options)
-    full = method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process))
     network: Any = vlm.model
-    if full:
-        named, rate = named_parameters(vlm, plan), 2e-5
-    else:
-        lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
-        network, named = adapt(vlm, chosen, modules=plan.modules, projector=projector == "train", **lora)
-        rate = 2e-4
-    _cast(vlm, options)
-    rates = {
-        "layers": _or_default(options.learning_rate, rate),
-        "projector": _or_default(options.projector_learning_rate, 2e-5),
-    }
-    groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
-    trained = fit(
-        vlm, network, chosen, subset, groups, options, modules=plan.modules, route=chosen_route, rank=process, log=log,
-        state=state,
-    )  # fmt: skip
-    if not (trained.stopped and state):
-        _finish(vlm, network, trained, before)
+    try:
+        if method == "full" or (method == "auto" and _full_tuning_fits(plan, options, process)):
+            named, rate = named_parameters(vlm, plan), 2e-5
+        else:
+            lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
+            network, named = adapt(vlm, chosen, modules=plan.modules, projector=projector == "train", **lora)
+            rate = 2e-4
+        _cast(vlm, options)
+        rates = {
+            "layers": _or_default(options.learning_rate, rate),
+            "projector": _or_default(options.projector_learning_rate, 2e-5),
+        }
+        groups = {part: Group(parameters, rates[part]) for part, parameters in named.items()}
+        trained = fit(
+            vlm, network, chosen, subset, groups, options, modules=plan.modules, route=chosen_route, rank=process,
+            log=log, state=state,
+        )  # fmt: skip
+    except BaseException:
+        _finish(vlm, network, before, None, options)
+        raise
+    _finish(vlm, network, before, None if trained.stopped and state else trained, options)
     return trained
 
 
@@ -208,14 +213,21 @@ def _cast(vlm: Vlm, options: TrainOptions) -> None:
         cast_for_training(vlm.model, bf16=in_bfloat16(options.dtype, _device(options)))
 
 
-def _finish(vlm: Vlm, network: Any, trained: Trained, before: Before) -> None:
-    """Merge adapters, restore frozen weights bit for bit and all dtypes to those of the checkpoint, set its route."""
+def _finish(vlm: Vlm, network: Any, before: Before, trained: Trained | None, options: TrainOptions) -> None:
+    """Merge adapters, restore frozen weights bit for bit and all dtypes to those of the checkpoint, set its route.
+
+    Without a result, after an error or where the state was saved, adapters are taken off and the route of before is
+    turned on again, so that the model can be trained again, or resumed; weights that were trained in place stay so.
+    """
+    if trained is None and options.shard:  # no process has the whole model
+        return
     restore(vlm.model, before)
     if network is not vlm.model:
-        network.merge_and_unload()
+        network.merge_and_unload() if trained else network.unload()
     cast(vlm.model, before.dtypes)
     vlm.model.eval()
-    routing.write_route(vlm.model.config, trained.route)
+    if trained:
+        routing.write_route(vlm.model.config, trained.route)
     routing.open_route(vlm)
 
 

@@ -58,7 +58,7 @@ class Trained:
     there was a `route`; `log` has one entry per step. `seconds` and `seen` (records trained on, over all epochs) count
     from the first start, also when the training was resumed; `left_out` of the `records` were skipped. `groups` has the
     number of trained parameters of each part. `stopped`: by a signal, before the last step; if the state was saved,
-    adapters are not merged then.
+    adapters are taken off then, and the same call resumes.
     """
 
     vlm: Vlm
