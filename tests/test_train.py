@@ -509,7 +509,7 @@ def test_a_training_that_failed_is_resumed_on_the_same_model(
     striate.tune(whole, records, **settings)
     names = list(vlm.model.state_dict())
     with pytest.raises(ValueError, match="power cut"):
-        striate.tune(vlm, records, state=tmp_path / "state", log=Cut(), **settings)
+        striate.tune(vlm, records, state=str(tmp_path / "state"), log=Cut(), **settings)
     assert list(vlm.model.state_dict()) == names
     assert {one.dtype for one in vlm.model.parameters()} == {torch.float16}
     assert not vlm.model.training
@@ -531,6 +531,26 @@ def test_a_training_that_was_stopped_is_resumed_on_the_same_model(model: Path, d
     assert striate.tune(vlm, records, state=tmp_path / "state", log=Interrupted(), **settings).stopped
     assert not striate.tune(vlm, records, state=tmp_path / "state", **settings).stopped
     assert not changed(whole.model.state_dict(), vlm.model.state_dict())
+
+
+@pytest.mark.parametrize("verb", ["tune", "align"])
+def test_a_resumed_training_keeps_the_layers_that_were_measured(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    records, vlm = read(data), striate.load(model)
+    regions = {"region": "auto:50%"} if verb == "tune" else {}
+    train = partial(getattr(striate, verb), vlm, records, options=replace(OPTIONS, save_steps=1), **regions)
+    state = tmp_path / "states" / "run"
+    with pytest.raises(ValueError, match="power cut"):
+        train(route="auto:75%", log=Cut(), state=state)
+    with monkeypatch.context() as patch:
+        patch.setattr("striate.train.measured.score", None)  # nothing is measured again
+        trained = train(route="auto:75%", state=state)
+        assert trained.steps == trained.total_steps
+        assert trained.route.origin == "auto:75%"
+        assert trained.region.origin.startswith("auto:50%" if regions else "none")
+        with pytest.raises(TypeError):
+            train(route="auto:2", state=state)
 
 
 def test_layers_are_recomputed_in_the_training_that_asks_for_it_alone(model: Path, data: Path) -> None:

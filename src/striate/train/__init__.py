@@ -61,7 +61,7 @@ def align(
     route: Layers | None = None,
     options: TrainOptions = ALIGN,
     log: Log | None = None,
-    state: Path | None = None,
+    state: str | Path | None = None,
 ) -> Trained:
     """Stage 1: train the projector alone, so that image features mean something to the language model.
 
@@ -78,11 +78,11 @@ def align(
     Raises:
         UserError: bad input; the model cannot be routed; the step-1 audit failed; more than 1 % of the records are bad.
     """
-    rank = init_distributed(options.device)
+    rank, state = init_distributed(options.device), Path(state) if state else None
     check_launch(options, rank)
     check_images(records)
     log = log_skipped(records, options, log or Log())
-    region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank)
+    region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank, state=state)
     _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, region, options)
     try:
@@ -116,7 +116,7 @@ def tune(
     dropout: float = 0.05,
     options: TrainOptions = TUNE,
     log: Log | None = None,
-    state: Path | None = None,
+    state: str | Path | None = None,
 ) -> Trained:
     """Stage 2: visual instruction tuning of a region of the decoder's layers, and of the projector.
 
@@ -142,12 +142,12 @@ def tune(
     Raises:
         UserError: bad input; the model cannot be routed; the step-1 audit failed; more than 1 % of the records are bad.
     """
-    process = init_distributed(options.device)
+    process, state = init_distributed(options.device), Path(state) if state else None
     check_launch(options, process)
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     subset = sample_records(records, samples, seed=options.seed)
     log = log_skipped(records, options, log or Log())
-    chosen, chosen_route = find_layers(vlm, subset, region, route, options=options, rank=process)
+    chosen, chosen_route = find_layers(vlm, subset, region, route, options=options, rank=process, state=state)
     plan = select(vlm, chosen, modules=modules, projector=projector == "train")
     _replace_route(vlm, chosen_route, log)
     before = _prepare(vlm, chosen, options)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import torch
 
 from striate import routing
@@ -12,6 +16,7 @@ from striate.region import Layers, Region, auto_size, rank_layers, region_by_sco
 from striate.scores import Scores, score
 from striate.scores.consensus import CHOOSING, choose_region
 from striate.train.options import TrainOptions
+from striate.train.saved import last_saved
 from striate.vlm import Vlm
 from striate.vlm.devices import default_device
 
@@ -20,7 +25,14 @@ REGION_SAMPLES, ROUTE_SAMPLES = 64, 32
 
 
 def find_layers(
-    vlm: Vlm, records: Records, region: Layers, route: Layers | None, *, options: TrainOptions, rank: Rank
+    vlm: Vlm,
+    records: Records,
+    region: Layers,
+    route: Layers | None,
+    *,
+    options: TrainOptions,
+    rank: Rank,
+    state: Path | None = None,
 ) -> tuple[Region, Region | None]:
     """The layers to train and the route to train with, None where image tokens pass through all layers.
 
@@ -32,34 +44,53 @@ def find_layers(
     `layer_contribution` (ShortV, 2025), so that with layer 0 there are a quarter of the layers. Anything else is what
     `striate.routing.resolve` accepts.
 
+    Where `state`, the folder for saved states, has one to resume, the layers that were measured before it stay.
+
     Raises:
         UserError: an unknown form, another depth, or an empty route; `auto` without images or with weights that are not
             on one device yet.
     """
-    chosen = _find_region(vlm, records, region, options, rank)
-    return chosen, _find_route(vlm, records, route, chosen, options, rank)
+    region_size, route_size = auto_size("--region", region, vlm.depth), auto_size("--route", route, vlm.depth)
+    if region_size:
+        measure = partial(_find_region, vlm, records, str(region), region_size, options, rank)
+        region = _keep_measured(state, "region", str(region), vlm.depth, measure, rank)
+    chosen = Region.of(region, vlm.depth)
+    if route_size:
+        measure = partial(_find_route, vlm, records, str(route), route_size, options, rank)
+        route = _keep_measured(state, "route", str(route), vlm.depth, measure, rank)
+    return chosen, routing.resolve(route, chosen)
 
 
-def _find_region(vlm: Vlm, records: Records, region: Layers, options: TrainOptions, rank: Rank) -> Region:
-    size = auto_size("--region", region, vlm.depth)
-    if size is None:
-        return Region.of(region, vlm.depth)
+def _keep_measured(
+    state: Path | None, option: str, form: str, depth: int, measure: Callable[[], Region], rank: Rank
+) -> Region:
+    """What was measured for this form before the saved state that is resumed; else measure, and note it there."""
+    if state is None:
+        return measure()
+    file, resumed = state / f"{option}.json", last_saved(state) is not None
+    if resumed and file.is_file():
+        saved = Region.load(file)
+        if saved.origin.partition(",")[0] == form and saved.depth == depth:
+            return saved
+    found = measure()
+    if rank.first and not resumed:
+        state.mkdir(parents=True, exist_ok=True)
+        found.save(file)
+    return found
+
+
+def _find_region(vlm: Vlm, records: Records, region: str, size: str, options: TrainOptions, rank: Rank) -> Region:
     names = [name for name in CHOOSING if records.has_images or name != ROUTING]
     scores = _measure(vlm, records, names, f"--region {region}", REGION_SAMPLES, options)
     found, sureness = choose_region(list(scores.scores.values()), size, seed=options.seed)
     return Region(_agreed(found, rank), vlm.depth, f"{region}, {sureness}")
 
 
-def _find_route(
-    vlm: Vlm, records: Records, route: Layers | None, region: Region, options: TrainOptions, rank: Rank
-) -> Region | None:
-    size = auto_size("--route", route, vlm.depth)
-    if size is None:
-        return routing.resolve(route, region)
+def _find_route(vlm: Vlm, records: Records, route: str, size: str, options: TrainOptions, rank: Rank) -> Region:
     measured = _measure(vlm, records, [ROUTING], f"--route {route}", ROUTE_SAMPLES, options)[ROUTING]
     ranked = rank_layers(measured.values, measured.direction)
     found = region_by_score("top", size, sorted(ranked, key=bool), ROUTING)  # layer 0 comes first
-    return routing.resolve(Region(_agreed(found, rank), vlm.depth, str(route)), region)
+    return Region(_agreed(found, rank), vlm.depth, route)
 
 
 def _measure(vlm: Vlm, records: Records, names: list[str], option: str, samples: int, options: TrainOptions) -> Scores:
