@@ -31,8 +31,6 @@ from striate.evaluation import (
     Prediction,
     answer,
     answers,
-    choose,
-    likelihood,
     prefix,
     resolve,
     sample_tasks,
@@ -64,6 +62,14 @@ RECORDS = [
     record("what is in the car ?", image=120),
     record("two three one"),
 ]
+
+
+def likelihood(vlm: Vlm, records: list[Record], *, batch: int = 16, max_length: int = 2048) -> dict[int, Any]:
+    return dict(answers._each(vlm, records, answers.likelihood_fn(vlm, batch=batch, max_length=max_length), batch))
+
+
+def choose(vlm: Vlm, records: list[Record], *, batch: int = 16) -> dict[int, Any]:
+    return dict(answers._each(vlm, records, answers.choice_fn(vlm, batch=batch, max_length=2048), batch))
 
 
 def by_hand(vlm: Vlm, asked: Record, num_tokens: int) -> str:
@@ -117,7 +123,7 @@ def test_the_checkpoints_sampling_and_penalties_are_ignored(vlm: Vlm) -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_likelihood_of_answers(vlm: Vlm, batch: int) -> None:
     records = [answered(asked, " ".join(WORDS[: 1 + n])) for n, asked in enumerate(RECORDS)]
-    both = dict(likelihood(vlm, records, batch=batch))
+    both = likelihood(vlm, records, batch=batch)
     assert sorted(both) == list(range(len(RECORDS)))
     for index, found in both.items():
         log_prob, num_tokens = log_prob_by_hand(vlm, records[index])
@@ -128,7 +134,7 @@ def test_likelihood_of_answers(vlm: Vlm, batch: int) -> None:
 def test_the_likeliest_choice_is_chosen(vlm: Vlm) -> None:
     choices = ("red", "a green cat", "yes it sees", "car")
     records = [replace(asked, choices=choices) for asked in RECORDS]
-    chosen = dict(choose(vlm, records, batch=2))
+    chosen = choose(vlm, records, batch=2)
     assert len(set(chosen.values())) > 1
     for index, asked in enumerate(RECORDS):
         assert chosen[index] == max(choices, key=lambda one: log_prob_by_hand(vlm, answered(asked, one))[0])
@@ -136,7 +142,7 @@ def test_the_likeliest_choice_is_chosen(vlm: Vlm) -> None:
 
 def test_a_choice_takes_the_place_of_the_answer_in_the_record(vlm: Vlm) -> None:
     asked = replace(RECORDS[0], choices=("red", "blue"))
-    assert list(choose(vlm, [asked])) == list(choose(vlm, [answered(asked, "red")]))
+    assert choose(vlm, [asked]) == choose(vlm, [answered(asked, "red")])
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])
@@ -152,16 +158,16 @@ def test_every_token_of_a_text_is_predicted_once(vlm: Vlm, bos: str | None) -> N
             log_probs = vlm.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         log_prob += float(log_probs.gather(1, ids[0, 1:, None]).sum())
     records = [Record("", (), text="a dog"), Record("", (), text=" ".join(words))]
-    found = dict(likelihood(vlm, records, batch=2, max_length=window))
+    found = likelihood(vlm, records, batch=2, max_length=window)
     assert found[1].num_tokens == (23 if bos else 22)
     assert found[1].log_prob == pytest.approx(log_prob, abs=1e-4)
 
 
 def test_logits_are_made_for_a_bounded_number_of_tokens(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [answered(asked, " ".join(WORDS[: 1 + n])) for n, asked in enumerate(RECORDS)]
-    expected = dict(likelihood(vlm, records))
+    expected = likelihood(vlm, records)
     monkeypatch.setattr("striate.evaluation.answers.MAX_ROWS", 5)
-    bounded = dict(likelihood(vlm, records))
+    bounded = likelihood(vlm, records)
     assert bounded.keys() == expected.keys() == {*range(len(RECORDS))}
     for index, found in bounded.items():
         assert found.log_prob == pytest.approx(expected[index].log_prob, abs=1e-4)
@@ -191,7 +197,7 @@ def test_no_family_mixes_up_the_records_of_a_batch(name: str) -> None:
     assert [type(said[index]) for index in range(len(records))] == [str] * len(records)
     assert dict(answer(vlm, records, batch=3, max_new_tokens=4)) == said
     records = [answered(asked, "one bird" * n) for n, asked in enumerate(records, 1)]
-    alone, together = (dict(likelihood(vlm, records, batch=batch)) for batch in (1, 3))
+    alone, together = (likelihood(vlm, records, batch=batch) for batch in (1, 3))
     assert alone.keys() == together.keys() == said.keys()
     for index, found in alone.items():
         assert found.log_prob == pytest.approx(together[index].log_prob, abs=1e-4)

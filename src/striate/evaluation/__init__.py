@@ -13,7 +13,7 @@ from typing import Any
 from striate.data import Record, Skipped
 from striate.errors import UserError, nearest
 from striate.evaluation import harness
-from striate.evaluation.answers import Likelihood, Reply, answer, ask, choose, likelihood
+from striate.evaluation.answers import Likelihood, Reply, answer, ask
 from striate.evaluation.prediction import PERPLEXITY, Prediction, by_task, predict, resolve, resolve_all, summary
 from striate.vlm import Vlm
 
@@ -24,9 +24,7 @@ __all__ = [
     "Results",
     "answer",
     "ask",
-    "choose",
     "evaluate",
-    "likelihood",
     "predict",
     "resolve",
     "resolve_all",

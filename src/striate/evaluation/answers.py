@@ -59,30 +59,6 @@ def answer(
     return _each(vlm, records, answer_fn(vlm, max_new_tokens=max_new_tokens, max_length=max_length), batch)
 
 
-def choose(
-    vlm: Vlm, records: Sequence[Record], *, batch: int = 16, max_length: int = 2048
-) -> Iterator[tuple[int, str | Skipped]]:
-    """The most likely of each record's choices: (index of the record, choice), longest first.
-
-    A choice is scored as the whole answer: the log-probabilities of its tokens and of the end of the turn are summed,
-    not divided by length. Of equal ones the first wins. A record that cannot be used is a `Skipped`, as in `answer`.
-    """
-    return _each(vlm, records, choice_fn(vlm, batch=batch, max_length=max_length), batch)
-
-
-def likelihood(
-    vlm: Vlm, records: Sequence[Record], *, batch: int = 16, max_length: int = 2048
-) -> Iterator[tuple[int, Likelihood | Skipped]]:
-    """The likelihood of each record: (index of the record, likelihood), longest first.
-
-    In a conversation, the answers are predicted, with their end tokens. In plain text, every token is predicted once:
-    longer text is split into windows of at most `max_length` tokens (or the model's maximum), each starting with the
-    BOS token if the tokenizer has one, else with the last token of the window before, so that only the very first token
-    is not predicted. A record that cannot be used is a `Skipped`, as in `answer`.
-    """
-    return _each(vlm, records, likelihood_fn(vlm, batch=batch, max_length=max_length), batch)
-
-
 def answer_fn(vlm: Vlm, *, max_new_tokens: int, max_length: int) -> BatchFn[str]:
     """`answer` for one batch."""
     check_template(vlm.processor)
@@ -98,7 +74,11 @@ def answer_fn(vlm: Vlm, *, max_new_tokens: int, max_length: int) -> BatchFn[str]
 
 
 def choice_fn(vlm: Vlm, *, batch: int, max_length: int) -> BatchFn[str]:
-    """`choose` for one batch of records; `batch` is the maximum number of examples per forward pass."""
+    """The most likely choice of each record of a batch; `batch` is the maximum number of examples per forward pass.
+
+    A choice is scored as the whole answer: the log-probabilities of its tokens and of the end of the turn are summed,
+    not divided by length. Of equal ones the first wins. A record that cannot be used is a `Skipped`, as in `answer`.
+    """
 
     def answers(record: Record) -> list[Example]:
         end = max(turn for turn, message in enumerate(record.messages, 1) if message["role"] == "user")
@@ -118,7 +98,13 @@ def choice_fn(vlm: Vlm, *, batch: int, max_length: int) -> BatchFn[str]:
 
 
 def likelihood_fn(vlm: Vlm, *, batch: int, max_length: int) -> BatchFn[Likelihood]:
-    """`likelihood` for one batch of records; `batch` is the maximum number of examples per forward pass."""
+    """The likelihood of each record of a batch; `batch` is the maximum number of examples per forward pass.
+
+    In a conversation, the answers are predicted, with their end tokens. In plain text, every token is predicted once:
+    longer text is split into windows of at most `max_length` tokens (or the model's maximum), each starting with the
+    BOS token if the tokenizer has one, else with the last token of the window before, so that only the very first token
+    is not predicted. A record that cannot be used is a `Skipped`, as in `answer`.
+    """
 
     def examples(record: Record) -> list[Example]:
         if record.messages:
