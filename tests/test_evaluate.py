@@ -145,6 +145,12 @@ def test_a_choice_takes_the_place_of_the_answer_in_the_record(vlm: Vlm) -> None:
     assert choose(vlm, [asked]) == choose(vlm, [answered(asked, "red")])
 
 
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"samples": 0}, {"max_new_tokens": 0}, {"max_length": 0}])
+def test_a_number_below_one_is_refused(vlm: Vlm, wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="at least 1 was expected"):
+        striate.evaluate(vlm, RECORDS, **wrong)
+
+
 @pytest.mark.parametrize("bos", ["<s>", None])
 def test_every_token_of_a_text_is_predicted_once(vlm: Vlm, bos: str | None) -> None:
     vlm.tokenizer.bos_token = bos

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from striate.data import Record, Skipped
-from striate.errors import UserError, nearest
+from striate.errors import UserError, at_least, nearest
 from striate.evaluation import harness
 from striate.evaluation.answers import Likelihood, Reply, answer, ask
 from striate.evaluation.prediction import PERPLEXITY, Prediction, by_task, predict, resolve, resolve_all, summary
@@ -116,8 +116,9 @@ def evaluate(
         seed: random seed of the sampling.
 
     Raises:
-        UserError: a task or metric is unknown, or no record can be used.
+        UserError: a number is below 1, a task or metric is unknown, or no record can be used.
     """
+    at_least(1, samples=samples, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
     start = time.monotonic()
     resolved, unusable = resolve_all(records)
     chosen = sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed)
