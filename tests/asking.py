@@ -40,10 +40,10 @@ def answered(question: Record, text: str) -> Record:
     return replace(question, messages=(*question.messages, turn))
 
 
-def talkative_llava(folder: Path) -> Path:
+def talkative_llava(folder: Path, **text: Any) -> Path:
     """A LLaVA in bfloat16 whose answers are words, other ones for other images."""
     words = len(pico_tokenizer())
-    whole = filled(striate.load(pico_llava(folder, vocab_size=words), device="cpu").model)
+    whole = filled(striate.load(pico_llava(folder, vocab_size=words, **text), device="cpu").model)
     for parameter in whole.parameters():
         parameter.data *= 3 if parameter.dim() > 1 else 1
     whole.lm_head.weight.data[: len(SPECIAL)] = 0  # words are more likely than ends

@@ -11,6 +11,7 @@ from pico import DEPTH
 
 import striate
 from striate.data import read
+from striate.data.images import open_image
 from striate.errors import UserError
 from striate.evaluation import answer
 from striate.region import Region
@@ -39,6 +40,23 @@ def test_the_answer_is_that_of_eval_and_is_streamed(model: Path, data: Path) -> 
     assert (reply.image_tokens, reply.prompt_tokens) == (16, 16 + 7)  # <s> <user> what is this ? <assistant>
     assert 1 <= reply.new_tokens <= 12
     assert 0 < reply.first_seconds <= reply.seconds
+
+
+def test_the_answer_of_a_model_in_training_mode_is_that_of_evaluation(tmp_path: Path) -> None:
+    vlm = striate.load(talkative_llava(tmp_path / "llava", attention_dropout=0.5), device="cpu")
+    expected = striate.ask(vlm, QUESTION, max_new_tokens=12).text
+    vlm.model.train()  # as the Trainer of transformers leaves it
+    assert [striate.ask(vlm, QUESTION, max_new_tokens=12).text for _ in range(3)] == [expected] * 3
+    assert vlm.model.training
+
+
+def test_images_may_be_one_image_or_any_iterable_and_their_names_text(model: Path, data: Path) -> None:
+    vlm, file = striate.load(model, device="cpu"), data.parent / "0.png"
+    expected = striate.ask(vlm, QUESTION, images=[file], max_new_tokens=4).tokens
+    for images in (file, str(file), [str(file)], iter([file]), file.read_bytes(), open_image(file)):
+        assert striate.ask(vlm, QUESTION, images=images, max_new_tokens=4).tokens == expected
+    with pytest.raises(UserError, match=r"image nowhere\.png not found"):
+        striate.ask(vlm, QUESTION, images=["nowhere.png"])
 
 
 def test_images_are_in_their_order(model: Path, data: Path) -> None:

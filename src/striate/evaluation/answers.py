@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from striate.errors import UserError, at_least
 from striate.evaluation import prefix
 from striate.scores.likelihood import AnswerTokens
 from striate.vlm import Vlm
+from striate.vlm.modes import eval_mode
 from striate.vlm.processors import image_token_id
 from striate.vlm.template import THINKING, check_template, end_tokens, final_answer, opens_thinking, turn
 
@@ -175,7 +177,8 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": vlm.pad_token_id}
     if without is not None:
         options["suppress_tokens"] = [without]
-    tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options, streamer=streamer)  # type: ignore[operator]
+    with eval_mode(vlm.model):
+        tokens = vlm.model.generate(**batch.inputs, **GREEDY, **options, streamer=streamer)  # type: ignore[operator]
     new = tokens[:, batch.labels.shape[1] :].tolist()
     # A row that ends early is padded, and the padding token may be an ordinary token.
     return [row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))] for row in new]
@@ -288,31 +291,34 @@ class Reply:
         return (self.new_tokens - 1) / (self.seconds - self.first_seconds) if self.new_tokens > 1 else None
 
 
-def question_record(question: str, images: Sequence[ImageSource] = ()) -> Record:
-    """A question as a record, with its images before it.
+def question_record(question: str, images: ImageSource | str | Iterable[ImageSource | str] = ()) -> Record:
+    """A question as a record, with its images, one or several, before it.
 
     Raises:
         UserError: the question is empty.
     """
     if not question.strip():
         raise UserError("the question is empty: give a text")
+    listed = [images] if isinstance(images, str | ImageSource) else images
+    sources = tuple(Path(one) if isinstance(one, str) else one for one in listed)
     message = turn("user", question)
-    message["content"] = [{"type": "image"} for _ in images] + message["content"]
-    return Record("question", (message,), tuple(images))
+    message["content"] = [{"type": "image"} for _ in sources] + message["content"]
+    return Record("question", (message,), sources)
 
 
 def ask(
     vlm: Vlm,
     question: str,
     *,
-    images: Sequence[ImageSource] = (),
+    images: ImageSource | str | Iterable[ImageSource | str] = (),
     max_new_tokens: int = 256,
     max_length: int | None = None,
     stream: Callable[[str], None] | None = None,
 ) -> Reply:
     """The model's answer to a question about images, by its chat template, greedy; with its reasoning, if any.
 
-    As in `evaluate`, but without image tokens, which no image would fill. The images come before the question.
+    As in `evaluate`, but without image tokens, which no image would fill. The images, one or several, come before the
+    question.
     `stream` is called with each piece of the answer as soon as it is generated; the pieces together are the answer.
     `max_length` is the maximum number of tokens of the prompt, by default the model's.
 
