@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from pico import pico_llava, pico_more
 from training import OPTIONS, batch_of, changed, power_cut, saved_as, tune, weights, write_data
 
@@ -531,6 +532,27 @@ def test_a_training_that_was_stopped_is_resumed_on_the_same_model(model: Path, d
     assert striate.tune(vlm, records, state=tmp_path / "state", log=Interrupted(), **settings).stopped
     assert not striate.tune(vlm, records, state=tmp_path / "state", **settings).stopped
     assert not changed(whole.model.state_dict(), vlm.model.state_dict())
+
+
+@pytest.mark.parametrize("verb", ["tune", "align"])
+def test_adapters_of_another_trainer_are_merged_first(model: Path, data: Path, verb: str) -> None:
+    vlm = striate.load(model)
+    network = get_peft_model(vlm.model, striate.lora_config(vlm, "1,3", rank=4))
+    train = partial(getattr(striate, verb), vlm, read(data), options=OPTIONS)
+    with pytest.raises(striate.UserError, match=r"adapters that are not merged: .*merge_and_unload\(\)"):
+        train()
+    network.merge_and_unload()
+    train()
+
+
+def test_a_region_is_not_saved_with_a_model_that_has_lost_layers(model: Path, data: Path, tmp_path: Path) -> None:
+    vlm = striate.load(model)
+    trained = striate.tune(vlm, read(data), region="1,3", options=OPTIONS)
+    pruned = striate.drop_layers(vlm, [2])
+    with pytest.raises(striate.UserError, match="region 1,3 is for 4 decoder layers, this model has 3"):
+        trained.save(tmp_path / "trained")
+    assert not (tmp_path / "trained").exists()
+    pruned.save(tmp_path / "pruned")
 
 
 @pytest.mark.parametrize("verb", ["tune", "align"])

@@ -80,6 +80,7 @@ def align(
     """
     rank, state = init_distributed(options.device), Path(state) if state else None
     check_launch(options, rank)
+    _check_merged(vlm)
     check_images(records)
     log = log_skipped(records, options, log or Log())
     region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank, state=state)
@@ -144,6 +145,7 @@ def tune(
     """
     process, state = init_distributed(options.device), Path(state) if state else None
     check_launch(options, process)
+    _check_merged(vlm)
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
     subset = sample_records(records, samples, seed=options.seed)
     log = log_skipped(records, options, log or Log())
@@ -174,6 +176,15 @@ def tune(
         raise
     _finish(vlm, network, before, None if trained.stopped and state else trained, options)
     return trained
+
+
+def _check_merged(vlm: Vlm) -> None:
+    """Raise `UserError` for a model with adapters of another trainer: it could not be saved after the training."""
+    if getattr(vlm.model, "peft_config", None):
+        raise UserError(
+            "the model has adapters that are not merged: call merge_and_unload() of the peft model first",
+            see="unmerged-adapters",
+        )
 
 
 def _replace_route(vlm: Vlm, route: Region | None, log: Log) -> None:

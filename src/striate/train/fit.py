@@ -83,9 +83,14 @@ class Trained:
     stopped: bool
 
     def save(self, folder: str | Path) -> None:
-        """Write a plain checkpoint into a new folder and read it back. Raises `UserError` where it differs."""
+        """Write a plain checkpoint into a new folder and read it back.
+
+        Raises:
+            UserError: the checkpoint differs; or layers were dropped since: then `Pruned.save` saves the model.
+        """
+        region = Region.of(self.region, self.vlm.depth)
         save(self.vlm, Path(folder))
-        self.region.save(Path(folder) / FILE, self.route, modules=self.modules)
+        region.save(Path(folder) / FILE, self.route, modules=self.modules)
 
     def to_json(self) -> dict[str, Any]:
         """The entry `training` of run.json."""
