@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,22 @@ def test_signal_by_module_and_layer(backbone: Path, tmp_path: Path) -> None:
         )
     assert Score.from_json("snr", json.loads(json.dumps(found.to_json()))) == found
     assert found.stderr is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_is_not_on_disk_any_more_is_refused(tuned: Path, backbone: Path, dtype: str) -> None:
+    vlm = striate.load(tuned, dtype=dtype)
+    score = partial(striate.score, vlm, metrics="weight_angle", backbone=str(backbone))
+    assert score().depth == DEPTH
+    with torch.no_grad():
+        vlm.layers[2].mlp.up_proj.weight[0, 0] += 1  # as by a training
+    with pytest.raises(UserError, match=r"mlp\.up_proj\.weight of layer 2 .* save the model, and load it"):
+        score()
+    del vlm.layers[2]
+    with pytest.raises(UserError, match="4 decoder layers, the model in memory 3: save the model, and load it"):
+        score()
+    with pytest.raises(UserError, match="was not loaded from one: save the model, and load it"):
+        striate.score(replace(vlm, source=""), metrics="snr")
 
 
 def test_signal_of_broken_weights_is_one_line(backbone: Path, tmp_path: Path) -> None:

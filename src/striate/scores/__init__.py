@@ -60,7 +60,7 @@ def score(
     """Layer scores of a model: attention on the image, change of the hidden states, effect of a layer on the answers.
 
     Args:
-        vlm: the model; scores of weights compare its checkpoint on disk, `vlm.source`.
+        vlm: the model; scores of weights read its checkpoint on disk, `vlm.source`, which it must equal.
         records: records with answers; scores of weights alone need none.
         metrics: names of scores, separated by commas; default: all scores whose inputs are given.
         backbone: the language model before visual training, for scores that compare with it; a folder.
@@ -78,6 +78,8 @@ def score(
     sampling = Sampling(samples, batch, max_length, seed, on_bad_record)
     sample = RecordSample(()) if records is None else sampling.draw(records)
     names = choose(metrics, backbone=backbone is not None, data=records is not None, images=sample.has_images)
+    if not weights.METRICS.keys().isdisjoint(names):
+        weights.check_source(vlm)
     *_, scores = scores_in_turn(vlm.source, lambda: vlm, names, sampling, sample, backbone=backbone, by=by)
     return scores
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from striate.errors import UserError
 from striate.scores.table import Metric, Score
+from striate.vlm import Vlm
 from striate.vlm.devices import default_device
 from striate.vlm.modules import MODULES, role_of
 from striate.vlm.reading import model_folder
@@ -123,6 +124,25 @@ class StoredLayers:
         """
         if self.depth != depth:
             raise UserError(f"{self.source} has {self.depth} decoder layers, the model {depth}: not its backbone")
+
+
+def check_source(vlm: Vlm) -> None:
+    """Refuse a model in memory that is not the checkpoint `vlm.source`, which scores of weights read.
+
+    Raises:
+        UserError: it was not loaded from a folder, or has been trained or pruned since.
+    """
+    advice = "save the model, and load it, to score its weights"
+    if not vlm.source:
+        raise UserError(f"scores of weights read a checkpoint, and this model was not loaded from one: {advice}")
+    stored = StoredLayers.open(vlm.source)
+    if stored.depth != vlm.depth:
+        raise UserError(f"{vlm.source} has {stored.depth} decoder layers, the model in memory {vlm.depth}: {advice}")
+    for index, layer in enumerate(vlm.layers):
+        for name, tensor in layer.named_parameters():
+            one = stored.layers[index].get(name)
+            if one and one.shape == tensor.shape and not torch.equal(one.read().to(tensor), tensor):
+                raise UserError(f"{name} of layer {index} is another one in {vlm.source} than in memory: {advice}")
 
 
 def parameter_change(tuned: Tensor, base: Tensor) -> float:
