@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from striate.data import Record, RecordError, Skipped, lazy_records, open_image, read
+from striate.data import Record, RecordError, Records, Skipped, lazy_records, open_image, read
 from striate.data.format import record_of
 from striate.data.images import ImageFolder
 from striate.errors import UserError
@@ -243,6 +243,18 @@ def test_what_is_known_of_a_record_without_reading_it(folder: Path) -> None:
     assert found[0].id == "0"
     with pytest.raises(RecordError, match=r"train.json:2: image a.png not found"):
         found[1]
+
+
+def test_records_of_a_list_of_chosen_ones(folder: Path) -> None:
+    (folder / "train.json").write_text(json.dumps(llava_rows(6)))
+    found = read(folder / "train.json")
+    assert Records.of(found) is found
+    chosen = Records.of(one for one in found if one.images)
+    assert [one.id for one in chosen] == [one.id for one in found if one.images]
+    assert chosen.has_images
+    for wrong in ("train.json", llava_rows(2)):
+        with pytest.raises(UserError, match=r"records as striate.read gives them were expected, found (str|dict)"):
+            Records.of(wrong)
 
 
 def test_a_file_that_changes_under_a_training_is_refused(folder: Path) -> None:

@@ -555,6 +555,17 @@ def test_a_region_is_not_saved_with_a_model_that_has_lost_layers(model: Path, da
     pruned.save(tmp_path / "pruned")
 
 
+def test_a_list_of_records_will_do(model: Path, data: Path) -> None:
+    vlm, records = striate.load(model), read(data)
+    chosen = [one for one in records if one.id > "3"]
+    expected = striate.score(vlm, records[4:], metrics="gradient")
+    assert striate.score(vlm, chosen, metrics="gradient") == expected
+    assert len(striate.explore(vlm, iter(chosen), samples=2).samples) == 2
+    assert len(striate.evaluate(vlm, iter(chosen)).predictions) == 4
+    assert striate.tune(vlm, chosen, region="1", options=OPTIONS).records == 4
+    assert striate.align(vlm, iter(chosen), options=OPTIONS).records == 4
+
+
 @pytest.mark.parametrize("verb", ["tune", "align"])
 def test_a_resumed_training_keeps_the_layers_that_were_measured(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
@@ -45,6 +45,20 @@ class Records:
     records: LazyRecords
     skipped: list[Skipped]
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Records:
+        """Records of any iterable, such as a list of chosen ones; those that were read stay as they are.
+
+        Raises:
+            UserError: something else than records is given.
+        """
+        if isinstance(records, Records):
+            return records
+        listed = [*records]
+        if odd := next((one for one in listed if not isinstance(one, Record)), None):
+            raise UserError(f"records as striate.read gives them were expected, found {type(odd).__name__}")
+        return cls(LazyRecords(listed), [])
 
     def __len__(self) -> int:
         return len(self.records)

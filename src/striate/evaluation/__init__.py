@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from striate.data import Record, Skipped
+from striate.data import Record, Records, Skipped
 from striate.errors import UserError, at_least, nearest
 from striate.evaluation import harness
 from striate.evaluation.answers import Likelihood, Reply, answer, ask
@@ -120,7 +120,7 @@ def evaluate(
     """
     at_least(1, samples=samples, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
     start = time.monotonic()
-    resolved, unusable = resolve_all(records)
+    resolved, unusable = resolve_all(Records.of(records))
     chosen = sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed)
     by_index: dict[int, Prediction | Skipped] = {}
     for part in predict(vlm, chosen, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class Exploration:
 
 def explore(
     vlm: Vlm,
-    records: Records,
+    records: Iterable[Record],
     *,
     region: Layers | None = None,
     backbone: str | Path | None = None,
@@ -124,6 +124,7 @@ def explore(
         UserError: no record has a question, or none can be used; a record is bad; the backbone does not match.
     """
     at_least(1, samples=samples, max_length=max_length)
+    records = Records.of(records)
     questions, skipped = draw(records, samples, seed)
     chosen = None if region is None else Region.of(region, vlm.depth)
     return explore_questions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +21,13 @@ MAX_NEW_TOKENS = 32
 """Maximum number of tokens of an answer."""
 
 
-def draw(records: Records, samples: int | None, seed: int) -> tuple[list[Record], list[Skipped]]:
+def draw(records: Iterable[Record], samples: int | None, seed: int) -> tuple[list[Record], list[Skipped]]:
     """Questions sampled at random, in their order, from the records with an image, or from all if none has one.
 
     Raises:
         UserError: no record has a question.
     """
-    questions: list[Record] = []
+    records, questions = Records.of(records), list[Record]()
     skipped = list(records.skipped)
     for record in records:
         if question := _question(record):

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from striate.data import Records
+from striate.data import Record
 from striate.distributed import Rank
 from striate.errors import UserError
 from striate.region import Region
@@ -46,7 +46,7 @@ By = Literal["task"]
 
 def score(
     vlm: Vlm,
-    records: Records | None = None,
+    records: Iterable[Record] | None = None,
     *,
     metrics: str | Sequence[str] = "all",
     backbone: str | None = None,
@@ -127,8 +127,8 @@ def revert(
     groups: str | Sequence[str],
     *,
     backbone: str | None = None,
-    visual: Records | None = None,
-    text: Records | None = None,
+    visual: Iterable[Record] | None = None,
+    text: Iterable[Record] | None = None,
     samples: int = 64,
     batch: int = 8,
     max_length: int = 2048,

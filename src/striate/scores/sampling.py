@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Sampling:
         """Raises: UserError: a number is below 1."""
         at_least(1, samples=self.samples, batch=self.batch, max_length=self.max_length)
 
-    def draw(self, records: Records) -> RecordSample:
+    def draw(self, records: Iterable[Record]) -> RecordSample:
         """Sample records with an answer, in their order; the sample depends on the seed and the records alone.
 
         A record in the format of evaluation, with `answers` and no turn of the assistant, gets its first answer as
@@ -44,7 +44,7 @@ class Sampling:
         Raises:
             UserError: no record has an answer.
         """
-        indices: list[int] = []
+        records, indices = Records.of(records), list[int]()
         without: list[Skipped] = []
         for index, record in enumerate(records):
             if _with_answer(record):

@@ -7,13 +7,14 @@ checkpoint's dtypes afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
 
 from striate import routing
-from striate.data import Records
+from striate.data import Record, Records
 from striate.distributed import Rank, init_distributed
 from striate.errors import UserError, check_choices
 from striate.region import Layers, Region
@@ -55,7 +56,7 @@ Method = Literal["auto", "full", "lora"]
 
 def align(
     vlm: Vlm,
-    records: Records,
+    records: Iterable[Record],
     *,
     tower: bool = False,
     route: Layers | None = None,
@@ -81,6 +82,7 @@ def align(
     rank, state = init_distributed(options.device), Path(state) if state else None
     check_launch(options, rank)
     _check_merged(vlm)
+    records = Records.of(records)
     check_images(records)
     log = log_skipped(records, options, log or Log())
     region, chosen_route = find_layers(vlm, records, "none", route, options=options, rank=rank, state=state)
@@ -104,7 +106,7 @@ def align(
 
 def tune(
     vlm: Vlm,
-    records: Records,
+    records: Iterable[Record],
     *,
     region: Layers = "uniform:25%",
     route: Layers | None = None,
@@ -147,6 +149,7 @@ def tune(
     check_launch(options, process)
     _check_merged(vlm)
     check_tuning(method=method, projector=projector, rank=rank, alpha=alpha, dropout=dropout)
+    records = Records.of(records)
     subset = sample_records(records, samples, seed=options.seed)
     log = log_skipped(records, options, log or Log())
     chosen, chosen_route = find_layers(vlm, subset, region, route, options=options, rank=process, state=state)
