@@ -272,6 +272,30 @@ def test_resume_names_a_file_in_a_subfolder_that_has_changed(model: Path, data: 
         tune(model, tmp_path / "data", tmp_path / "run", OPTIONS, resume=True)
 
 
+@pytest.mark.parametrize("option", ["region", "route"])
+def test_resume_refuses_layers_of_a_scores_file_that_has_changed(
+    model: Path, data: Path, tmp_path: Path, option: str
+) -> None:
+    def write_scores(*values: float) -> None:
+        score = {"values": values, "direction": "high"}
+        (tmp_path / "scores.json").write_text(json.dumps({"depth": 4, "scores": {"gradient": score}}))
+
+    def tune_top(**settings: Any) -> Run:
+        layers = {"region": "0,1", option: f"top:2@{tmp_path / 'scores.json'}:gradient"}
+        return training.tune(model, data=data, out=tmp_path / "run", options=OPTIONS, **layers, **settings)
+
+    write_scores(4, 3, 2, 1)
+    with power_cut(1):
+        tune_top()
+    write_scores(4, 1, 2, 3)
+    with pytest.raises(striate.UserError, match=f"with the same result: {option} was 0,1, now it is 0,3 "):
+        tune_top(resume=True)
+    assert Run.open(tmp_path / "run").info["status"] == "failed"
+    assert str(getattr(Run.open(tmp_path / "run"), option)) == "0,1"
+    write_scores(40, 30, 20, 10)
+    assert tune_top(resume=True).info["status"] == "finished"
+
+
 @pytest.fixture(scope="module")
 def with_a_bad_word(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """The pico model, in which one word's embedding is NaN: every record with a dog in it corrupts its step."""

@@ -58,15 +58,23 @@ class Stage:
         finished = run.info["status"] == "finished"
         if finished and resume != "auto":
             raise UserError(f"{self.out} is finished: there is nothing to resume", see="folder-in-use")
-        changed = list(differences(_inputs(run.info), _inputs(self._description)))
+        self.check_same(run, _inputs(run.info), _inputs(self._description), resume)
+        return run
+
+    def check_same(self, run: Run, before: Mapping[str, Any], now: Mapping[str, Any], resume: Resume) -> None:
+        """Compare what the result of a resumed run depends on, by name, with what it was before.
+
+        Raises:
+            UserError: something has changed, without "changed"; with it, each change becomes a warning of the run.
+        """
+        changed = list(differences(before, now))
         if changed and resume != "changed":
             raise UserError(
                 f"{self.out} cannot be resumed with the same result: {'; '.join(changed)} (--resume changed does)",
                 see="resume-refused",
             )
-        for change in changed if not finished else ():
+        for change in changed:
             run.warn(f"resumed although {change}")
-        return run
 
     @contextmanager
     def recording(self, previous: Run | None) -> Iterator[Run]:

@@ -78,7 +78,7 @@ def align(
     records = read(data, images=images, on_bad=options.on_bad_record)
     check_images(records)
     none = Region((), vlm.depth, "none")
-    _, chosen_route = _find_layers(vlm, records, none, route, stage=stage, previous=previous)
+    _, chosen_route = _find_layers(vlm, records, none, route, stage, previous, resume)
     with stage.recording(previous) as run:
         if chosen_route is not None:
             run.write_region(none, chosen_route)
@@ -149,7 +149,7 @@ def tune(
         vlm.region_parameters(Region.parse(region, vlm.depth), modules)  # raises an error if they are not there
     records = read(data, images=images, on_bad=options.on_bad_record)
     subset = sample_records(records, samples, seed=options.seed)  # measured is what trains
-    chosen, chosen_route = _find_layers(vlm, subset, region, route, stage=stage, previous=previous)
+    chosen, chosen_route = _find_layers(vlm, subset, region, route, stage, previous, resume)
     with stage.recording(previous) as run:
         run.write_region(chosen, chosen_route, modules=modules)
         log = _begin(run, vlm, stage, progress=progress)
@@ -171,12 +171,21 @@ def _open_model(model: str | Path, options: TrainOptions) -> Vlm:
 
 
 def _find_layers(
-    vlm: Vlm, records: Records, region: Region | str, route: str | None, *, stage: Stage, previous: Run | None
-) -> tuple[Region, Region | None]:
-    """The region and the route; those that a resumed run has measured stay, as a GPU rounds differently each time."""
+    vlm: Vlm, records: Records, region: Region | str, route: str | None, stage: Stage, previous: Run | None,
+    resume: Resume,
+) -> tuple[Region, Region | None]:  # fmt: skip
+    """The region and the route; those that a resumed run has measured stay, as a GPU rounds differently each time.
+
+    Raises:
+        UserError: the layers differ from those of the resumed run, as their scores or their file have changed.
+    """
     layers = _keep_measured(previous, "region", region, vlm.depth) or region
     routed = _keep_measured(previous, "route", route, vlm.depth) or route
-    return find_layers(vlm, records, layers, routed, options=stage.options, rank=stage.rank)
+    found = find_layers(vlm, records, layers, routed, options=stage.options, rank=stage.rank)
+    if previous is not None and previous.region is not None:
+        before = {"region": previous.region, "route": previous.route}
+        stage.check_same(previous, before, dict(zip(before, found, strict=True)), resume)
+    return found
 
 
 def _keep_measured(previous: Run | None, option: str, form: Region | str | None, depth: int) -> Region | None:
