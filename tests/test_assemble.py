@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,26 @@ def test_trained_projector(llm: Path, tmp_path: Path) -> None:
     save_file({"linear_1.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(striate.UserError, match=r"other\.safetensors does not fit: found .*\(2, 2\).*expected"):
         assemble(**settings, projector=tmp_path / "other.safetensors", out=tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"seed": 10**20}, "--seed 100000000000000000000: 0 to 4294967295"),
+        ({"patch_size": 0}, "--patch-size 0: at least 1"),
+        ({"image_size": 10, "patch_size": 14}, "--image-size 10: at least 14"),
+        ({"image_size": 14, "patch_size": 14, "pool": 2}, "--image-size 14: at least 28"),
+        ({"feature_layer": 99}, "--feature-layer 99: the tower has 5 hidden states, -5 to 4"),
+        ({"feature_layer": -6}, "--feature-layer -6: the tower has 5 hidden states"),
+    ],
+    ids=str,
+)
+def test_a_model_that_could_not_see_is_not_assembled(
+    llm: Path, tmp_path: Path, wrong: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(striate.UserError, match=f"^{words}"):
+        assemble(vision="tiny", llm=str(llm), out=tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_parts_are_reported(llm: Path, tmp_path: Path) -> None:

@@ -749,6 +749,8 @@ def test_the_clipping_of_gradients_counts(
         ({"micro_batch": -1}, "--micro-batch -1: more than 0"),
         ({"learning_rate": -1e-5}, "--learning-rate -1e-05: at least 0"),
         ({"learning_rate": math.nan}, "--learning-rate nan: at least 0"),
+        ({"seed": -1}, "--seed -1: 0 to 4294967295"),
+        ({"seed": 2**32}, "--seed 4294967296: 0 to 4294967295"),
         ({"warmup": 100}, "--warmup 100: at least 0 and less than 1"),
         ({"schedule": "cosine_with_min_lr"}, "--schedule 'cosine_with_min_lr'; there are: cosine, linear"),
         ({"packing": "yes"}, "--packing 'yes'; there are: auto, on, off"),

@@ -46,6 +46,12 @@ def at_least(least: int, **options: float | None) -> None:
             raise UserError(f"{flag(name)} {value}: at least {least} was expected")
 
 
+def check_seed(seed: int) -> None:
+    """Raise `UserError` when the random generators of NumPy and PyTorch do not both accept the seed."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: 0 to {2**32 - 1} was expected")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """An unknown name, quoted, with the closest known names, or with all known names when none is close."""
     names = list(known)

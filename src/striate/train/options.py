@@ -11,7 +11,7 @@ from typing import Literal, get_type_hints
 import torch
 
 from striate.distributed import Rank
-from striate.errors import UserError, check_choices, flag, nearest, need
+from striate.errors import UserError, check_choices, check_seed, flag, nearest, need
 
 # Learning rate schedules, with transformers' name of each; all start with a linear warm-up.
 SCHEDULES = {
@@ -86,13 +86,14 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raises: UserError: an invalid value."""
+        check_seed(self.seed)
         check_choices(get_type_hints(type(self)), vars(self))
         if self.schedule not in SCHEDULES:
             raise UserError(f"--schedule {nearest(self.schedule, SCHEDULES)}")
         for names, expected, valid in (
             ("epochs steps batch micro_batch max_length save_steps", "more than 0", lambda x: x > 0),
             ("learning_rate projector_learning_rate weight_decay max_grad_norm", "at least 0", lambda x: x >= 0),
-            ("skip_nonfinite workers seed", "at least 0", lambda x: x >= 0),
+            ("skip_nonfinite workers", "at least 0", lambda x: x >= 0),
             ("warmup", "at least 0 and less than 1", lambda x: 0 <= x < 1),
         ):
             for name in names.split():

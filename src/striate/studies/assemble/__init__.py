@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from striate.errors import UserError
+from striate.errors import UserError, at_least, check_seed
 from striate.roundtrip import verify
 from striate.runs.run import Run
 from striate.studies.assemble import parts
@@ -50,8 +50,8 @@ def assemble(
             fresh.
         import_: an original checkpoint (folder or hub id): a whole llava-v1.5 or Bunny, LoRA deltas, or a stage-1
             projector; its code is never run.
-        export_projector: a model whose projector to write to --out in the format of LLaVA and Bunny: mm_projector.bin
-            and config.json, and nothing else.
+        export_projector: a model whose projector to write in the format of LLaVA and Bunny: mm_projector.bin and
+            config.json in --out/checkpoint/, and nothing else.
         template: wording of a chat: vicuna_v1, bunny_llama3, bunny_phi3, or plain (image and caption, for align);
             default: the language model's own, or the imported model's.
         aspect: pad images to a square first, or square (crop or squeeze them as the tower does); default: the tower's
@@ -79,12 +79,19 @@ def assemble(
         raise UserError("give --vision and --llm to join them, or --import to read an original checkpoint")
     if pool not in (1, 2):
         raise UserError(f"pool is {pool}: 1 keeps every patch, 2 joins 2x2 patches into one token")
+    at_least(1, patch_size=patch_size)
+    at_least(patch_size * pool, image_size=image_size)
+    check_seed(seed)
+    Run.check_free(out)
     torch.manual_seed(seed)
     tower, image_processor, fresh = parts.tower(vision, image_size=image_size, patch_size=patch_size)
     language, tokenizer = parts.language_model(llm)
     parts.add_image_token(tokenizer, language)
     talk = wording(template, tokenizer)
     layer = feature_layer if feature_layer is not None else (-1 if fresh else -2)
+    states = tower.config.num_hidden_layers + 1
+    if not -states <= layer < states:
+        raise UserError(f"--feature-layer {layer}: the tower has {states} hidden states, {-states} to {states - 1}")
     options = {"vision": vision, "llm": llm, "projector": projector, "feature_layer": layer, "pool": pool}
     run = Run.create(out, verb="assemble", options={**options, "template": template, "aspect": aspect}, seed=seed)
     with run.recording():
