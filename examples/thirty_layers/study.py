@@ -37,9 +37,12 @@ from striate.scores.table import Scores
 
 OUT = Path("runs/thirty")
 TRAIN, TEST, STEPS, BATCH = 3000, 110, 80, 8
-# Peak learning rates, chosen by the trial "rates" (research/log_thirty.md): of all layers, of a region, of LoRA.
-ALL_RATE, REGION_RATE, LORA_RATE = 2e-4, 5e-4, 1e-3
+# Peak learning rates of all layers and of a region, chosen by the trials "rates" and "lora_rates"
+# (research/log_thirty.md).
+ALL_RATE, REGION_RATE = 2e-4, 5e-4
+LORA_RATES = 1e-3, 4e-3
 PROJECTOR_RATE = 1e-4
+LORA = {"method": "lora", "rank": 32, "alpha": 64}
 SEEDS = [0, 1, 2]
 PREDICTING = [name for name, metric in METRICS.items() if "backbone" not in metric.needs]  # looked at by `predict.py`
 FOUR = ["all", "uniform:25%", "uniform:25%@2", "last:25%"]
@@ -87,7 +90,8 @@ SHEETS: dict[str, dict[str, Any]] = {
     "lora": {
         "grid": {"region": ["all", "uniform:25%"]},
         "out": "lora",
-        "tune": {"method": "lora", "rank": 32, "alpha": 64, "learning_rate": LORA_RATE},
+        "rates": LORA_RATES,
+        "tune": LORA,
     },
     "longer": {"out": "longer", "grid": {"region": ["all", "uniform:25%"]}, "tune": {"steps": 3 * STEPS}},
     "longer_route": {
@@ -100,6 +104,12 @@ TRIALS: dict[str, dict[str, Any]] = {
         "out": "rates",
         "grid": {"learning_rate": [2e-4, 5e-4], "region": ["all", "uniform:25%"]},
         "tune": {"steps": 40},
+        "eval": {"samples": 20},
+    },
+    "lora_rates": {
+        "out": "rates",
+        "grid": {"learning_rate": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3], "region": ["all", "uniform:25%"]},
+        "tune": LORA | {"steps": 40},
         "eval": {"samples": 20},
     },
     "gemma_rates": {
