@@ -145,6 +145,13 @@ def test_a_choice_takes_the_place_of_the_answer_in_the_record(vlm: Vlm) -> None:
     assert choose(vlm, [asked]) == choose(vlm, [answered(asked, "red")])
 
 
+def test_predictions_are_in_the_order_of_the_records_whatever_their_tasks(vlm: Vlm) -> None:
+    records = [replace(one, id=f"{n}", task="ab"[n % 2], answers=("yes",)) for n, one in enumerate(RECORDS)]
+    found = striate.evaluate(vlm, records, max_new_tokens=2)
+    assert [one.id for one in found.predictions] == [one.id for one in records]
+    assert list(found.tasks) == ["a", "b"]
+
+
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"samples": 0}, {"max_new_tokens": 0}, {"max_length": 0}])
 def test_a_number_below_one_is_refused(vlm: Vlm, wrong: dict[str, int]) -> None:
     with pytest.raises(UserError, match="at least 1 was expected"):

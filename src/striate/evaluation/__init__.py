@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Results:
-    """The results of an evaluation: one prediction per record, and the skipped records.
+    """The results of an evaluation: one prediction per record, in their order, and the skipped records.
 
     `tasks` has {"metric", "modality", "value", "stderr", "n"} by task, `visual` and `text` are means over tasks.
     """
@@ -121,7 +121,8 @@ def evaluate(
     at_least(1, samples=samples, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
     start = time.monotonic()
     resolved, unusable = resolve_all(Records.of(records))
-    chosen = sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed)
+    place = {id(record): number for number, record in enumerate(resolved)}
+    chosen = sorted(sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed), key=lambda one: place[id(one)])
     by_index: dict[int, Prediction | Skipped] = {}
     for part in predict(vlm, chosen, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length):
         by_index |= part
