@@ -25,6 +25,7 @@ from training import OPTIONS, batch_of, changed, power_cut, saved_as, tune, weig
 
 import striate
 from striate.data import read
+from striate.roundtrip import save
 from striate.runs import training
 from striate.runs.run import Run
 from striate.runs.stage import RunLog
@@ -577,6 +578,17 @@ def test_a_region_is_not_saved_with_a_model_that_has_lost_layers(model: Path, da
         trained.save(tmp_path / "trained")
     assert not (tmp_path / "trained").exists()
     pruned.save(tmp_path / "pruned")
+
+
+def test_a_model_is_saved_into_a_new_folder_only(model: Path, tmp_path: Path) -> None:
+    vlm, file = striate.load(model), tmp_path / "file"
+    file.touch()
+    for folder in (file, tmp_path):
+        with pytest.raises(striate.UserError, match="is not an empty folder: name a new one"):
+            save(vlm, folder)
+    with pytest.raises(striate.UserError, match=r"file/model cannot be written \(Not a directory\)"):
+        save(vlm, file / "model")
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_a_list_of_records_will_do(model: Path, data: Path) -> None:

@@ -80,12 +80,16 @@ def save(vlm: Vlm, folder: Path) -> None:
     """Save a model in memory as a checkpoint, and load it again: weights, dtypes and ties must be the same.
 
     Raises:
-        UserError: the folder is not empty, or the checkpoint differs from the model; names the first difference.
+        UserError: the folder is not empty or cannot be written, or the checkpoint differs from the model; names the
+            first difference.
     """
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: name a new folder", see="folder-in-use")
-    vlm.model.save_pretrained(folder)
-    vlm.processor.save_pretrained(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder: name a new one", see="folder-in-use")
+    try:
+        vlm.model.save_pretrained(folder)
+        vlm.processor.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
     try:
         _compare_weights(vlm, folder, None)
     except ERRORS as error:
