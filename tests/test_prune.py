@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 import striate
 from striate import weights
+from striate.data.lazy_records import RecordLocation
 from striate.errors import UserError
 from striate.prune import Numbering, Surgery, bypass, cut, cut_checkpoint, drop_layers
 from striate.prune.choice import blocks
@@ -110,6 +111,16 @@ def test_layers_of_another_model_are_neither_bypassed_nor_dropped(layers: Any) -
     with pytest.raises(UserError, match=r"does not exist|30 decoder layers, this model has 4"):
         drop_layers(vlm, layers)
     assert vlm.depth == 4
+
+
+def test_a_verification_reads_no_more_records_than_it_uses(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm, records, read = striate.load(model), striate.read(data), []
+    own = RecordLocation.record
+    monkeypatch.setattr(RecordLocation, "record", lambda place: read.append(place.number) or own(place))
+    drop_layers(vlm, [1], verify=records)
+    assert read == [1]  # of eight, all with an image
 
 
 def test_what_a_cut_changes_in_the_model() -> None:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from striate.data import Record, RecordError, collate, encode
+from striate.data import Record, RecordError, Records, collate, encode
 from striate.errors import UserError, first_line
 from striate.routing import open_route
 from striate.vlm import Vlm
@@ -135,7 +136,9 @@ def probes(vlm: Vlm, records: Iterable[Record] = (), *, max_length: int = 2048) 
     Raises:
         UserError: none of the prompts can be encoded: the processor does not match the model.
     """
-    known = list(records)
+    known = Records.of(records).records
+    image_records = (known[n] for n, size in enumerate(known.sizes) if size.images)
+    text_records = (known[n] for n, size in enumerate(known.sizes) if not size.images)
     noise = Image.frombytes("RGB", (64, 64), random.Random(0).randbytes(3 * 64 * 64))
     question = {"type": "text", "text": QUESTION}
     with_image = Record("", ({"role": "user", "content": [{"type": "image"}, question]},), (noise,), "probe")
@@ -143,12 +146,12 @@ def probes(vlm: Vlm, records: Iterable[Record] = (), *, max_length: int = 2048) 
     without_image = Record("", ({"role": "user", "content": [question]},), (), "probe")
     plain = Record("", (), (), "probe", text=TEXT)
     return {
-        "image": _first(vlm, [*(one for one in known if one.images), with_image], max_length),
-        "text": _first(vlm, [*(one for one in known if not one.images), without_image, plain], max_length),
+        "image": _first(vlm, chain(image_records, [with_image]), max_length),
+        "text": _first(vlm, chain(text_records, [without_image, plain]), max_length),
     }
 
 
-def _first(vlm: Vlm, records: list[Record], max_length: int) -> Inputs:
+def _first(vlm: Vlm, records: Iterable[Record], max_length: int) -> Inputs:
     for record in records:
         with suppress(RecordError):
             example = encode(record, vlm.processor, max_length=max_length, generation=True)
