@@ -13,7 +13,7 @@ from asking import in_family
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from striate.errors import UserError
-from striate.prune import Numbering, Surgery, bypass, protected_layers
+from striate.prune import Numbering, Surgery, bypass, drop_layers, protected_layers
 from striate.prune.proof import observe, verify_cut, verify_saved
 from striate.prune.protected import protected_by_config
 from striate.region import Region
@@ -40,6 +40,12 @@ def with_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrain
         for parameter in vlm.model.parameters():  # fresh weights are so small that layers hardly matter
             parameter.copy_(torch.randn_like(parameter) * 0.1 + (1.0 if parameter.dim() == 1 else 0.0))
     return vlm.model, probes(vlm)
+
+
+def test_a_processor_that_needs_an_image_gives_no_text_to_verify_with() -> None:
+    vlm = in_family("got_ocr2")
+    assert [*probes(vlm)] == ["image"]
+    assert drop_layers(vlm, [1]).vlm.depth == 3
 
 
 def cut_and_reload(

@@ -129,12 +129,12 @@ def _prompt_logits(vlm: Vlm) -> tuple[dict[str, Inputs], dict[str, Tensor], str]
 
 
 def probes(vlm: Vlm, records: Iterable[Record] = (), *, max_length: int = 2048) -> dict[str, Inputs]:
-    """The inputs of one prompt with an image ("image") and one without ("text").
+    """The inputs of one prompt with an image ("image") and one without ("text"), if the processor accepts that.
 
     Each is the first record that can be encoded, else a question about a noise image, and a question or a plain text.
 
     Raises:
-        UserError: none of the prompts can be encoded: the processor does not match the model.
+        UserError: no prompt with an image can be encoded: the processor does not match the model.
     """
     known = Records.of(records).records
     image_records = (known[n] for n, size in enumerate(known.sizes) if size.images)
@@ -145,19 +145,21 @@ def probes(vlm: Vlm, records: Iterable[Record] = (), *, max_length: int = 2048) 
     # PaliGemma accepts plain text, but not a question without an image.
     without_image = Record("", ({"role": "user", "content": [question]},), (), "probe")
     plain = Record("", (), (), "probe", text=TEXT)
-    return {
-        "image": _first(vlm, chain(image_records, [with_image]), max_length),
-        "text": _first(vlm, chain(text_records, [without_image, plain]), max_length),
-    }
+    image = _first(vlm, chain(image_records, [with_image]), max_length)
+    text = _first(vlm, chain(text_records, [without_image, plain]), max_length)
+    if image is None:
+        kind = vlm.model.config.model_type
+        raise UserError(f"the processor of {vlm.source} cannot encode a test prompt for the {kind} model")
+    return {"image": image} if text is None else {"image": image, "text": text}  # GOT-OCR's needs an image
 
 
-def _first(vlm: Vlm, records: Iterable[Record], max_length: int) -> Inputs:
+def _first(vlm: Vlm, records: Iterable[Record], max_length: int) -> Inputs | None:
+    """The inputs of the first record that can be encoded; None if none can."""
     for record in records:
         with suppress(RecordError):
             example = encode(record, vlm.processor, max_length=max_length, generation=True)
             return collate([example], pad_id=vlm.pad_token_id).to(vlm.device, vlm.model.dtype).inputs
-    kind = vlm.model.config.model_type
-    raise UserError(f"the processor of {vlm.source} cannot encode a test prompt for the {kind} model")
+    return None
 
 
 @torch.inference_mode()
