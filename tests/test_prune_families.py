@@ -48,6 +48,14 @@ def test_a_processor_that_needs_an_image_gives_no_text_to_verify_with() -> None:
     assert drop_layers(vlm, [1]).vlm.depth == 3
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # its processor
+def test_a_model_that_fails_in_the_verification_is_refused_and_stays_whole() -> None:
+    vlm = in_family("ernie4_5_vl_moe")  # transformers does not generate with it without a cache
+    with pytest.raises(UserError, match=r"layers 1 cannot be cut from this .* with them bypassed the model fails"):
+        drop_layers(vlm, [1])
+    assert vlm.depth == 4
+
+
 def cut_and_reload(
     model: PreTrainedModel, prompts: dict[str, Inputs], folder: Path, layers: tuple[int, ...], **save: Any
 ) -> Vlm:

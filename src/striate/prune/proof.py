@@ -7,7 +7,8 @@ and without a key-value cache, for a prompt with an image and for one without.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,26 @@ def verify_cut(vlm: Vlm, numbers: Numbering, prompts: Mapping[str, Inputs]) -> O
     Raises:
         UserError: the outputs differ; the model must then not be used or saved.
     """
-    with bypass(vlm, numbers.removed):
+    with _refuse_failures(vlm, numbers, "with them bypassed the model fails"), bypass(vlm, numbers.removed):
         expected = observe(vlm, prompts)
-    try:
+    with _refuse_failures(vlm, numbers, "without them the model fails"):
         cut(vlm, numbers)
         outputs = observe(vlm, prompts)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise _refusal(vlm, numbers, f"without them the model fails ({first_line(error)})") from error
     if difference := _difference(expected, outputs):
         reason = f"the {difference} between the model that bypasses them and the one without them"
         raise _refusal(vlm, numbers, f"{reason}: it uses them for more than the hidden state")
     return expected
+
+
+@contextmanager
+def _refuse_failures(vlm: Vlm, numbers: Numbering, what: str) -> Iterator[None]:
+    """Context in which what the code of a family raises is a `UserError` that says why the layers cannot be cut."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _refusal(vlm, numbers, f"{what} ({first_line(error)})") from error
 
 
 def verify_saved(
