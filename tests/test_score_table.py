@@ -120,6 +120,14 @@ def test_order() -> None:
     assert order(score(NAN, 0.4, NAN, 0.5)) == (3, 1, 0, 2)
 
 
+def test_a_layer_without_a_value_is_never_chosen() -> None:
+    scores = Scores("m", 4, 1, {"focus": score(NAN, 3, 1, 2)})
+    assert scores.top("focus", 3).layers == (1, 2, 3)
+    for size, form in ((1, "bottom"), (4, "top"), (4, "spread")):
+        with pytest.raises(UserError, match="focus has no value for layer 0, so it cannot be chosen by it"):
+            scores.top("focus", size, form=form)
+
+
 def test_shades() -> None:
     assert shades(score(1, 3, 2)) == pytest.approx((0, 1, 0.5))
     assert shades(score(1, 100, 10)) == pytest.approx((0, 1, 0.5))  # more than a factor of ten: by the logarithm

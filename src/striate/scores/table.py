@@ -166,12 +166,16 @@ class Scores:
 
         With "bottom" the least important ones, with "spread" the most important of each of as many equal stretches.
         `tasks`, separated by commas: by the score over their records alone; of several, each has its best layers.
-        Raises `UserError` when the score or a task does not exist or the model has fewer layers.
+        Raises `UserError` when the score or a task does not exist, the model has fewer layers, or a chosen layer has no
+        value.
         """
         score = self[name]
         measured = [score.task(task) for task in tasks.split(",")] if tasks else [score]
         ranked = merge_ranks([order(one) for one in measured])
-        return region_by_score(form, size, ranked, f"{name}:{tasks}" if tasks else name)
+        region = region_by_score(form, size, ranked, f"{name}:{tasks}" if tasks else name)
+        if unknown := [layer for layer in region if all(math.isnan(one.values[layer]) for one in measured)]:
+            raise UserError(f"{name} has no value for layer {unknown[0]}, so it cannot be chosen by it", see="scores")
+        return region
 
     def to_json(self) -> dict[str, Any]:
         """`{"model", "depth", "samples", "partial", "scores": {name: {"values": [...], ...}}}`."""
