@@ -158,6 +158,16 @@ def test_a_number_below_one_is_refused(vlm: Vlm, wrong: dict[str, int]) -> None:
         striate.evaluate(vlm, RECORDS, **wrong)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"choices": ("red", "blue"), "answers": ("red",)}, {"messages": (), "text": "a dog"}]
+)
+def test_a_likelihood_that_is_nan_is_an_error_and_no_result(vlm: Vlm, fields: dict[str, Any]) -> None:
+    with torch.no_grad():
+        vlm.layers[1].mlp.up_proj.weight[0, 0] = math.nan  # as of values beyond the range of float16
+    with pytest.raises(UserError, match="the likelihood of record 'bad' is NaN: check the checkpoint"):
+        striate.evaluate(vlm, [replace(RECORDS[1], id="bad", **fields)])
+
+
 @pytest.mark.parametrize("bos", ["<s>", None])
 def test_every_token_of_a_text_is_predicted_once(vlm: Vlm, bos: str | None) -> None:
     vlm.tokenizer.bos_token = bos

@@ -6,6 +6,7 @@ for a record does not depend on the batch size or on the other records of its ba
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +48,15 @@ class Likelihood:
 
     log_prob: float
     num_tokens: int
+
+    @classmethod
+    def of(cls, name: str, log_prob: float, num_tokens: int) -> Likelihood:
+        """Of the record of that name. Raises `UserError` for NaN, of which no choice and no perplexity can be told."""
+        if math.isnan(log_prob):
+            raise UserError(
+                f"the likelihood of record {name!r} is NaN: check the checkpoint for NaN, or try --dtype float32"
+            )
+        return cls(log_prob, num_tokens)
 
 
 def answer(
@@ -224,8 +234,9 @@ def _split(examples: Sequence[Example], batch: int) -> Iterator[Sequence[Example
 @torch.inference_mode()
 def _forward(vlm: Vlm, batch: Batch) -> list[Likelihood]:
     tokens = AnswerTokens.of(batch)
-    nll = tokens.sums(tokens.nll(tokens.logits(vlm, batch))).tolist()
-    return [Likelihood(-total, count) for total, count in zip(nll, tokens.counts, strict=True)]
+    losses = tokens.sums(tokens.nll(tokens.logits(vlm, batch))).tolist()
+    measured = zip(batch.ids, losses, tokens.counts, strict=True)
+    return [Likelihood.of(name, -loss, count) for name, loss, count in measured]
 
 
 def _choices(vlm: Vlm, batch: int, records: list[list[Example]]) -> list[list[Likelihood]]:
@@ -240,7 +251,8 @@ def _choices(vlm: Vlm, batch: int, records: list[list[Example]]) -> list[list[Li
     for part in _split([answer for _, answer in rows], batch):
         own = [row for row, _ in rows[len(log_probs) : len(log_probs) + len(part)]]
         log_probs += prefix.log_probs(vlm, prompts, own, part)
-    likelihoods = (Likelihood(float(one.sum()), len(one)) for one in log_probs)
+    pairs = zip(rows, log_probs, strict=True)
+    likelihoods = (Likelihood.of(example.id, float(one.sum()), len(one)) for (_, example), one in pairs)
     return [[next(likelihoods) for _ in choices] for choices in records]
 
 
