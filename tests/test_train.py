@@ -591,6 +591,16 @@ def test_a_model_is_saved_into_a_new_folder_only(model: Path, tmp_path: Path) ->
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_numbers_of_numpy_are_numbers(model: Path, data: Path, tmp_path: Path) -> None:
+    two, vlm, records = np.int64(2), striate.load(model), read(data)
+    options = replace(OPTIONS, batch=two, micro_batch=two, steps=two, seed=two, learning_rate=np.float32(1e-3))
+    assert striate.tune(vlm, records, region=[two], samples=two, options=options, state=tmp_path / "state").seen == 4
+    assert striate.tune(vlm, records, region=[two], samples=two, options=options, state=tmp_path / "state").seen == 4
+    assert striate.score(vlm, records, metrics="gradient", samples=two, batch=two, seed=two).samples == 2
+    assert len(striate.explore(vlm, records, samples=two, seed=two).samples) == 2
+    assert len(striate.evaluate(vlm, records, samples=two, batch=two, max_new_tokens=two, seed=two).predictions) == 2
+
+
 def test_a_list_of_records_will_do(model: Path, data: Path) -> None:
     vlm, records = striate.load(model), read(data)
     chosen = [one for one in records if one.id > "3"]

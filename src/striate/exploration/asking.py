@@ -38,7 +38,7 @@ def draw(records: Iterable[Record], samples: int | None, seed: int) -> tuple[lis
     if not chosen:
         raise UserError(f"none of the {len(records)} records has a question", see="bad-records")
     if samples is not None and samples < len(chosen):
-        chosen = [chosen[index] for index in sorted(random.Random(seed).sample(range(len(chosen)), samples))]
+        chosen = [chosen[index] for index in sorted(random.Random(int(seed)).sample(range(len(chosen)), samples))]
     return chosen, skipped
 
 

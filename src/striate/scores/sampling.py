@@ -54,7 +54,7 @@ class Sampling:
         if not indices:
             raise UserError(f"none of the {len(records)} records has an answer to measure layers on", see="bad-records")
         if self.samples is not None and self.samples < len(indices):
-            indices = sorted(random.Random(self.seed).sample(indices, self.samples))
+            indices = sorted(random.Random(int(self.seed)).sample(indices, self.samples))
         chosen = map(_with_answer, records.records.take(indices))
         return RecordSample([record for record in chosen if record], [*records.skipped, *without], records.notes)
 
@@ -71,7 +71,7 @@ class Sampling:
         examples = Examples(sample.records, vlm.processor, max_length=self.max_length, truncate_text=True)
         order = sorted(range(len(examples)), key=examples.lengths.__getitem__, reverse=True)
         first, *others = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
-        random.Random(self.seed).shuffle(others)
+        random.Random(int(self.seed)).shuffle(others)
         usable = False
         for indices in (first, *others):
             batch = collate([examples[index] for index in indices], pad_id=vlm.pad_token_id)
