@@ -78,6 +78,9 @@ def test_errors_are_one_line_with_the_fix(tmp_path: Path, capsys: pytest.Capture
         (["--config", "kind.yaml"], "--batch: '[1, 2]' is not a whole number"),
         (["--config", "gone.yaml"], "--config: File does not exist: "),
         (["--config", "torn.yaml"], "Problems parsing config: while parsing"),
+        (["--config", "records.json"], "--config: a YAML file was expected, with a line OPTION: VALUE for each option"),
+        (["--config", "empty.yaml"], "--config: a YAML file was expected"),
+        (["--config", "image.png"], "--config: a YAML file was expected"),
         (["--steps"], "argument --steps: expected one argument"),
     ],
 )
@@ -87,6 +90,9 @@ def test_a_wrong_option_is_one_line(
     monkeypatch.chdir(tmp_path)
     for name, text in {"typo": "modle: x", "kind": "batch: [1, 2]", "torn": "batch: ["}.items():
         (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "records.json").write_text('[{"id": 1}]')
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
     assert main(["tune", "some-model", "--data", "x.json", "--out", "run", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"striate tune: {message}")
@@ -203,6 +209,14 @@ def test_the_help_of_tune_is_in_groups(
     assert "  --resume [auto|changed]" in text
     assert "  --batch INT           records per optimizer step" in text
     assert max(map(len, (short + text).splitlines())) <= width
+
+
+def test_help_names_no_empty_default_and_counts_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", "--help"])
+    main(["choose", "--help"])
+    text = capsys.readouterr().out
+    assert "words above the headline\n" in text
+    assert text.endswith("1 more option: striate choose --help-all\n")
 
 
 def test_a_recipe_sets_options_and_the_command_line_wins(tmp_path: Path) -> None:

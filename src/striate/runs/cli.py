@@ -78,6 +78,8 @@ QUESTION = "question"
 """The option of the word after the model, or else of the last one after `--image`: `ask MODEL --image X.png QUESTION`.
 """
 
+NO_RECIPE = "--config: a YAML file was expected, with a line OPTION: VALUE for each option"
+
 output, errors = console(), console(stderr=True)
 
 
@@ -159,7 +161,10 @@ def parse_call(name: str, function: Callable[..., Any], words: list[str]) -> dic
             words = [*words[:at], *words[at + 1 :], flag(QUESTION), words[at]]
     if subject and words and not words[0].startswith("-"):
         words = [flag(subject), *words]
-    return call_arguments(function, parser_of(name, function).parse_args(words))
+    try:
+        return call_arguments(function, parser_of(name, function).parse_args(words))
+    except UnicodeDecodeError:
+        raise UserError(NO_RECIPE) from None
 
 
 def _subject(function: Callable[..., Any]) -> str | None:
@@ -181,6 +186,8 @@ class Parser(ArgumentParser):
             raise UserError(f"{unknown[1]!r} is in no option's place: options are --NAME VALUE") from None
         if required := re.match(r"the following arguments are required: (.+)", message):
             raise UserError(f"required: {', '.join(map(flag, required[1].split(', ')))}") from None
+        if message.startswith("Unexpected config"):  # with the whole file behind it
+            raise UserError(NO_RECIPE) from None
         value = re.match(r'Parser key "(\w+)":.*\b(?:Got|Given) value: (.*)', message, flags=re.DOTALL)
         if value and value[1] in options:
             kind = kind_of(getattr(options[value[1]], "_typehint", str))

@@ -246,7 +246,7 @@ def help_of(verb: str, function: Callable[..., Any], *, subject: str | None, eve
     usage = f"striate {verb}{f' {subject.upper()}' if subject else ''} [--OPTION VALUE ...]"
     text = docstring_parser.parse(inspect.getdoc(function) or "").description
     rest = len(options) - SHORT
-    more = f"{rest} more options: striate {verb} --help-all" if rest > 0 and not everything else None
+    more = f"{rest} more option{'s' * (rest > 1)}: striate {verb} --help-all" if rest > 0 and not everything else None
     parser = argparse.ArgumentParser(usage=usage, description=text, epilog=more, add_help=False)
     shown = groups_of(verb, list(options)) if everything else {"options": _first(verb, list(options))}
     for title, names in shown.items():
@@ -285,7 +285,7 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     text = option.description if option.description.endswith("...") else option.description.rstrip(".")
     if option.required:
         text += "; required"
-    elif option.default is not None and not option.switch and "default:" not in text.lower():
+    elif option.default not in (None, "") and not option.switch and "default:" not in text.lower():
         text += f"; default: {option.default}"
     text = text.replace("%", "%%")
     if option.hint is bool:
