@@ -267,6 +267,31 @@ def test_panels_share_a_scale_or_have_their_own() -> None:
     assert [axes.get_ylabel() for axes in own.axes] == ["up to 1.0", "up to 100.0"]
 
 
+def test_the_panels_of_a_row_show_the_values_of_all() -> None:
+    low, high = (plot.Panel({"all": Curve([{1: top, 2: 2 * top}])}) for top in (1.0, 100.0))
+    figure = plot.grid([[low, high]], STYLE, across=["first", "last"])
+    assert [axes.get_ylim()[0] for axes in figure.axes] == [0, 0]
+    assert all(axes.get_ylim()[1] > 200 for axes in figure.axes)
+
+
+def test_values_that_are_alike_keep_a_margin() -> None:
+    costs = {name: Cost(3.0, 0.55 + i / 10_000) for i, name in enumerate(NAMES)}
+    _, memory = plot.cost(costs, VISUAL, STYLE).axes
+    assert memory.get_xlim()[0] == 0
+    assert memory.get_xlim()[1] > 1.04 * 0.55
+    (attention,) = plot.instances([[0.57, 0.571]]).axes
+    assert attention.get_ylim()[1] > 1.04 * 0.57
+
+
+@pytest.mark.parametrize("longest", range(3, 40, 2))
+@pytest.mark.parametrize("name", ["uniform-25%", "seed-0_wide"])
+def test_the_names_of_runs_fit_into_a_figure(name: str, longest: int) -> None:
+    names = [f"{(4 * name)[: longest - 1]}{index}" for index in range(8)]
+    figure = tasks(tuple(names))
+    figure.draw_without_rendering()
+    assert figure.legends[0].get_window_extent().x1 <= 1.01 * figure.bbox.x1
+
+
 def test_a_loss_that_blew_up_leaves_a_gap() -> None:
     assert "<svg" in plot.svg(plot.losses({"all": [[(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]]}, STYLE), "")
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
-from striate.plot.style import INK, PALETTE, STYLE, WIDTH, Estimate, label, tidy
+from striate.plot.style import INK, PALETTE, STYLE, WIDTH, Estimate, from_zero, label, tidy
 from striate.region import Region
 
 WIDE = 10.0  # values that span more than this factor are plotted on a logarithmic scale
@@ -147,7 +147,8 @@ def instances(samples: Sequence[Sequence[float]]) -> Figure:
         axes.plot(row, color=PALETTE[0], linewidth=0.5, alpha=min(0.6, max(0.06, 12 / len(rows))))
     axes.plot(np.nanmean(rows, axis=0), color=INK, linewidth=1.8, label=f"mean of {len(rows)} samples")
     axes.legend(loc="best", handlelength=1.2)
-    axes.set(xlabel="layer", ylabel="attention on image tokens", ylim=(0, None))
+    axes.set(xlabel="layer", ylabel="attention on image tokens")
+    from_zero(axes, "y")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     tidy(axes, "y")
     _whole_numbers(axes)

@@ -13,7 +13,21 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from striate.plot.style import DASHES, INK, STYLE, WIDTH, Estimate, Mark, key, label, percent, region_cells, tidy, tip
+from striate.plot.style import (
+    DASHES,
+    INK,
+    STYLE,
+    WIDTH,
+    Estimate,
+    Mark,
+    from_zero,
+    key,
+    label,
+    percent,
+    region_cells,
+    tidy,
+    tip,
+)
 from striate.region import Region
 
 POINTS = 200  # maximum number of points in a loss curve; more are averaged in equal blocks
@@ -125,7 +139,7 @@ def cost(costs: Mapping[str, Cost], visual: Mapping[str, Estimate], style: Mappi
             value = getattr(costs[name], measure)
             text = f"{name}: {percent(mean)}, {title} {value:.3g}"
             _point(axes, value, 100 * mean.value, mark, text, y_error=100 * mean.stderr)
-        axes.set_xlim(left=0)
+        from_zero(axes, "x")
         axes.set_xlabel(title)
         tidy(axes, "y")
     panels[0].set_ylabel("visual accuracy, %")
@@ -211,7 +225,7 @@ def curves(panels: Sequence[Panel], style: Mapping[str, Mark], *, across: str, s
         _panel(axes, panel, style, tile=columns == TILES)
         if not shared:
             axes.set_ylabel(panel.ylabel)
-            axes.set_ylim(bottom=0)
+            from_zero(axes, "y")
     for axes in tiles[len(panels) :]:
         axes.set_axis_off()
     for axes in tiles[max(0, len(panels) - columns) : len(panels)]:
@@ -235,7 +249,7 @@ def grid(rows: Sequence[Sequence[Panel]], style: Mapping[str, Mark], *, across: 
     for line, row in zip(tiles, rows, strict=True):
         for axes, panel in zip(line, row, strict=True):
             _panel(axes, panel, style, tile=True)
-            axes.set_ylim(bottom=0)
+        from_zero(line[0], "y")  # the others share its scale
         line[0].set_ylabel(row[0].ylabel)
     for axes, title in zip(tiles[-1], across, strict=True):
         axes.set_xlabel(title)

@@ -138,7 +138,8 @@ def region_cells(axes: Axes, region: Region, row: float, color: str) -> None:
 def key(figure: Figure, style: Mapping[str, Mark], *, lines: bool = False) -> None:
     """A legend of the runs above a figure, which grows by its height."""
     longest = max((len(label(name)) for name in style), default=0)
-    columns = min(4, 66 // (5 + longest))  # 66 letters fit in a line
+    size = 8 if longest > NAME - 8 else None
+    columns = min(4, (66 if size else 51) // (5 + longest))  # letters that fit in a line
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.21 * math.ceil(len(style) / columns))
     handles = [
@@ -149,7 +150,6 @@ def key(figure: Figure, style: Mapping[str, Mark], *, lines: bool = False) -> No
         for mark in style.values()
     ]  # fmt: skip
     names = [label(name) for name in style]
-    size = 8 if longest > NAME - 8 else None
     figure.legend(
         handles, names, loc="outside upper left", ncols=columns, handlelength=2.2 if lines else 1.2, fontsize=size
     )
@@ -168,6 +168,14 @@ def tidy(axes: Axes, grid: Literal["x", "y"]) -> None:
     axes.tick_params(length=0, colors=INK)
     axes.spines["left"].set_visible(False)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+
+
+def from_zero(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """Start an axis at zero once all is plotted, with a margin above the largest value, also where all are alike."""
+    if axis == "x":
+        axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
+    else:
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
 
 
 def label(name: str) -> str:
