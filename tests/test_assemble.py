@@ -78,6 +78,8 @@ def test_fresh_tower(llm: Path, tmp_path: Path) -> None:
     assert len(stored) > 1
     assert all(name.startswith("vision_tower.vision_model.") for name in stored)  # as published: vLLM knows no other
     assert vlm.model.config.vision_feature_layer == -1
+    made = run.info["options"]  # a report sets runs apart by them
+    assert (made["image_size"], made["patch_size"], made["dtype"]) == (32, 8, "float32")
     language = AutoModelForCausalLM.from_pretrained(llm)
     ids = torch.tensor([[2, 8, 9, 10]])
     torch.testing.assert_close(vlm.model(input_ids=ids).logits, language(input_ids=ids).logits)

@@ -92,8 +92,11 @@ def assemble(
     states = tower.config.num_hidden_layers + 1
     if not -states <= layer < states:
         raise UserError(f"--feature-layer {layer}: the tower has {states} hidden states, {-states} to {states - 1}")
-    options = {"vision": vision, "llm": llm, "projector": projector, "feature_layer": layer, "pool": pool}
-    run = Run.create(out, verb="assemble", options={**options, "template": template, "aspect": aspect}, seed=seed)
+    options = {
+        "vision": vision, "llm": llm, "projector": projector, "template": template, "aspect": aspect,
+        "feature_layer": layer, "pool": pool, "image_size": image_size, "patch_size": patch_size, "dtype": dtype,
+    }  # fmt: skip
+    run = Run.create(out, verb="assemble", options=options, seed=seed)
     with run.recording():
         model = parts.join(tower, language, tokenizer, layer=layer, pool=pool)
         if projector:
