@@ -27,7 +27,17 @@ from transformers import AutoModelForImageTextToText
 import striate
 from striate.data import Batch
 from striate.region import Region
-from striate.routing import ENTRY, multiply_adds, read_route, resolve, route, running_tokens, verify, write_route
+from striate.routing import (
+    ENTRY,
+    multiply_adds,
+    read_route,
+    resolve,
+    route,
+    running_route,
+    running_tokens,
+    verify,
+    write_route,
+)
 from striate.studies.cost.section import FORMULAS
 from striate.train.loss import FastPaths, answer_losses
 from striate.train.packing import record_by_record
@@ -401,6 +411,18 @@ def test_a_copy_of_a_routed_model_runs_its_own_weights(llava: tuple[Vlm, Batch])
         for parameter in vlm.model.parameters():
             parameter.zero_()
         assert torch.equal(copied(**batch.inputs).logits, before)
+
+
+def test_a_route_ends_with_its_block_though_layers_were_dropped(model: Path) -> None:
+    vlm = striate.load(model)
+    with route(vlm, [0, 3], image_token_id=vlm.image_token_id) as routed:
+        striate.drop_layers(vlm, [1])
+        assert running_route(vlm.model) is routed
+        assert routed.region == Region((0, 2), 3)
+    assert not any("forward" in vars(module) for module in vlm.model.modules())
+    with route(vlm, [2]), pytest.raises(striate.UserError, match="the route has no layer"):
+        striate.drop_layers(vlm, [2])
+    assert vlm.depth == 3
 
 
 def test_forms_of_a_route() -> None:

@@ -17,7 +17,7 @@ from striate.evaluation.answers import answer_texts
 from striate.exploration.asking import Asked, answer_tokens, answers_alike
 from striate.prune.cutting import bypass
 from striate.region import Region
-from striate.routing import route, unroute
+from striate.routing import route, running_route
 from striate.scores.backbone import Backbone
 from striate.scores.replay import Replay
 from striate.vlm import Vlm
@@ -146,7 +146,8 @@ def intervene(vlm: Vlm, intervention: Intervention, backbone: Backbone | None = 
     """
     if intervention.reverted and backbone is None:
         raise UserError("reverting layers needs a backbone: --backbone is required")
-    own = unroute(vlm.model)
+    if own := running_route(vlm.model):
+        own.remove()
     try:
         with ExitStack() as changes:
             if intervention.route is not None:
@@ -157,7 +158,7 @@ def intervene(vlm: Vlm, intervention: Intervention, backbone: Backbone | None = 
             yield
     finally:
         if own:
-            route(vlm, own)
+            own.turn_on(own.region)
 
 
 def _layers(region: Region) -> str:

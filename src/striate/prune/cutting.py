@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from striate.errors import UserError
 from striate.region import Layers, Region
-from striate.routing import read_route, route, unroute, write_route
+from striate.routing import check_route, read_route, running_route, write_route
 from striate.vlm import Vlm
 from striate.vlm.modes import change_layers, skip
 
@@ -119,7 +119,10 @@ def cut(vlm: Vlm, numbers: Numbering) -> None:
 
     Does not verify that the result equals the bypassed model: see `verify_cut`.
     """
-    left, routed = route_after(vlm.model.config, numbers), unroute(vlm.model)
+    left, routed = route_after(vlm.model.config, numbers), running_route(vlm.model)
+    if routed:
+        check_route(numbers.of(routed.region), numbers.depth)
+        routed.remove()
     decoder = vlm.model.get_submodule(vlm.parts.layers.rpartition(".")[0])
     for config in _configs(vlm, decoder):
         for name, value in numbers.renumber(vars(config), depth_name(config)).items():
@@ -136,7 +139,7 @@ def cut(vlm: Vlm, numbers: Numbering) -> None:
                 vars(module)["layer_idx"] = number
     write_route(vlm.model.config, left)
     if routed:
-        route(vlm, numbers.of(routed))
+        routed.turn_on(numbers.of(routed.region))
 
 
 def route_after(config: PreTrainedConfig, numbers: Numbering) -> Region | None:

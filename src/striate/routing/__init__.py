@@ -48,6 +48,7 @@ __all__ = [
     "read_route",
     "resolve",
     "route",
+    "running_route",
     "running_tokens",
     "unroute",
     "verify",
@@ -113,7 +114,7 @@ def route(model: Vlm | PreTrainedModel, region: Layers | None = None, *, image_t
     token = vlm.image_token_id if image_token_id is None else image_token_id
     if token is None:
         raise UserError(f"the config of this {kind} model names no image token: give image_token_id")
-    if isinstance(vars(vlm.model).get("forward"), Routed):
+    if running_route(vlm.model):
         raise UserError(f"this {kind} model is routed already: remove that route first")
     _check_attention(vlm)
     return Routed(vlm, chosen, token)
@@ -143,17 +144,23 @@ def write_route(config: PreTrainedConfig, region: Region | None) -> None:
 
 def unroute(model: PreTrainedModel) -> Region | None:
     """Make a routed model the plain one again; the route that it had, None where it had none."""
-    routed = vars(model).get("forward")
-    if not isinstance(routed, Routed):
+    routed = running_route(model)
+    if routed is None:
         return None
     routed.remove()
     return routed.region
 
 
+def running_route(model: PreTrainedModel) -> Routed | None:
+    """The route that is turned on, None without one."""
+    routed = vars(model).get("forward")
+    return routed if isinstance(routed, Routed) else None
+
+
 def running_tokens(model: PreTrainedModel) -> Tokens | None:
     """The tokens of the forward pass that runs, in the two parts of the route; None where there is one part."""
-    routed = vars(model).get("forward")
-    return routed.running.tokens if isinstance(routed, Routed) else None
+    routed = running_route(model)
+    return None if routed is None else routed.running.tokens
 
 
 def resolve(text: Layers | None, trained: Region) -> Region | None:
@@ -232,14 +239,19 @@ class Routed:
     """
 
     def __init__(self, vlm: Vlm, region: Region, image_token_id: int) -> None:
-        self.vlm, self.region, self.image_token_id = vlm, region, image_token_id
+        self.vlm, self.image_token_id = vlm, image_token_id
         self.running = Pass(vlm.model.config.get_text_config(decoder=True))
         self._own: Forward = vlm.model.forward
         self.__signature__ = inspect.signature(self._own)  # `generate` and the Trainer read it
         self._names = tuple(self.__signature__.parameters)
-        forwards: dict[nn.Module, Forward] = {vlm.model: self}
+        self.turn_on(region)
+
+    def turn_on(self, region: Region) -> None:
+        """Route through these layers, from now on or again after `remove`."""
+        self.region = region
+        forwards: dict[nn.Module, Forward] = {self.vlm.model: self}
         for layer in region.complement:
-            unrouted = Unrouted(self.running, layer, vlm.layers[layer], vlm.model.config.model_type)
+            unrouted = Unrouted(self.running, layer, self.vlm.layers[layer], self.vlm.model.config.model_type)
             forwards.update(unrouted.forwards())
         self._before = replace_forward(forwards)
 
