@@ -51,7 +51,7 @@ class Likelihood:
 
     @classmethod
     def of(cls, name: str, log_prob: float, num_tokens: int) -> Likelihood:
-        """Of the record of that name. Raises `UserError` for NaN, of which no choice and no perplexity can be told."""
+        """Of the record of that name. Raises `UserError` for NaN, which ranks no choice."""
         if math.isnan(log_prob):
             raise UserError(
                 f"the likelihood of record {name!r} is NaN: check the checkpoint for NaN, or try --dtype float32"
