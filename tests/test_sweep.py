@@ -108,6 +108,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"grid": {"seed": [0, 0]}}, "sweep.yaml: grid.seed: 0 is given twice"),
     ({"grid": {"steps": [1, 2]}}, "sweep.yaml: grid.steps is set under tune as well"),
     ({"grid": {"modules": ["all", "attn"]}}, "sweep.yaml: tune of modules-attn: --modules 'attn'; nearest: attention"),
+    ({"tune": {"steps": 0}}, "sweep.yaml: tune of uniform-25%: --steps 0: more than 0 was expected"),
+    ({"grid": {"warmup": [0, 2]}}, "sweep.yaml: tune of warmup-2.0: --warmup 2.0: at least 0 and less than 1"),
+    ({"grid": {"rank": [0]}}, "sweep.yaml: tune of rank-0: --rank 0: at least 1 was expected"),
+    ({"eval": {**SHEET["eval"], "batch": 0}}, "sweep.yaml: eval of .*: --batch 0: at least 1 was expected"),
+    ({"prune": {"remove": 1, "seed": -1}}, "sweep.yaml: prune of .*: --seed -1: 0 to 4294967295 was expected"),
     ({"grid": {"eval.batch": [1]}}, "sweep.yaml: grid.eval.batch: only options of tune"),
 ]
 

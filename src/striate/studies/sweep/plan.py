@@ -26,14 +26,14 @@ from striate.prune import Criterion, protected_layers
 from striate.prune.plan import PruneRequest
 from striate.region import AUTO, SCORES, Region, auto_size
 from striate.routing import resolve as resolve_route
-from striate.runs.options import options_of
+from striate.runs.options import call_arguments, options_of
 from striate.runs.provenance import content_of, difference
 from striate.runs.run import Run
 from striate.scores.table import Scores
 from striate.studies.sweep.cell import FILE, FINISHED, NOTES, Cell
 from striate.studies.sweep.display import Forecast, ForecastRow
 from striate.studies.sweep.sheet import VERBS, Sheet, Values, at, read_sheet
-from striate.train import num_samples
+from striate.train import check_tuning, num_samples
 from striate.train.memory import full_tuning_fits
 from striate.train.options import total_steps
 from striate.vlm import Selection, Vlm, load_on_meta, select
@@ -266,12 +266,16 @@ def _part(key: str, value: Any) -> str:
 
 
 def _check(recipe: Recipe, vlm: Vlm) -> Recipe:
-    """The recipe, after a check that its prunings are possible on this model.
+    """The recipe, after a check of its options, and that its prunings are possible on this model.
 
     Raises:
-        UserError: a pruning is not possible, or the cell trains no parameter.
+        UserError: an option cannot have its value, a pruning is not possible, or the cell trains no parameter.
     """
+    for verb, options in (("tune", recipe.tune), ("eval", recipe.eval), *(("prune", one) for one in recipe.prunings)):
+        with at(f"{verb} of {recipe.cell.name}"):
+            call_arguments(VERBS[verb][0], options)  # the dataclasses of options check their values
     with at(f"tune of {recipe.cell.name}"):
+        check_tuning(**{name: recipe.tune[name] for name in ("method", "projector", "rank", "alpha", "dropout")})
         _selection(recipe, vlm)
     for values in recipe.prunings:
         with at(f"prune of {recipe.cell.name}"):
