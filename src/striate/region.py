@@ -329,8 +329,10 @@ def region_by_score(form: str, size: int | str, ranked: Sequence[int], name: str
     """The region of `size` layers (8, 25%) chosen from all layers ranked by a score; `form` is top, bottom or spread.
 
     Raises:
-        UserError: `size` is not a number of layers of this model.
+        UserError: `form` is another one, or `size` not a number of layers of this model.
     """
+    if form not in SCORED:
+        raise UserError(f"the form of a region by a score is {', '.join(SCORED)}, not {form!r}")
     depth, number = len(ranked), str(size).removesuffix("%")
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", number):
         raise _region_error(f"{size!r} is not a number of layers", depth)

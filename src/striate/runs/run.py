@@ -34,6 +34,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from striate.distributed import environment_rank
 from striate.errors import UserError
 from striate.region import FILE as REGION
@@ -41,7 +43,8 @@ from striate.region import SCORES, Region
 
 INFO, RESULTS = "run.json", "results.json"
 LOG, PREDICTIONS, SKIPPED = "log.jsonl", "predictions.jsonl", "skipped.jsonl"
-PART = "predictions.part.jsonl"
+PART, LOCK = "predictions.part.jsonl", ".lock"
+UNMADE = {INFO, REGION, SKIPPED}  # all that a run has left that failed before it made anything
 # A list of numbers, which is written on one line. A line break is never inside a string of JSON.
 NUMBERS = re.compile(r"(?<=\[)\n[^\[\]{}\"]*(?=\])")
 PACKAGES = ("striate", "torch", "transformers", "peft")
@@ -66,7 +69,8 @@ class Run:
         parent: str | None = None,
         content: dict[str, str] | None = None,
     ) -> Run:
-        """Start a run in a new or empty folder, with status "running".
+        """Start a run in a new or empty folder, or in that of a run that failed before it made anything, with status
+        "running".
 
         `parent` is the model or run that it starts from, `content` has the digests of its inputs.
 
@@ -77,6 +81,8 @@ class Run:
         with _writing(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
         cls.check_free(path)
+        for name in UNMADE:
+            (run.path / name).unlink(missing_ok=True)
         script = Path(sys.argv[0])  # of `python -m striate` it is striate/__main__.py
         program = script.parent.name if script.name == "__main__.py" else script.name
         run._write(
@@ -100,11 +106,12 @@ class Run:
 
     @classmethod
     def check_free(cls, path: str | Path) -> None:
-        """Raise `UserError` when the folder is not empty, before any work."""
+        """Raise `UserError` when the folder holds anything but a run that failed before it made anything."""
         run = cls(Path(path))
         with _writing(run.path):
             held = sorted(item.name for item in run.path.iterdir()) if run.path.exists() else []
-        if held:
+        failed = INFO in held and run.info.get("status") == "failed" and UNMADE.issuperset(held)
+        if held and not failed:
             raise UserError(
                 f"{run.path} {run._content(held)}; choose another folder or remove this one", see="folder-in-use"
             )
@@ -130,20 +137,42 @@ class Run:
         "failed" or "interrupted", and the seconds it took.
 
         A status that the work itself sets (a training run that was stopped) is kept.
+
+        Raises:
+            UserError: another process works in the folder.
         """
-        self.update(status="running", **fields)
-        began, before = time.monotonic(), self.info.get("seconds", 0.0)
-        status = "failed"
+        with self._alone():
+            self.update(status="running", **fields)
+            began, before = time.monotonic(), self.info.get("seconds", 0.0)
+            status = "failed"
+            try:
+                yield
+                status = "finished"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                running = self.info.get("status") == "running"
+                seconds = round(before + time.monotonic() - began, 3)
+                self.update(seconds=seconds, **({"status": status} if running else {}))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out; those of one training work together, and the first of them has the lock."""
+        if not environment_rank().first:
+            yield
+            return
+        with _writing(self.path):
+            lock = FileLock(self.path / LOCK, blocking=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise UserError(f"another process works in {self.path}: let it end", see="folder-in-use") from None
         try:
             yield
-            status = "finished"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
         finally:
-            running = self.info.get("status") == "running"
-            seconds = round(before + time.monotonic() - began, 3)
-            self.update(seconds=seconds, **({"status": status} if running else {}))
+            (self.path / LOCK).unlink(missing_ok=True)
+            lock.release()
 
     @property
     def checkpoint(self) -> Path:

@@ -31,7 +31,7 @@ def table(runs: Sequence[Path], reference: Path | None = None) -> Table:
         summary.add_column("", overflow="fold")
     for row in rows:
         visual, text = (percent(share).replace(" ± ", "±") for share in (row.visual, row.text))
-        kept = "100.0" if row is comparison.reference and row.visual else _retention(row)
+        kept = "100.0" if row is comparison.reference and row.visual and row.visual.value else _retention(row)
         trained, seconds, _, memory = (cell.text for cell in cost_cells(Arm(row.name, (row,))))
         notes = [Text("; ".join(row.notes), style="dim")] if noted else []
         summary.add_row(Text(row.name), _layer_bar(row.region), visual, kept, text, trained, seconds, memory, *notes)

@@ -50,7 +50,8 @@ def within_noise(arm: Arm, other: Arm) -> bool:
     """Whether the difference between two arms may be chance.
 
     Runs of the same seed are compared: of one seed by the interval of `Retention`, of several by Student's interval of
-    the mean difference. Arms without a seed in common are taken as independent.
+    the mean difference, unless each seed by itself says the same: two seeds make that interval very wide. Arms without
+    a seed in common are taken as independent.
     """
     pairs = [
         (one, two)
@@ -66,6 +67,8 @@ def within_noise(arm: Arm, other: Arm) -> bool:
     if len(retentions) == 1:
         return retentions[0].noise
     leads = [one.lead.value for one in retentions]
+    if not any(one.noise for one in retentions) and len({lead > 0 for lead in leads}) == 1:
+        return False
     return abs(fmean(leads)) <= STUDENT[min(len(leads), max(STUDENT))] * stdev(leads) / math.sqrt(len(leads))
 
 

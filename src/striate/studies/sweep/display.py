@@ -68,7 +68,8 @@ class Forecast:
             shown.add_row(Text(row.name), _state(row.status), *cells)
         known = [row.seconds for row in self.rows if row.seconds is not None]
         left = f"{duration(sum(known))}" if len(known) == len(self.rows) else ""
-        shown.caption = f"{len(self.rows)} cells{', ' + left + ' one after the other' if left and sum(known) else ''}"
+        ending = f", {left} one after the other" if left and sum(known) else ""
+        shown.caption = f"{len(self.rows)} cell{'s' * (len(self.rows) > 1)}{ending}"
         return shown
 
 
