@@ -116,3 +116,15 @@ def test_records_without_any_task_are_refused(model: Path, data: Path, tmp_path:
     vlm = striate.load(model, device="cpu")
     with pytest.raises(striate.UserError, match="--by task: none of the records has a task"):
         striate.score(vlm, striate.read(plain), by="task")
+
+
+def test_words_that_the_library_does_not_know_are_refused(model: Path, data: Path) -> None:
+    vlm, records = striate.load(model, device="cpu"), striate.read(data)
+    with pytest.raises(striate.UserError, match="--by 'tasks'; nearest: task"):
+        striate.score(vlm, records, by="tasks")
+    with pytest.raises(striate.UserError, match="--on-bad-record 'ignore'; there are: stop, skip"):
+        striate.score(vlm, records, on_bad_record="ignore")
+    with pytest.raises(striate.UserError, match="--on-bad 'drop'; there are: stop, skip"):
+        striate.read(data, on_bad="drop")
+    with pytest.raises(striate.UserError, match="top, bottom, spread, not 'best'"):
+        striate.score(vlm, records, metrics="block_influence").top("block_influence", 2, form="best")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast, overload
+from typing import Any, BinaryIO, Literal, NamedTuple, cast, get_type_hints, overload
 
 from striate.data.format import record_of
 from striate.data.images import ImageFolder, image_data
@@ -31,7 +31,7 @@ from striate.data.lazy_records import (
     parse_json,
 )
 from striate.data.record import DatasetImage, Record, RecordError, Skipped
-from striate.errors import UserError, nearest, need
+from striate.errors import UserError, check_choices, nearest, need
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def read(
         RecordError: a record is invalid, with `on_bad="stop"`.
         UserError: the file cannot be read, or has no valid record.
     """
+    check_choices(get_type_hints(read), {"on_bad": on_bad})
 
     @cache
     def folder(home: Path) -> ImageFolder:

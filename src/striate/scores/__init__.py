@@ -13,7 +13,7 @@ from typing import Literal
 
 from striate.data import Record
 from striate.distributed import Rank
-from striate.errors import UserError
+from striate.errors import UserError, check_choices
 from striate.region import Region
 from striate.scores import weights
 from striate.scores.metrics import METRICS, choose, measure
@@ -75,6 +75,7 @@ def score(
         UserError: a score is unknown or lacks records, images or a backbone, no record has a task, a record cannot be
             used, or the weights give NaN or Inf.
     """
+    check_choices({"by": By}, {"by": by} if by else {})
     sampling = Sampling(samples, batch, max_length, seed, on_bad_record)
     sample = RecordSample(()) if records is None else sampling.draw(records)
     names = choose(metrics, backbone=backbone is not None, data=records is not None, images=sample.has_images)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from rich.progress import track
 
 from striate.console import console
 from striate.data import Batch, Examples, Record, RecordError, Records, Skipped, collate
-from striate.errors import UserError, at_least
+from striate.errors import UserError, at_least, check_choices
 from striate.vlm import Vlm
 
 
@@ -32,7 +32,8 @@ class Sampling:
     """stop, or list a bad record in skipped.jsonl and continue"""
 
     def __post_init__(self) -> None:
-        """Raises: UserError: a number is below 1."""
+        """Raises: UserError: a number is below 1, or `on_bad_record` another word."""
+        check_choices(get_type_hints(type(self)), vars(self))
         at_least(1, samples=self.samples, batch=self.batch, max_length=self.max_length)
 
     def draw(self, records: Iterable[Record]) -> RecordSample:
