@@ -11,6 +11,8 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import sys
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules stay anyway: without them each `gc.collect`, of which a training makes two, takes 10 ms, not 300."""
+    """Modules stay anyway: without them each `gc.collect`, of which a training makes two, takes 10 ms, not 300.
+
+    A process has one server that forks: where tests need theirs (`launch`), it comes before the demo starts its own.
+    """
     gc.collect()
     gc.freeze()
+    if "launch" in sys.modules:
+        ensure_running()
 
 
 def pytest_configure() -> None:

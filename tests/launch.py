@@ -8,7 +8,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports it from its environment's path, and would leave it out without a word.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 CONTEXT.set_forkserver_preload(["preloaded"])
-ensure_running()  # a process has one server: the demo, tested in this one before, would start its own
 PATIENCE = 120  # seconds; a process that waits for another for ever is the fault to look for
 
 
