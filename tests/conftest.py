@@ -48,14 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules stay anyway: without them each `gc.collect`, of which a training makes two, takes 10 ms, not 300.
-
-    A process has one server that forks: where tests need theirs (`launch`), it comes before the demo starts its own.
-    """
+    """Modules stay anyway: without them each `gc.collect`, of which a training makes two, takes 10 ms, not 300."""
     gc.collect()
     gc.freeze()
-    if "launch" in sys.modules:
-        ensure_running()
 
 
 def pytest_configure() -> None:
@@ -66,6 +61,8 @@ def pytest_configure() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Before the fixtures of the test."""
+    if "launch" in sys.modules:
+        ensure_running()  # a process has one server that forks: before the demo, in the same worker, starts its own
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)

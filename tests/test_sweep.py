@@ -297,17 +297,17 @@ def test_one_method_for_all_cells(here: Path) -> None:
 
 
 def test_a_failed_cell_does_not_stop_the_others(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grid = {"schedule": ["nonsense", "linear"]}
+    grid = {"max_length": [2, 512]}
     assert main(["sweep", str(sheet(grid=grid)), "--workers", "2"]) == 1
     shown = capsys.readouterr()
-    assert "schedule-linear: finished" in shown.err
-    assert re.search(r"schedule-nonsense failed: .*nonsense.* \(see out/cells/schedule-nonsense.log\)", shown.err)
+    assert "max_length-512: finished" in shown.err
+    assert re.search(r"max_length-2 failed: .* \(see out/cells/max_length-2.log\)", shown.err)
     assert [line.split()[:2] for line in shown.out.splitlines()[1:]] == [
-        ["schedule-nonsense", "failed"], ["schedule-linear", "finished"],
+        ["max_length-2", "failed"], ["max_length-512", "finished"],
     ]  # fmt: skip
     assert [cell.status for cell in cells("out")] == ["failed", "finished"]
-    run = Run.open(here / "out" / "schedule-linear")
-    assert run.info["command"] == "striate sweep sweep.yaml --only schedule-linear"
+    run = Run.open(here / "out" / "max_length-512")
+    assert run.info["command"] == "striate sweep sweep.yaml --only max_length-512"
     code = "import sys; from striate.studies.sweep import cells; cells('out'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
