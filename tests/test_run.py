@@ -174,17 +174,6 @@ def test_a_run_that_failed_before_it_made_anything_is_replaced(run: Run) -> None
         Run.create(run.path, verb="align", options={})
 
 
-def test_one_process_at_a_time_works_in_a_run(run: Run) -> None:
-    with run.recording():
-        with pytest.raises(UserError, match="another process works in"), Run.open(run.path).recording():
-            raise AssertionError
-        assert run.info["status"] == "running"
-    assert run.info["status"] == "finished"
-    with run.recording():
-        pass
-    assert sorted(file.name for file in run.path.iterdir()) == ["run.json"]
-
-
 def test_a_folder_with_anything_is_refused(tmp_path: Path) -> None:
     for name in "dcba":
         (tmp_path / name).touch()

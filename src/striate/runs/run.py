@@ -34,8 +34,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from striate.distributed import environment_rank
 from striate.errors import UserError
 from striate.region import FILE as REGION
@@ -43,7 +41,7 @@ from striate.region import SCORES, Region
 
 INFO, RESULTS = "run.json", "results.json"
 LOG, PREDICTIONS, SKIPPED = "log.jsonl", "predictions.jsonl", "skipped.jsonl"
-PART, LOCK = "predictions.part.jsonl", ".lock"
+PART = "predictions.part.jsonl"
 UNMADE = {INFO, REGION, SKIPPED}  # all that a run has left that failed before it made anything
 # A list of numbers, which is written on one line. A line break is never inside a string of JSON.
 NUMBERS = re.compile(r"(?<=\[)\n[^\[\]{}\"]*(?=\])")
@@ -137,42 +135,20 @@ class Run:
         "failed" or "interrupted", and the seconds it took.
 
         A status that the work itself sets (a training run that was stopped) is kept.
-
-        Raises:
-            UserError: another process works in the folder.
         """
-        with self._alone():
-            self.update(status="running", **fields)
-            began, before = time.monotonic(), self.info.get("seconds", 0.0)
-            status = "failed"
-            try:
-                yield
-                status = "finished"
-            except KeyboardInterrupt:
-                status = "interrupted"
-                raise
-            finally:
-                running = self.info.get("status") == "running"
-                seconds = round(before + time.monotonic() - began, 3)
-                self.update(seconds=seconds, **({"status": status} if running else {}))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep other processes out; those of one training work together, and the first of them has the lock."""
-        if not environment_rank().first:
-            yield
-            return
-        with _writing(self.path):
-            lock = FileLock(self.path / LOCK, blocking=False)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise UserError(f"another process works in {self.path}: let it end", see="folder-in-use") from None
+        self.update(status="running", **fields)
+        began, before = time.monotonic(), self.info.get("seconds", 0.0)
+        status = "failed"
         try:
             yield
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
         finally:
-            (self.path / LOCK).unlink(missing_ok=True)
-            lock.release()
+            running = self.info.get("status") == "running"
+            seconds = round(before + time.monotonic() - began, 3)
+            self.update(seconds=seconds, **({"status": status} if running else {}))
 
     @property
     def checkpoint(self) -> Path:
