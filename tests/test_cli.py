@@ -279,7 +279,7 @@ def test_the_program_starts_fast_without_its_heavy_libraries() -> None:
 
 def test_nothing_but_one_line_is_printed(tmp_path: Path) -> None:
     # Libraries have notes of their own when they are imported, which only a new process shows. What only training needs
-    # stays away: a third of all that would be imported.
+    # stays away: a fifth of the time of a start.
     script = (
         "import sys; from striate.runs.cli import main; code = main(sys.argv[1:]); "
         "assert 'torch' in sys.modules and not {'peft', 'bitsandbytes'} & {*sys.modules}; "

@@ -30,7 +30,7 @@ from striate.errors import UserError
 from striate.exploration import Intervention, asking, explore_answer, explore_questions, intervene
 from striate.prune import bypass
 from striate.region import Region
-from striate.routing import route, unroute
+from striate.routing import route, running_route
 from striate.runs.cli import main
 from striate.scores.backbone import Backbone
 from striate.studies.explore import session as sessions
@@ -82,7 +82,10 @@ def test_the_own_route_of_a_model_is_replaced_and_restored(vlm: Vlm) -> None:
         pass
     assert not routed.equal(plain)
     assert logits(vlm).equal(routed)
-    assert unroute(vlm.model) == layers("0,1")
+    routed = running_route(vlm.model)
+    assert routed is not None
+    assert routed.region == layers("0,1")
+    routed.remove()
 
 
 def test_interventions_in_words_and_what_they_lack(vlm: Vlm) -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from striate.errors import UserError
 from striate.region import Region
 from striate.runs import provenance
-from striate.runs.run import Run, machine, versions
+from striate.runs.environment import machine, versions
+from striate.runs.run import Run
 from striate.vlm.reading import model_folder
 
 plain = st.dictionaries(

@@ -121,8 +121,7 @@ def evaluate(
     at_least(1, samples=samples, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length)
     start = time.monotonic()
     resolved, unusable = resolve_all(Records.of(records))
-    place = {id(record): number for number, record in enumerate(resolved)}
-    chosen = sorted(sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed), key=lambda one: place[id(one)])
+    chosen = sample_tasks(resolved, tasks=tasks, samples=samples, seed=seed)
     by_index: dict[int, Prediction | Skipped] = {}
     for part in predict(vlm, chosen, batch=batch, max_new_tokens=max_new_tokens, max_length=max_length):
         by_index |= part
@@ -158,7 +157,8 @@ def sample_tasks(
         if samples is not None and samples < len(group):
             indices = random.Random(f"{seed} {task}").sample(range(len(group)), samples)
             groups[task] = [group[index] for index in sorted(indices)]
-    return [record for group in groups.values() for record in group]
+    chosen = {id(record) for group in groups.values() for record in group}
+    return [record for record in records if id(record) in chosen]
 
 
 def _reasons(skipped: Sequence[Skipped], max_length: int) -> dict[str, int]:

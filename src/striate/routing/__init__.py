@@ -106,10 +106,10 @@ def route(model: Vlm | PreTrainedModel, region: Layers | None = None, *, image_t
     """
     vlm = model if isinstance(model, Vlm) else Vlm.of(model)
     config, kind = vlm.model.config, vlm.model.config.model_type
-    chosen = read_route(config) if region is None else region
-    if chosen is None:
+    asked = read_route(config) if region is None else region
+    if asked is None:
         raise UserError(f"this {kind} model has no route: its config has no {ENTRY!r}; give a region")
-    chosen = chosen if isinstance(chosen, Region) else Region.of(chosen, vlm.depth)
+    chosen = asked if isinstance(asked, Region) else Region.of(asked, vlm.depth)
     check_route(chosen, vlm.depth)
     token = vlm.image_token_id if image_token_id is None else image_token_id
     if token is None:
@@ -142,13 +142,10 @@ def write_route(config: PreTrainedConfig, region: Region | None) -> None:
         setattr(config, ENTRY, region.to_json())
 
 
-def unroute(model: PreTrainedModel) -> Region | None:
-    """Make a routed model the plain one again; the route that it had, None where it had none."""
-    routed = running_route(model)
-    if routed is None:
-        return None
-    routed.remove()
-    return routed.region
+def unroute(model: PreTrainedModel) -> None:
+    """Make a routed model the plain one again."""
+    if routed := running_route(model):
+        routed.remove()
 
 
 def running_route(model: PreTrainedModel) -> Routed | None:

@@ -21,7 +21,6 @@ import errno
 import json
 import numbers
 import os
-import platform
 import re
 import shlex
 import sys
@@ -30,7 +29,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from striate.distributed import environment_rank
 from striate.errors import UserError
 from striate.region import FILE as REGION
 from striate.region import SCORES, Region
+from striate.runs.environment import machine, versions
 
 INFO, RESULTS = "run.json", "results.json"
 LOG, PREDICTIONS, SKIPPED = "log.jsonl", "predictions.jsonl", "skipped.jsonl"
@@ -45,7 +44,6 @@ PART = "predictions.part.jsonl"
 UNMADE = {INFO, REGION, SKIPPED}  # all that a run has left that failed before it made anything
 # A list of numbers, which is written on one line. A line break is never inside a string of JSON.
 NUMBERS = re.compile(r"(?<=\[)\n[^\[\]{}\"]*(?=\])")
-PACKAGES = ("striate", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -367,52 +365,6 @@ def place(model: str | Path, out: str | Path | None, *, verb: str, options: dict
     run = Run.create(out, verb=verb, options=options, seed=options.get("seed"), parent=str(model))
     with run.recording():
         yield run
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The machine of this process: {"platform", "cpu", "cores", "memory_gb" (10^9 bytes), "gpu"}."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    known = getattr(os, "sysconf_names", {})  # none on Windows
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else None
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": cores,
-        "memory_gb": pages and round(pages / 1e9, 1),
-        "gpu": _gpu(),
-    }
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _gpu() -> str | None:
-    try:
-        import torch  # slow to import
-    except ImportError:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    count, name = torch.cuda.device_count(), torch.cuda.get_device_name(0)
-    return name if count == 1 else f"{count} x {name}"
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from striate.console import console
 from striate.data import Skipped
 from striate.distributed import Rank
 from striate.errors import UserError
+from striate.runs.environment import versions
 from striate.runs.provenance import code, content_of, differences
-from striate.runs.run import INFO, Run, versions
+from striate.runs.run import INFO, Run
 from striate.train.options import TrainOptions, check_launch
 from striate.train.watch import Log
 

@@ -100,7 +100,7 @@ class TrainOptions:
                 value = getattr(self, name)
                 if value is not None and not (valid(value) and math.isfinite(value)):
                     raise UserError(f"{flag(name)} {value}: {expected} was expected")
-        object.__setattr__(self, "seed", int(self.seed))  # Python's generator takes no number of numpy
+        object.__setattr__(self, "seed", int(self.seed))  # `random.Random` takes no integer of NumPy
 
 
 TUNE = TrainOptions()

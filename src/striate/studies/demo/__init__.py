@@ -25,9 +25,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from striate.console import console
 from striate.errors import need
 from striate.runs.cli import quiet
+from striate.runs.environment import machine
 from striate.runs.evaluating import EVAL, evaluate
 from striate.runs.reading import ReadOptions
-from striate.runs.run import Run, machine
+from striate.runs.run import Run
 from striate.runs.scoring import score
 from striate.runs.training import tune
 from striate.scores import states

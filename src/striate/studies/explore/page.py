@@ -15,7 +15,7 @@ from torch import Tensor
 
 from striate.exploration import Exploration, Lens, Sample
 from striate.exploration.layout import View, num_cells, pool
-from striate.runs.run import versions
+from striate.runs.environment import versions
 from striate.studies.html import data_address, render, script_safe
 
 REPORT = "striate.studies.report"

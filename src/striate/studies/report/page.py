@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from striate import plot
 from striate.plot import Estimate
-from striate.runs.run import versions
+from striate.runs.environment import versions
 from striate.studies.html import render, write
 from striate.studies.report.compared import (
     MODALITIES,

@@ -21,10 +21,11 @@ from filelock import FileLock
 
 from striate.errors import UserError, first_line
 from striate.roundtrip import free_memory
+from striate.runs.environment import machine
 from striate.runs.evaluating import evaluate
 from striate.runs.options import call_arguments
 from striate.runs.pruning import prune
-from striate.runs.run import INFO, Run, machine
+from striate.runs.run import INFO, Run
 from striate.runs.training import tune
 from striate.studies.sweep.cell import FAILED, FINISHED, INTERRUPTED, RUNNING, Cell
 from striate.studies.sweep.plan import Recipe, SweepPlan
